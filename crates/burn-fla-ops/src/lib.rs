@@ -1,1 +1,39 @@
-//! ops
+//! Differentiable sequence operators for [Burn](https://burn.dev).
+//!
+//! Every operator is one folder that reads top to bottom: the recurrence in one equation and the public function
+//! (`mod.rs`), two reference forms in plain tensor operations (`reference.rs`), and the CubeCL kernels with their
+//! handwritten gradients. A device that CubeCL drives (CUDA, wgpu) runs the kernels; every other device runs the
+//! chunked reference, differentiated by Burn. The device of the tensors decides, at run time.
+//!
+//! Shapes are sequence first: queries and keys `[B, T, H, K]`, values `[B, T, H, V]`, states `[N, H, K, V]`, where `N`
+//! is the number of sequences: `B`, or as many as [`CuSeqlens`] packs into one row.
+
+mod chunked;
+mod error;
+mod options;
+mod recurrence;
+mod sequences;
+
+pub mod bridge;
+pub mod gated_rms_norm;
+pub mod gla;
+#[cfg(feature = "cube")]
+mod linear_walk;
+pub mod matmul;
+pub mod rms_norm;
+pub mod rotary;
+pub mod short_conv;
+pub mod simple_gla;
+pub mod swiglu;
+
+pub use error::OpError;
+pub use gated_rms_norm::{GateActivation, gated_rms_norm};
+pub use gla::gla;
+pub use matmul::{linear, matmul};
+pub use options::{Engine, SequenceOptions};
+pub use rms_norm::{add_rms_norm, rms_norm};
+pub use rotary::rotary;
+pub use sequences::CuSeqlens;
+pub use short_conv::{ShortConvOptions, short_conv};
+pub use simple_gla::{ScalarDecay, simple_gla};
+pub use swiglu::swiglu;

@@ -1,0 +1,48 @@
+//! Buffers of kernel launches.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::backend::ops::FloatTensorOps;
+use burn::tensor::{DType, Shape};
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::{CubeBackend, CubeTensor};
+use cubecl::ir::ElemType;
+
+static POISON: AtomicBool = AtomicBool::new(false);
+
+/// Fills every output buffer with NaN before its kernel runs, so that a test sees an element that no unit wrote.
+#[doc(hidden)]
+pub fn poison_outputs(on: bool) {
+    POISON.store(on, Ordering::SeqCst);
+}
+
+/// A contiguous buffer for an output, on the device of `like`. Its contents are undefined.
+pub fn alloc<const D: usize>(like: &CubeTensor, shape: [usize; D], dtype: DType) -> CubeTensor {
+    let shape = Shape::from(shape);
+    if POISON.load(Ordering::Relaxed) {
+        let value = f32::NAN.into();
+        return CubeBackend::float_full(shape, value, &like.device, float(dtype));
+    }
+    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape, dtype)
+}
+
+/// A contiguous buffer of zeros, on the device of `like`.
+pub fn zeros<const D: usize>(like: &CubeTensor, shape: [usize; D], dtype: DType) -> CubeTensor {
+    CubeBackend::float_zeros(Shape::from(shape), &like.device, float(dtype))
+}
+
+/// The tensor with its rows one after the other; kernels read no strides.
+pub fn contiguous(tensor: CubeTensor) -> CubeTensor {
+    into_contiguous(tensor)
+}
+
+/// CubeCL's name for a dtype.
+pub fn storage(dtype: DType) -> ElemType {
+    burn::backend::cubecl::dtype_to_storage_type(dtype)
+}
+
+fn float(dtype: DType) -> burn::tensor::FloatDType {
+    dtype.into()
+}
+

@@ -1,0 +1,109 @@
+//! What every operator needs to reach a backend, written once.
+//!
+//! An operator with kernels implements [`Operator`]: the shapes of its outputs, its forward launch and its backward
+//! launch, over plain [`CubeTensor`]s. [`apply`] runs it on tensors of any CubeCL device, under Fusion and Autodiff:
+//!
+//! - several differentiable outputs (Burn's autodiff knows one output an operation: each output becomes a small node of
+//!   its own whose gradient is handed to the operator's node, see [`autodiff`]);
+//! - integer inputs (chunk tables, positions), which carry no gradient;
+//! - optional inputs: the operator says in its fields which are there, and the lists are as long as that;
+//! - inputs that are not tracked, outputs that the loss does not use, the same tensor given twice.
+//!
+//! Devices without kernels never come here: the public functions ask [`has_kernels`] and take the reference.
+#![cfg_attr(not(feature = "cube"), allow(unused_imports, dead_code))]
+
+#[cfg(feature = "cube")]
+mod autodiff;
+#[cfg(feature = "cube")]
+mod backend;
+#[cfg(feature = "cube")]
+mod memory;
+
+#[cfg(feature = "cube")]
+pub use backend::{Call, Operator, TensorSpec, apply, apply_untracked};
+#[cfg(feature = "cube")]
+pub use burn_cubecl::CubeTensor;
+#[cfg(feature = "cube")]
+pub use memory::{alloc, contiguous, poison_outputs, storage, zeros};
+
+use burn::tensor::{Device, Tensor};
+
+use crate::{Engine, OpError};
+
+/// Whether kernels run on this device with this engine.
+pub fn has_kernels(device: &Device, engine: Engine) -> bool {
+    #[cfg(feature = "cube")]
+    {
+        engine == Engine::Auto
+            && matches!(
+                device.clone().inner().as_dispatch(),
+                burn::backend::DispatchDevice::Cube(_)
+            )
+    }
+    #[cfg(not(feature = "cube"))]
+    {
+        let _ = (device, engine);
+        false
+    }
+}
+
+/// Whether this is a CUDA device.
+pub fn is_cuda(device: &Device) -> bool {
+    has_kernels(device, Engine::Auto) && format!("{:?}", device.clone().inner()).contains("Cuda")
+}
+
+/// Checks that `tensor` lives on `device`.
+pub(crate) fn same_device<const D: usize>(
+    op: &'static str,
+    argument: &'static str,
+    tensor: &Tensor<D>,
+    device: &Device,
+) -> Result<(), OpError> {
+    let found = tensor.device();
+    if found.clone().inner() == device.clone().inner() {
+        return Ok(());
+    }
+    Err(OpError::Device {
+        op,
+        argument,
+        found: format!("{found:?}"),
+        expected: format!("{device:?}"),
+    })
+}
+
+/// Checks one argument's shape.
+pub(crate) fn same_shape<const D: usize>(
+    op: &'static str,
+    argument: &'static str,
+    tensor: &Tensor<D>,
+    expected: [usize; D],
+    names: &str,
+) -> Result<(), OpError> {
+    if tensor.dims() == expected {
+        return Ok(());
+    }
+    Err(OpError::Shape {
+        op,
+        argument,
+        found: tensor.dims().to_vec(),
+        expected: format!("{names} = {expected:?}"),
+    })
+}
+
+/// Checks one argument's dtype against that of another.
+pub(crate) fn same_dtype<const D: usize>(
+    op: &'static str,
+    argument: &'static str,
+    tensor: &Tensor<D>,
+    expected: burn::tensor::DType,
+) -> Result<(), OpError> {
+    if tensor.dtype() == expected {
+        return Ok(());
+    }
+    Err(OpError::DType {
+        op,
+        argument,
+        found: tensor.dtype(),
+        expected: format!("{expected:?}"),
+    })
+}

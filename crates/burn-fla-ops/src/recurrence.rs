@@ -1,0 +1,211 @@
+//! What the decayed linear recurrences share around their kernels and references: the checks of the arguments, the
+//! defaults, packed sequences, and the choice of the engine.
+
+use burn::tensor::{DType, Tensor};
+
+use crate::bridge::{has_kernels, same_device, same_dtype, same_shape};
+use crate::{CuSeqlens, Engine, OpError, SequenceOptions};
+
+/// Tokens a chunk of the reference with a decay by key: its factored scores hold further in a short chunk.
+const REFERENCE_CHUNK_KEY: usize = 32;
+/// Tokens a chunk of the reference with a scalar decay.
+const REFERENCE_CHUNK_SCALAR: usize = 64;
+
+/// A log decay.
+#[derive(Clone, Debug)]
+pub(crate) enum Decay {
+    None,
+    /// `[H]`, constant, without gradient.
+    Head(Tensor<1>),
+    /// `[B, T, H]`.
+    Token(Tensor<3>),
+    /// `[B, T, H, K]`.
+    Key(Tensor<4>),
+}
+
+/// A checked problem: `S_t = e^{g_t} ∘ S_{t−1} + k_t v_tᵀ`, `o_t = scale · S_tᵀ q_t`.
+pub(crate) struct Problem {
+    pub(crate) op: &'static str,
+    pub(crate) q: Tensor<4>,
+    pub(crate) k: Tensor<4>,
+    pub(crate) v: Tensor<4>,
+    pub(crate) decay: Decay,
+    pub(crate) scale: f64,
+    pub(crate) state: Option<Tensor<4>>,
+    pub(crate) sequences: CuSeqlens,
+    pub(crate) packed: bool,
+    engine: Engine,
+    chunk: Option<usize>,
+}
+
+impl Problem {
+    pub(crate) fn new(
+        op: &'static str,
+        q: Tensor<4>,
+        k: Tensor<4>,
+        v: Tensor<4>,
+        decay: Decay,
+        options: SequenceOptions,
+    ) -> Result<Self, OpError> {
+        let [b, t, h, dk] = q.dims();
+        let dv = v.dims()[3];
+        let device = q.device();
+        let dtype = q.dtype();
+        if !matches!(dtype, DType::F32 | DType::BF16 | DType::F64) {
+            return Err(OpError::DType {
+                op,
+                argument: "q",
+                found: dtype,
+                expected: "F32, BF16 or F64".into(),
+            });
+        }
+        same_shape(op, "k", &k, [b, t, h, dk], "[B, T, H, K]")?;
+        same_shape(op, "v", &v, [b, t, h, dv], "[B, T, H, V]")?;
+        same_dtype(op, "k", &k, dtype)?;
+        same_dtype(op, "v", &v, dtype)?;
+        same_device(op, "k", &k, &device)?;
+        same_device(op, "v", &v, &device)?;
+        match &decay {
+            Decay::None => {}
+            Decay::Head(g) => {
+                same_shape(op, "decay", g, [h], "[H]")?;
+                same_device(op, "decay", g, &device)?;
+            }
+            Decay::Token(g) => {
+                same_shape(op, "decay", g, [b, t, h], "[B, T, H]")?;
+                same_device(op, "decay", g, &device)?;
+            }
+            Decay::Key(g) => {
+                same_shape(op, "log_decay", g, [b, t, h, dk], "[B, T, H, K]")?;
+                same_device(op, "log_decay", g, &device)?;
+            }
+        }
+        if [b, h, dk, dv].contains(&0) {
+            return Err(OpError::Shape {
+                op,
+                argument: "q",
+                found: q.dims().to_vec(),
+                expected: "at least one row, head, key and value channel".into(),
+            });
+        }
+        let packed = options.cu_seqlens.is_some();
+        let sequences = match options.cu_seqlens {
+            Some(packed) => {
+                packed.check(b, t)?;
+                packed
+            }
+            None => CuSeqlens::dense(b, t),
+        };
+        if let Some(state) = &options.initial_state {
+            let n = sequences.num_sequences();
+            same_shape(op, "initial_state", state, [n, h, dk, dv], "[N, H, K, V]")?;
+            same_device(op, "initial_state", state, &device)?;
+        }
+        if options.chunk.is_some_and(|c| c == 0) {
+            return Err(OpError::Option {
+                op,
+                option: "chunk",
+                reason: "is 0, but a chunk has at least one token".into(),
+            });
+        }
+        let scale = options.scale.unwrap_or_else(|| (dk as f64).powf(-0.5));
+        Ok(Self {
+            op,
+            q,
+            k,
+            v,
+            decay,
+            scale,
+            state: options.initial_state,
+            sequences,
+            packed,
+            engine: options.engine,
+            chunk: options.chunk,
+        })
+    }
+
+    /// Runs on the engine that the device and the options choose.
+    pub(crate) fn run(self) -> Result<(Tensor<4>, Tensor<4>), OpError> {
+        let kernels = has_kernels(&self.q.device(), self.engine) && self.q.dtype() != DType::F64;
+        #[cfg(feature = "cube")]
+        if kernels && self.sequences.total() > 0 {
+            return Ok(crate::linear_walk::run(self));
+        }
+        let _ = kernels;
+        Ok(self.reference())
+    }
+
+    fn state_or_zeros(&self) -> Tensor<4> {
+        let [_, _, h, dk] = self.q.dims();
+        let dv = self.v.dims()[3];
+        let n = self.sequences.num_sequences();
+        let dtype = crate::chunked::compute_dtype(self.q.dtype());
+        match &self.state {
+            Some(state) => state.clone().cast(dtype),
+            None => Tensor::zeros([n, h, dk, dv], (&self.q.device(), dtype)),
+        }
+    }
+
+    fn reference(self) -> (Tensor<4>, Tensor<4>) {
+        let state = self.state_or_zeros();
+        if !self.packed {
+            return self.reference_dense(self.q.clone(), self.k.clone(), self.v.clone(), self.decay.clone(), state);
+        }
+        let mut outputs = Vec::new();
+        let mut states = Vec::new();
+        for (i, window) in self.sequences.offsets().windows(2).enumerate() {
+            let (start, len) = (window[0], window[1] - window[0]);
+            let state = state.clone().narrow(0, i, 1);
+            if len == 0 {
+                states.push(state);
+                continue;
+            }
+            let cut = |x: &Tensor<4>| x.clone().narrow(1, start, len);
+            let decay = match &self.decay {
+                Decay::None => Decay::None,
+                Decay::Head(g) => Decay::Head(g.clone()),
+                Decay::Token(g) => Decay::Token(g.clone().narrow(1, start, len)),
+                Decay::Key(g) => Decay::Key(cut(g)),
+            };
+            let (o, end) = self.reference_dense(cut(&self.q), cut(&self.k), cut(&self.v), decay, state);
+            outputs.push(o);
+            states.push(end);
+        }
+        let o = if outputs.is_empty() {
+            self.v.clone()
+        } else {
+            Tensor::cat(outputs, 1)
+        };
+        (o, Tensor::cat(states, 0))
+    }
+
+    fn reference_dense(
+        &self,
+        q: Tensor<4>,
+        k: Tensor<4>,
+        v: Tensor<4>,
+        decay: Decay,
+        state: Tensor<4>,
+    ) -> (Tensor<4>, Tensor<4>) {
+        let [b, t, h, _] = q.dims();
+        if t == 0 {
+            return (v, state);
+        }
+        let device = q.device();
+        // A short sequence does not pay for a long chunk.
+        let chunk = |default: usize| self.chunk.unwrap_or_else(|| default.min(t.next_power_of_two()));
+        let scalar = |g: Tensor<3>| {
+            let c = chunk(REFERENCE_CHUNK_SCALAR);
+            crate::simple_gla::reference::chunked(q.clone(), k.clone(), v.clone(), g, self.scale, state.clone(), c)
+        };
+        match decay {
+            Decay::None => scalar(Tensor::zeros([b, t, h], (&device, DType::F32))),
+            Decay::Head(g) => scalar(g.reshape([1, 1, h]).expand([b, t, h])),
+            Decay::Token(g) => scalar(g),
+            Decay::Key(g) => {
+                let c = chunk(REFERENCE_CHUNK_KEY);
+                crate::gla::reference::chunked(q, k, v, g, self.scale, state, c)
+            }
+        }
+    }
+}

@@ -1,0 +1,107 @@
+use std::sync::Arc;
+
+use crate::OpError;
+
+/// Offsets `[0, n1, n1 + n2, …]` of sequences packed into one row of tokens.
+///
+/// They live on the host, because chunks are laid out before any kernel is launched. A sequence of length zero is legal:
+/// it has no tokens, and its final state is its initial state.
+///
+/// ```
+/// let packed = burn_fla_ops::CuSeqlens::new(vec![0, 3, 3, 10])?;
+/// assert_eq!(packed.num_sequences(), 3);
+/// assert_eq!(packed.lengths().collect::<Vec<_>>(), [3, 0, 7]);
+/// # Ok::<(), burn_fla_ops::OpError>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CuSeqlens {
+    offsets: Arc<[usize]>,
+}
+
+impl CuSeqlens {
+    /// Checks that the offsets start at 0 and never decrease.
+    ///
+    /// # Errors
+    /// [`OpError::CuSeqlens`] where they do not, or where fewer than two are given.
+    pub fn new(offsets: Vec<usize>) -> Result<Self, OpError> {
+        let wrong = |reason: String| Err(OpError::CuSeqlens { reason });
+        if offsets.len() < 2 {
+            return wrong(format!(
+                "{} offsets given, but at least two are needed: 0 and the number of tokens",
+                offsets.len()
+            ));
+        }
+        if offsets[0] != 0 {
+            return wrong(format!("the first offset is {}, but it must be 0", offsets[0]));
+        }
+        if let Some(at) = offsets.windows(2).position(|w| w[1] < w[0]) {
+            return wrong(format!(
+                "offset {} is {} after {}, but offsets must not decrease",
+                at + 1,
+                offsets[at + 1],
+                offsets[at]
+            ));
+        }
+        Ok(Self {
+            offsets: offsets.into(),
+        })
+    }
+
+    /// `batch` sequences of `length` tokens each, as a dense batch has them.
+    pub(crate) fn dense(batch: usize, length: usize) -> Self {
+        Self {
+            offsets: (0..=batch).map(|i| i * length).collect(),
+        }
+    }
+
+    /// The offsets, one more than there are sequences.
+    pub fn offsets(&self) -> &[usize] {
+        &self.offsets
+    }
+
+    /// How many sequences are packed.
+    pub fn num_sequences(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// How many tokens there are in all.
+    pub fn total(&self) -> usize {
+        self.offsets[self.offsets.len() - 1]
+    }
+
+    /// The length of each sequence.
+    pub fn lengths(&self) -> impl Iterator<Item = usize> + '_ {
+        self.offsets.windows(2).map(|w| w[1] - w[0])
+    }
+
+    /// Checks that the offsets describe a row of `batch` × `tokens`.
+    pub(crate) fn check(&self, batch: usize, tokens: usize) -> Result<(), OpError> {
+        if batch != 1 {
+            return Err(OpError::CuSeqlens {
+                reason: format!("packed sequences need a batch of 1, but the batch is {batch}; flatten it to [1, B*T, …]"),
+            });
+        }
+        if self.total() != tokens {
+            return Err(OpError::CuSeqlens {
+                reason: format!("the last offset is {}, but there are {tokens} tokens", self.total()),
+            });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_offsets_are_named() {
+        let message = |offsets: Vec<usize>| CuSeqlens::new(offsets).unwrap_err().to_string();
+        assert!(message(vec![0]).contains("at least two"));
+        assert!(message(vec![1, 2]).contains("must be 0"));
+        assert!(message(vec![0, 4, 3]).contains("offset 2 is 3 after 4"));
+        let packed = CuSeqlens::new(vec![0, 2, 5]).unwrap();
+        assert!(packed.check(2, 5).unwrap_err().to_string().contains("batch of 1"));
+        assert!(packed.check(1, 6).unwrap_err().to_string().contains("last offset is 5"));
+    }
+}
