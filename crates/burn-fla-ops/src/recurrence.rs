@@ -35,7 +35,7 @@ pub(crate) struct Problem {
     pub(crate) sequences: CuSeqlens,
     pub(crate) packed: bool,
     engine: Engine,
-    chunk: Option<usize>,
+    pub(crate) chunk: Option<usize>,
 }
 
 impl Problem {

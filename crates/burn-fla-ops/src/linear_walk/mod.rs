@@ -1,0 +1,89 @@
+//! The portable engine of the decayed linear recurrences: CubeCL kernels in plain f32 arithmetic, for any CubeCL device.
+//!
+//! ```text
+//! S_t = e^{g_t} ∘ S_{t−1} + k_t v_tᵀ ,   o_t = scale · S_tᵀ q_t
+//! ```
+//!
+//! Time is cut into chunks (64 tokens), and every chunk is walked token by token with the state in registers. There is no
+//! matrix unit to feed here, so a walk costs no more than the matrix form, and it multiplies by `e^{g_t} ≤ 1` alone: no
+//! sum of decays is ever exponentiated with a positive sign, whatever the decays are.
+//!
+//! 1. `totals`: the sum of log decays of each chunk;
+//! 2. `local_state`: each chunk's own contribution to the state, from zero, all chunks in parallel;
+//! 3. `pass_states`: a small scan over chunks turns contributions into the states at the chunk borders;
+//! 4. `read_out`: each chunk is walked again from its state, writing its outputs.
+//!
+//! Linear attention is its own gradient: with `Z_t` the gradient of `S_t`, walked against time,
+//!
+//! ```text
+//! Z_t = e^{g_{t+1}} ∘ Z_{t+1} + scale q_t do_tᵀ ,  dq_t = scale · S_t do_t ,  dk_t = Z_t v_t ,  dv_t = Z_tᵀ k_t
+//! ```
+//!
+//! so steps 2 to 4 with other roles are the whole backward. The decay's gradient needs no product of its own: inside a
+//! chunk `dg_t = ⟨S_e, Z_e⟩ + Σ_{s ≥ t} (q_s ∘ dq_s − k_s ∘ dk_s)`, with `S_e`, `Z_e` at the chunk's end.
+//!
+//! Saved between forward and backward, besides the inputs: the states at the chunk borders, `4 H K V / 64` bytes a token.
+
+mod gate;
+mod operator;
+mod plan;
+mod states;
+mod step;
+mod table;
+mod walk;
+
+use burn::tensor::{DType, Int, Tensor, TensorData};
+
+use crate::bridge::apply;
+use crate::recurrence::{Decay, Problem};
+use operator::LinearWalk;
+use plan::DecayKind;
+
+/// Runs a checked problem on the kernels.
+pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
+    let Problem {
+        op,
+        q,
+        k,
+        v,
+        decay,
+        scale,
+        state,
+        sequences,
+        ..
+    } = problem;
+    let [b, t, h, dk] = q.dims();
+    let dv = v.dims()[3];
+    let device = q.device().inner();
+    let (kind, g) = match decay {
+        Decay::None => (DecayKind::Head, Tensor::<1>::zeros([h], (&device, DType::F32)).into_dispatch()),
+        Decay::Head(g) => (DecayKind::Head, g.detach().into_dispatch()),
+        Decay::Token(g) => (DecayKind::Token, g.into_dispatch()),
+        Decay::Key(g) => (DecayKind::Key, g.into_dispatch()),
+    };
+    let longest = sequences.lengths().max().unwrap_or(0);
+    let chunk = problem.chunk.unwrap_or(plan::CHUNK).min(longest.next_power_of_two());
+    let table = table::build(&sequences, chunk);
+    let operator = LinearWalk {
+        name: op,
+        decay: kind,
+        has_state: state.is_some(),
+        scale: scale as f32,
+        tokens: b * t,
+        heads: h,
+        keys: dk,
+        values: dv,
+        chunks: table.chunks,
+        sequences: sequences.num_sequences(),
+        single_step: longest == 1 && sequences.lengths().all(|n| n == 1),
+    };
+    let size = table.entries.len();
+    let table = Tensor::<1, Int>::from_data(TensorData::new(table.entries, [size]), &device);
+    let mut floats = vec![q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), g];
+    if let Some(state) = state {
+        floats.push(state.cast(DType::F32).into_dispatch());
+    }
+    let mut outputs = apply(operator, floats, vec![table.into_dispatch()]).into_iter();
+    let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and a state"));
+    (next(), next())
+}
