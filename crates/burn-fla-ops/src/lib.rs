@@ -8,6 +8,7 @@
 //! Shapes are sequence first: queries and keys `[B, T, H, K]`, values `[B, T, H, V]`, states `[N, H, K, V]`, where `N`
 //! is the number of sequences: `B`, or as many as [`CuSeqlens`] packs into one row.
 
+mod arguments;
 mod chunked;
 mod error;
 mod options;

@@ -1,0 +1,41 @@
+//! The gated activation of a SwiGLU feed-forward layer.
+//!
+//! ```text
+//! y = silu(g) ∘ u        silu(g) = g · σ(g)
+//! ```
+//!
+//! Backward: `dg = dy ∘ u ∘ σ(g) ∘ (1 + g ∘ (1 − σ(g)))`, `du = dy ∘ silu(g)`.
+//!
+//! Shazeer: *GLU Variants Improve Transformer* (2020).
+
+pub mod reference;
+
+use burn::tensor::Tensor;
+
+use crate::arguments::activation;
+use crate::bridge::{same_device, same_dtype, same_shape};
+use crate::{Engine, OpError};
+
+/// `y = silu(gate) ∘ up`, element by element.
+///
+/// # Shapes
+/// - `gate`, `up`: of one shape and dtype, f32, bf16 or f64
+/// - returns `y` of the same shape and dtype; computed in f32 (f64 for f64)
+///
+/// # Gradients
+/// With respect to `gate` and `up`.
+///
+/// # Errors
+/// [`OpError`] where shapes, dtypes or devices do not fit together.
+pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>, engine: Engine) -> Result<Tensor<D>, OpError> {
+    const OP: &str = "swiglu";
+    activation(OP, "gate", &gate)?;
+    same_shape(OP, "up", &up, gate.dims(), "the shape of gate")?;
+    same_dtype(OP, "up", &up, gate.dtype())?;
+    same_device(OP, "up", &up, &gate.device())?;
+    if gate.shape().num_elements() == 0 {
+        return Ok(gate);
+    }
+    let _ = engine;
+    Ok(reference::swiglu(gate, up))
+}
