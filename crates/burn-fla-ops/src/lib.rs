@@ -16,6 +16,7 @@ mod recurrence;
 mod sequences;
 
 pub mod bridge;
+pub mod cases;
 pub mod gated_rms_norm;
 pub mod gla;
 #[cfg(feature = "cube")]

@@ -1,0 +1,64 @@
+//! Matrix products whose accuracy does not depend on the device.
+//!
+//! On CUDA, Burn's own product stages f32 operands as TF32 on tensor cores, which is off by 1e-3. Here f32 stays f32: the
+//! product runs on the plain cores there, and Burn's everywhere else. Other dtypes always take Burn's.
+
+#[cfg(feature = "cube")]
+mod exact;
+
+use burn::tensor::{DType, Tensor};
+
+use crate::OpError;
+use crate::bridge::{is_cuda, same_device, same_dtype};
+
+/// The matrix product `a · b` over the last two dimensions.
+///
+/// # Shapes
+/// `a`: `[…, M, K]`, `b`: `[…, K, N]` with the same leading dimensions, of one dtype; returns `[…, M, N]`.
+///
+/// # Errors
+/// [`OpError`] where shapes, dtypes or devices do not fit together.
+pub fn matmul<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> Result<Tensor<D>, OpError> {
+    let (da, db) = (a.dims(), b.dims());
+    let mut expected = da;
+    expected[D - 2] = da[D - 1];
+    expected[D - 1] = db[D - 1];
+    crate::bridge::same_shape("matmul", "b", &b, expected, "[…, K, N]")?;
+    same_dtype("matmul", "b", &b, a.dtype())?;
+    same_device("matmul", "b", &b, &a.device())?;
+    #[cfg(feature = "cube")]
+    if a.dtype() == DType::F32 && is_cuda(&a.device()) {
+        return Ok(exact::product(a, b));
+    }
+    let _ = (DType::F32, is_cuda);
+    Ok(a.matmul(b))
+}
+
+/// A linear layer, `y = x Wᵀ + bias`.
+///
+/// # Shapes
+/// `x`: `[…, in]`, `weight`: `[out, in]`, `bias`: `[out]`, of one dtype; returns `[…, out]`.
+///
+/// # Errors
+/// [`OpError`] where shapes, dtypes or devices do not fit together.
+pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Result<Tensor<D>, OpError> {
+    let mut dims = x.dims();
+    let (rows, inner) = (dims[..D - 1].iter().product::<usize>(), dims[D - 1]);
+    let out = weight.dims()[0];
+    crate::bridge::same_shape("linear", "weight", &weight, [out, inner], "[out, in]")?;
+    same_dtype("linear", "weight", &weight, x.dtype())?;
+    same_device("linear", "weight", &weight, &x.device())?;
+    if let Some(bias) = &bias {
+        crate::bridge::same_shape("linear", "bias", bias, [out], "[out]")?;
+        same_dtype("linear", "bias", bias, x.dtype())?;
+        same_device("linear", "bias", bias, &x.device())?;
+    }
+    // One product over all rows: its weight gradient is one product too.
+    let y = matmul(x.reshape([rows, inner]), weight.transpose())?;
+    let y = match bias {
+        Some(bias) => y + bias.unsqueeze(),
+        None => y,
+    };
+    dims[D - 1] = out;
+    Ok(y.reshape(dims))
+}
