@@ -1,1 +1,3 @@
-//! nn
+//! Modules, layers and models of the linear-attention family.
+
+pub mod device;
