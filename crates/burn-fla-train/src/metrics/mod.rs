@@ -1,0 +1,148 @@
+//! What a run reports: `metrics.jsonl` always, and the terminal.
+
+mod terminal;
+
+pub use terminal::Terminal;
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::TrainError;
+use crate::checkpoint::write_atomic;
+
+/// One line of `metrics.jsonl`. Every line has the step; the other fields depend on what is reported.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+pub enum Line {
+    /// Every `metrics.log_freq` steps.
+    Train(TrainLine),
+    /// After an evaluation.
+    Validation(ValidationLine),
+    /// A continuation of one of `validation.samples`.
+    Sample(SampleLine),
+}
+
+/// The training figures since the line before.
+#[derive(Clone, Debug, Serialize)]
+pub struct TrainLine {
+    /// Optimiser steps made.
+    pub step: u64,
+    /// Tokens counted in the loss so far.
+    pub tokens: u64,
+    /// Mean cross entropy in nats per token, over the steps since the line before.
+    pub loss: f64,
+    /// Learning rate of the last step.
+    pub lr: f64,
+    /// Norm of the last gradient before the clip.
+    pub grad_norm: f64,
+    /// Training speed since the line before, without evaluations and saves.
+    pub tokens_per_s: f64,
+    /// Seconds since the line before in which the model waited for data.
+    pub data_wait_s: f64,
+    /// Seconds of training so far, without evaluations and saves.
+    pub seconds: f64,
+    /// Steps skipped so far because the gradient was not finite.
+    pub skipped: u64,
+}
+
+/// A held-out evaluation.
+#[derive(Clone, Debug, Serialize)]
+pub struct ValidationLine {
+    /// Optimiser steps made.
+    pub step: u64,
+    /// Tokens counted in the loss so far.
+    pub tokens: u64,
+    /// Mean cross entropy in nats per held-out token.
+    pub validation_loss: f64,
+    /// Cross entropy in bits per byte of held-out text.
+    pub validation_bits_per_byte: f64,
+    /// Seconds of training so far.
+    pub seconds: f64,
+}
+
+/// A continuation.
+#[derive(Clone, Debug, Serialize)]
+pub struct SampleLine {
+    /// Optimiser steps made.
+    pub step: u64,
+    /// What the model was given.
+    pub prompt: String,
+    /// What it went on with.
+    pub sample: String,
+}
+
+/// `metrics.jsonl`: one JSON object a line, flushed as it is written.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+}
+
+impl Journal {
+    /// Opens the journal of a run that continues after `step`: lines of later steps, and a last line cut short by a
+    /// crash, are removed, so that every step is reported once.
+    ///
+    /// # Errors
+    /// A file that cannot be read or written.
+    pub fn open(path: &Path, step: u64) -> Result<Journal, TrainError> {
+        match std::fs::read(path) {
+            Ok(bytes) => {
+                let kept: Vec<&[u8]> = bytes
+                    .split_inclusive(|byte| *byte == b'\n')
+                    .filter(|line| line.ends_with(b"\n") && step_of(line).is_some_and(|at| at <= step))
+                    .collect();
+                let kept = if step == 0 { Vec::new() } else { kept.concat() };
+                if kept.len() < bytes.len() {
+                    write_atomic(path, &kept)?;
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(TrainError::io("read", path)(error)),
+        }
+        let file = OpenOptions::new().create(true).append(true).open(path);
+        Ok(Journal { path: path.to_path_buf(), file: file.map_err(TrainError::io("open", path))? })
+    }
+
+    /// Appends a line.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn write(&mut self, line: &Line) -> Result<(), TrainError> {
+        let mut text = serde_json::to_string(line).expect("a line is plain JSON");
+        text.push('\n');
+        self.file.write_all(text.as_bytes()).map_err(TrainError::io("write", &self.path))
+    }
+}
+
+fn step_of(line: &[u8]) -> Option<u64> {
+    serde_json::from_slice::<serde_json::Value>(line).ok()?.get("step")?.as_u64()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resumed_journal_ends_at_its_step() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let sample = |step| Line::Sample(SampleLine { step, prompt: "fn".into(), sample: " main\n".into() });
+        let mut journal = Journal::open(&path, 0).unwrap();
+        for step in 1..=4 {
+            journal.write(&sample(step)).unwrap();
+        }
+        drop(journal);
+        let whole = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, format!("{whole}{{\"step\": 2, \"lo")).unwrap();
+        let mut journal = Journal::open(&path, 2).unwrap();
+        journal.write(&sample(3)).unwrap();
+        let lines: Vec<u64> =
+            std::fs::read_to_string(&path).unwrap().lines().map(|line| step_of(line.as_bytes()).unwrap()).collect();
+        assert_eq!(lines, [1, 2, 3]);
+        Journal::open(&path, 0).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"");
+    }
+}

@@ -1,0 +1,10 @@
+//! AdamW with a global-norm clip and a guard against gradients that are not finite, all on the device.
+
+mod adamw;
+mod groups;
+mod table;
+
+pub(crate) use adamw::SCALAR_NAMES;
+pub use adamw::{AdamW, AdamWState, StepReport};
+pub use groups::{ParamRule, ParamRules};
+pub use table::{ParamEntry, ParamTable};

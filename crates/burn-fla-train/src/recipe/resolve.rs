@@ -1,0 +1,328 @@
+//! From the merged TOML tree to a [`Recipe`]: types, ranges, defaults. Every key of the format is named here once.
+
+use std::path::{Path, PathBuf};
+
+use super::section::Section;
+use super::value::{Kind, Table};
+use super::*;
+use crate::data::expand;
+
+pub(super) fn resolve(path: &Path, table: &Table) -> Result<Recipe, TrainError> {
+    let name = path.display().to_string();
+    let top = Section::top(&name, table);
+    let mut notices = Vec::new();
+    let job = job(top.section("job")?, path)?;
+    let training = training(top.section("training")?)?;
+    let recipe = Recipe {
+        device: device(top.section("device")?, &training, &mut notices)?,
+        model: model(top.section("model")?)?,
+        optimizer: optimizer(top.section("optimizer")?)?,
+        lr_scheduler: scheduler(top.section("lr_scheduler")?, &training)?,
+        data: data(top.section("data")?, &job)?,
+        checkpoint: checkpoint(top.section("checkpoint")?, &job)?,
+        metrics: metrics(top.section("metrics")?)?,
+        validation: validation(top.section("validation")?)?,
+        job,
+        training,
+        notices,
+    };
+    top.unsupported("profiling", "remove the section")?;
+    top.finish()?;
+    Ok(recipe)
+}
+
+fn folder(section: &Section<'_>, key: &'static str, default: PathBuf) -> Result<PathBuf, TrainError> {
+    match section.string(key)? {
+        None => Ok(default),
+        Some(text) => path_of(section, key, &text),
+    }
+}
+
+fn path_of(section: &Section<'_>, key: &str, text: &str) -> Result<PathBuf, TrainError> {
+    if text.is_empty() {
+        return Err(section.bad(key, "the path is empty".to_string()));
+    }
+    expand(text).map(PathBuf::from).map_err(|message| section.bad(key, message))
+}
+
+fn job(section: Section<'_>, recipe: &Path) -> Result<Job, TrainError> {
+    let stem = recipe.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+    let default = Path::new("runs").join(stem.unwrap_or_else(|| "run".to_string()));
+    let job = Job {
+        dump_folder: folder(&section, "dump_folder", default)?,
+        description: section.string("description")?.unwrap_or_default(),
+        seed: section.count("seed")?.unwrap_or(42),
+    };
+    section.finish()?;
+    Ok(job)
+}
+
+fn device(
+    section: Section<'_>,
+    training: &TrainingSection,
+    notices: &mut Vec<String>,
+) -> Result<DeviceSection, TrainError> {
+    let backend = match section.choice("backend", &["cpu", "cuda", "wgpu"], "cpu")? {
+        "cuda" => Backend::Cuda,
+        "wgpu" => Backend::Wgpu,
+        _ => Backend::Cpu,
+    };
+    let default = if backend == Backend::Cuda { "bfloat16" } else { "float32" };
+    let compute_dtype = match section.choice("compute_dtype", &["bfloat16", "float32"], default)? {
+        "bfloat16" => ComputeDtype::Bfloat16,
+        _ => ComputeDtype::Float32,
+    };
+    let typed = section.positive("threads")?.map(|threads| threads as usize);
+    let threads = match (backend, typed) {
+        (Backend::Cpu, Some(threads)) => threads.min(training.batch_size),
+        (Backend::Cpu, None) => {
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            cores.min(training.batch_size)
+        }
+        (_, Some(threads)) if threads > 1 => {
+            notices.push(format!("device.threads = {threads} has no effect with backend = {:?}", backend.name()));
+            1
+        }
+        _ => 1,
+    };
+    let device =
+        DeviceSection { backend, index: section.count("index")?.unwrap_or(0) as usize, compute_dtype, threads };
+    section.finish()?;
+    Ok(device)
+}
+
+fn model(section: Section<'_>) -> Result<ModelSection, TrainError> {
+    let config = section
+        .string("config")?
+        .ok_or_else(|| section.missing("config", "the path of a config.json, or of a folder with weights"))?;
+    let overrides = section.section("overrides")?;
+    let model = ModelSection {
+        config: path_of(&section, "config", &config)?,
+        tokenizer: match section.string("tokenizer")?.as_deref() {
+            None | Some("byte") => "byte".to_string(),
+            Some(path) => path_of(&section, "tokenizer", path)?.display().to_string(),
+        },
+        overrides: match section.get("overrides").map(|value| &value.kind) {
+            Some(Kind::Table(table)) => {
+                table.entries.iter().map(|(key, value)| (key.clone(), value.to_json())).collect()
+            }
+            _ => serde_json::Map::new(),
+        },
+    };
+    // The model's configuration checks these names itself, so this section has no keys of its own.
+    drop(overrides);
+    section.finish()?;
+    Ok(model)
+}
+
+fn optimizer(section: Section<'_>) -> Result<OptimizerSection, TrainError> {
+    if section.choice("name", &["adamw", "muon"], "adamw")? == "muon" {
+        return Err(section.bad("name", "\"muon\" is not supported yet; use \"adamw\"".to_string()));
+    }
+    let mut groups = Vec::new();
+    for group in section.tables("groups")?.unwrap_or_default() {
+        let pattern = group
+            .string("match")?
+            .ok_or_else(|| group.missing("match", "a regular expression over parameter names"))?;
+        if let Err(error) = regex::Regex::new(&pattern) {
+            return Err(group.bad("match", error.to_string().replace('\n', " ")));
+        }
+        groups.push(GroupRule {
+            pattern,
+            lr_scale: group.number_in("lr_scale", 1.0, 0.0, f64::MAX)?,
+            weight_decay: match group.number("weight_decay")? {
+                None => None,
+                Some(_) => Some(group.number_in("weight_decay", 0.0, 0.0, f64::MAX)?),
+            },
+        });
+        group.finish()?;
+    }
+    let optimizer = OptimizerSection {
+        name: "adamw".to_string(),
+        lr: section.number_in("lr", 3e-4, 0.0, f64::MAX)?,
+        beta1: section.number_in("beta1", 0.9, 0.0, 0.999_999)?,
+        beta2: section.number_in("beta2", 0.95, 0.0, 0.999_999)?,
+        eps: section.number_in("eps", 1e-8, 1e-30, f64::MAX)?,
+        weight_decay: section.number_in("weight_decay", 0.1, 0.0, f64::MAX)?,
+        groups,
+    };
+    section.finish()?;
+    Ok(optimizer)
+}
+
+fn scheduler(section: Section<'_>, training: &TrainingSection) -> Result<SchedulerSection, TrainError> {
+    let warmup = section.count("warmup_steps")?;
+    if let (Some(warmup), Some(steps)) = (warmup, training.total_steps())
+        && warmup > steps
+    {
+        let message = format!("{warmup} is more than the {steps} steps of the run");
+        return Err(section.bad("warmup_steps", message));
+    }
+    let decay_ratio = match section.number("decay_ratio")? {
+        None => None,
+        Some(_) => Some(section.number_in("decay_ratio", 1.0, 0.0, 1.0)?),
+    };
+    let scheduler = SchedulerSection {
+        // Two steps in a hundred; under a budget of time the steps are not known, so a usual number.
+        warmup_steps: warmup.unwrap_or_else(|| training.total_steps().map_or(100, |steps| steps.div_ceil(50))),
+        decay_ratio,
+        decay_type: match section.choice("decay_type", &["cosine", "linear", "sqrt"], "cosine")? {
+            "linear" => DecayKind::Linear,
+            "sqrt" => DecayKind::Sqrt,
+            _ => DecayKind::Cosine,
+        },
+        lr_min: section.number_in("lr_min", 0.1, 0.0, 1.0)?,
+    };
+    section.finish()?;
+    Ok(scheduler)
+}
+
+fn training(section: Section<'_>) -> Result<TrainingSection, TrainError> {
+    let batch_size = section.positive("batch_size")?.unwrap_or(16) as usize;
+    let seq_len = section.positive("seq_len")?.unwrap_or(1024) as usize;
+    let micro = (batch_size * seq_len) as u64;
+    let accumulate = section.positive("gradient_accumulation_steps")?;
+    let gradient_accumulation_steps = match (section.positive("tokens_per_step")?, accumulate) {
+        (None, accumulate) => accumulate.unwrap_or(1),
+        (Some(tokens), None) if tokens % micro == 0 => tokens / micro,
+        (Some(tokens), Some(n)) if tokens == n * micro => n,
+        (Some(tokens), None) => {
+            let message = format!("{tokens} is no multiple of batch_size * seq_len = {micro}");
+            return Err(section.bad("tokens_per_step", message));
+        }
+        (Some(tokens), Some(n)) => {
+            let message = format!(
+                "{tokens} differs from batch_size * seq_len * gradient_accumulation_steps = {}; keep one of the two",
+                n * micro
+            );
+            return Err(section.bad("tokens_per_step", message));
+        }
+    } as usize;
+    let steps = section.positive("steps")?;
+    let tokens = section.positive("tokens")?;
+    let hours = match section.number("hours")? {
+        None => None,
+        Some(_) => Some(section.number_in("hours", 1.0, 1e-6, f64::MAX)?),
+    };
+    match (steps.is_some() as u8) + (tokens.is_some() as u8) + (hours.is_some() as u8) {
+        0 => return Err(section.missing("steps", "the budget: one of steps, tokens, hours")),
+        1 => {}
+        _ => {
+            let key = if hours.is_some() { "hours" } else { "tokens" };
+            return Err(section.bad(key, "only one of steps, tokens and hours can be the budget".into()));
+        }
+    }
+    section.unsupported("context_len", "documents are concatenated and cut at seq_len")?;
+    section.unsupported("varlen", "documents are concatenated and cut at seq_len")?;
+    section.unsupported("activation_checkpoint", "activations are kept")?;
+    let training = TrainingSection {
+        batch_size,
+        seq_len,
+        gradient_accumulation_steps,
+        steps,
+        tokens,
+        hours,
+        max_norm: section.number_in("max_norm", 1.0, 0.0, f64::MAX)?,
+        skip_nan_inf: section.bool("skip_nan_inf", true)?,
+        max_skipped: section.positive("max_skipped")?.unwrap_or(10),
+    };
+    section.finish()?;
+    Ok(training)
+}
+
+fn source(section: Section<'_>) -> Result<SourceSection, TrainError> {
+    let paths = match (section.string("path")?, section.strings("paths")?) {
+        (Some(path), None) => vec![path],
+        (None, Some(paths)) if !paths.is_empty() => paths,
+        (None, Some(_)) => return Err(section.bad("paths", "the list is empty".to_string())),
+        (Some(_), Some(_)) => {
+            return Err(section.bad("path", "give either path or paths".to_string()));
+        }
+        (None, None) => return Err(section.missing("path", "a file name or a pattern such as data/*.txt")),
+    };
+    section.unsupported("weight", "sources are concatenated")?;
+    let format = section.string("format")?;
+    if let Some(name @ ("parquet" | "bin" | "mqar")) = format.as_deref() {
+        let message = format!("{name:?} is not supported yet; use \"text\" or \"jsonl\"");
+        return Err(section.bad("format", message));
+    }
+    let source = SourceSection {
+        root: section.string("root")?,
+        paths,
+        format: match section.choice("format", &["text", "jsonl"], "text")? {
+            "jsonl" => SourceFormat::Jsonl,
+            _ => SourceFormat::Text,
+        },
+        column: section.string("column")?.unwrap_or_else(|| "text".to_string()),
+        max_bytes: section.positive("max_bytes")?,
+    };
+    section.finish()?;
+    Ok(source)
+}
+
+fn data(section: Section<'_>, job: &Job) -> Result<DataSection, TrainError> {
+    let sources = section.tables("sources")?.unwrap_or_default();
+    if sources.is_empty() {
+        return Err(section.missing("sources", "at least one, such as [{ path = \"data/*.txt\" }]"));
+    }
+    let validation = section.tables("validation")?.unwrap_or_default();
+    let validation_fraction = section.number_in("validation_fraction", 0.0, 0.0, 0.5)?;
+    if validation_fraction > 0.0 && !validation.is_empty() {
+        let message = "give either validation or validation_fraction".to_string();
+        return Err(section.bad("validation_fraction", message));
+    }
+    let data = DataSection {
+        cache_folder: folder(&section, "cache_folder", job.dump_folder.join("cache"))?,
+        seed: section.count("seed")?.unwrap_or(job.seed),
+        sources: sources.into_iter().map(source).collect::<Result<_, _>>()?,
+        validation: validation.into_iter().map(source).collect::<Result<_, _>>()?,
+        validation_fraction,
+    };
+    section.finish()?;
+    Ok(data)
+}
+
+fn checkpoint(section: Section<'_>, job: &Job) -> Result<CheckpointSection, TrainError> {
+    section.unsupported("async", "checkpoints are written between two steps")?;
+    section.unsupported("export_hf", "every checkpoint is a Hugging Face folder already")?;
+    let checkpoint = CheckpointSection {
+        interval: section.positive("interval")?.unwrap_or(500),
+        keep_latest_k: section.count("keep_latest_k")?.unwrap_or(2) as usize,
+        folder: folder(&section, "folder", job.dump_folder.join("checkpoints"))?,
+        resume: match section.string("resume")?.as_deref() {
+            None | Some("auto") => Resume::Auto,
+            Some("never") => Resume::Never,
+            Some(path) => Resume::From(path_of(&section, "resume", path)?),
+        },
+    };
+    section.finish()?;
+    Ok(checkpoint)
+}
+
+fn metrics(section: Section<'_>) -> Result<MetricsSection, TrainError> {
+    section.unsupported("tensorboard", "metrics.jsonl is always written")?;
+    section.unsupported("jsonl", "metrics.jsonl is always written")?;
+    let terminal = section.choice("terminal", &["bar", "plain", "tui"], "bar")?;
+    if terminal == "tui" {
+        let message = "\"tui\" is not supported yet; use \"bar\" or \"plain\"".to_string();
+        return Err(section.bad("terminal", message));
+    }
+    let metrics = MetricsSection {
+        log_freq: section.positive("log_freq")?.unwrap_or(10),
+        terminal: if terminal == "plain" { TerminalKind::Plain } else { TerminalKind::Bar },
+    };
+    section.finish()?;
+    Ok(metrics)
+}
+
+fn validation(section: Section<'_>) -> Result<ValidationSection, TrainError> {
+    let validation = ValidationSection {
+        freq: section.count("freq")?.unwrap_or(500),
+        steps: section.positive("steps")?.unwrap_or(20),
+        samples: section.strings("samples")?.unwrap_or_default(),
+        sample_tokens: section.positive("sample_tokens")?.unwrap_or(200) as usize,
+        temperature: section.number_in("temperature", 0.8, 0.0, 100.0)?,
+    };
+    section.finish()?;
+    Ok(validation)
+}

@@ -1,0 +1,156 @@
+use super::*;
+
+const MINIMAL: &str = "\
+[model]
+config = \"gla.json\"
+
+[training]
+steps = 100
+
+[data]
+sources = [{ path = \"a.txt\" }]
+";
+
+fn load(text: &str, overrides: &[&str]) -> Result<Recipe, TrainError> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run.toml");
+    std::fs::write(&path, text).unwrap();
+    let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
+    Recipe::load(&path, &overrides)
+}
+
+fn error(text: &str, overrides: &[&str]) -> String {
+    load(text, overrides).unwrap_err().to_string()
+}
+
+#[test]
+fn defaults_fill_a_minimal_recipe() {
+    let recipe = load(MINIMAL, &[]).unwrap();
+    assert_eq!(recipe.job.dump_folder, Path::new("runs/run"));
+    assert_eq!(recipe.checkpoint.folder, Path::new("runs/run/checkpoints"));
+    assert_eq!(recipe.device.compute_dtype, ComputeDtype::Float32);
+    assert_eq!(recipe.lr_scheduler.warmup_steps, 2);
+    assert_eq!(recipe.optimizer.weight_decay, 0.1);
+    assert_eq!(recipe.data.seed, 42);
+    assert_eq!(recipe.training.tokens_per_step(), 16 * 1024);
+    let cuda = load(MINIMAL, &["device.backend=cuda"]).unwrap();
+    assert_eq!(cuda.device.compute_dtype, ComputeDtype::Bfloat16);
+}
+
+#[test]
+fn the_resolved_recipe_loads_as_itself() {
+    let text = "\
+[job]
+description = \"a \\\"test\\\"\"
+seed = 7
+[device]
+threads = 2
+[model]
+config = \"gla.json\"
+overrides = { hidden_size = 64, attn = { layers = [1], num_heads = 2 }, list = [1, 2] }
+[optimizer]
+groups = [{ match = \"embed\", lr_scale = 0.5, weight_decay = 0 }, { match = 'norm\\.weight$' }]
+[lr_scheduler]
+decay_ratio = 0.2
+decay_type = \"sqrt\"
+[training]
+tokens = 1_000_000
+tokens_per_step = 65536
+[data]
+sources = [{ root = \"/x/*\", paths = [\"a/*.rs\", \"b/*.rs\"], max_bytes = 1000 }]
+validation = [{ path = \"c.jsonl\", format = \"jsonl\", column = \"body\" }]
+[checkpoint]
+resume = \"never\"
+[validation]
+samples = [\"fn \", \"\"]
+";
+    let recipe = load(text, &[]).unwrap();
+    assert_eq!(recipe.training.gradient_accumulation_steps, 4);
+    assert_eq!(recipe.training.total_steps(), Some(16));
+    let again = load(&recipe.to_toml(), &[]).unwrap();
+    assert_eq!(again.to_toml(), recipe.to_toml());
+    assert_eq!(again.hash(), recipe.hash());
+    assert_ne!(load(text, &["job.seed=8"]).unwrap().hash(), recipe.hash());
+    assert_eq!(again.model.overrides["attn"]["layers"][0], 1);
+}
+
+#[test]
+fn unknown_keys_name_file_line_and_nearest() {
+    let text = error(&MINIMAL.replace("steps = 100", "steps = 100\nbatchsize = 4"), &[]);
+    assert!(text.contains("run.toml:6: unknown key `training.batchsize`"), "{text}");
+    assert!(text.contains("did you mean `training.batch_size`"), "{text}");
+    let text = error(&format!("{MINIMAL}\n[optimiser]\nlr = 1\n"), &[]);
+    assert!(text.contains("run.toml:10: unknown key `optimiser`; did you mean `optimizer`"), "{text}");
+    let text = error(&MINIMAL.replace("path =", "pth = 1, path ="), &[]);
+    assert!(text.contains("run.toml:8: unknown key `data.sources[0].pth`"), "{text}");
+    let text = error(MINIMAL, &["training.step=3"]);
+    assert!(text.contains("--set training.step=3: unknown key `training.step`"), "{text}");
+    assert!(text.contains("`training.steps`"), "{text}");
+}
+
+#[test]
+fn wrong_types_and_values_name_what_would_be_right() {
+    let cases: &[(&str, &str)] = &[
+        ("training.steps=ten", "`training.steps` must be a whole number, zero or more, but it is the string \"ten\""),
+        ("training.steps=-1", "but it is the integer -1"),
+        ("training.steps=0", "at least 1"),
+        ("optimizer.lr=\"x\"", "`optimizer.lr` must be a finite number"),
+        ("optimizer.lr=nan", "`optimizer.lr` must be a finite number"),
+        ("optimizer.beta1=1.0", "1 must be between 0 and 0.999999"),
+        ("optimizer.name=muon", "\"muon\" is not supported yet"),
+        ("optimizer.groups=[{ match = \"(\" }]", "`optimizer.groups[0].match`"),
+        ("device.backend=cude", "did you mean \"cuda\""),
+        ("training.tokens=5", "only one of steps, tokens and hours"),
+        ("training.tokens_per_step=5", "no multiple of batch_size * seq_len = 16384"),
+        ("training.varlen=true", "not supported yet"),
+        ("training.skip_nan_inf=1", "must be true or false"),
+        ("lr_scheduler.warmup_steps=101", "101 is more than the 100 steps"),
+        ("data.sources=[]", "`data.sources` is missing"),
+        ("data.sources=[{ path = \"x\", format = \"parquet\" }]", "\"parquet\" is not supported yet"),
+        ("data.sources=[{ format = \"text\" }]", "`data.sources[0].path` is missing"),
+        ("data.sources=[{ path = \"x\", weight = 2 }]", "not supported yet"),
+        ("metrics.terminal=tui", "not supported yet"),
+        ("profiling.enable=true", "not supported yet"),
+        ("model=3", "`model` must be a table"),
+        ("model.config=\"$NO_SUCH_VARIABLE/x\"", "NO_SUCH_VARIABLE is not set"),
+    ];
+    for (set, expected) in cases {
+        let text = error(MINIMAL, &[set]);
+        assert!(text.contains(expected), "{set}: {text}");
+    }
+    for set in ["training", "=3", "a..b=1"] {
+        assert!(error(MINIMAL, &[set]).contains("section.key=value"), "{set}");
+    }
+}
+
+#[test]
+fn missing_files_and_broken_toml() {
+    let text = Recipe::load(Path::new("/no/such/recipe.toml"), &[]).unwrap_err().to_string();
+    assert!(text.contains("cannot read the recipe /no/such/recipe.toml"), "{text}");
+    let text = error("[model]\nconfig = \n", &[]);
+    assert!(text.contains("run.toml:2: not valid TOML"), "{text}");
+    let text = error("[training]\nsteps = 1\n", &[]);
+    assert!(text.contains("`model.config` is missing"), "{text}");
+}
+
+#[test]
+fn extends_merges_and_keeps_origins() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    std::fs::write(at("base.toml"), MINIMAL).unwrap();
+    std::fs::write(at("mid.toml"), "extends = \"base.toml\"\n[training]\nbatch_size = 3\n").unwrap();
+    std::fs::write(at("top.toml"), "extends = \"mid.toml\"\n[training]\nsteps = 7\n").unwrap();
+    let recipe = Recipe::load(&at("top.toml"), &["training.seq_len = 5".to_string()]).unwrap();
+    assert_eq!(recipe.training.steps, Some(7));
+    assert_eq!(recipe.training.batch_size, 3);
+    assert_eq!(recipe.training.seq_len, 5);
+    assert_eq!(recipe.data.sources[0].paths, ["a.txt"]);
+    std::fs::write(at("mid.toml"), "extends = \"base.toml\"\n[training]\nbatch_sice = 3\n").unwrap();
+    let text = Recipe::load(&at("top.toml"), &[]).unwrap_err().to_string();
+    assert!(text.contains("mid.toml:3: unknown key `training.batch_sice`"), "{text}");
+    std::fs::write(at("mid.toml"), "extends = \"top.toml\"\n").unwrap();
+    let text = Recipe::load(&at("top.toml"), &[]).unwrap_err().to_string();
+    assert!(text.contains("extends this recipe in turn"), "{text}");
+    std::fs::write(at("mid.toml"), "extends = \"none.toml\"\n").unwrap();
+    assert!(Recipe::load(&at("top.toml"), &[]).unwrap_err().to_string().contains("none.toml"));
+}
