@@ -1,3 +1,46 @@
-//! Modules, layers and models of the linear-attention family.
+//! Modules, layers and language models of the linear-attention family for Burn.
+//!
+//! - [`modules`]: the small parts, from [`modules::Linear`] to [`modules::cross_entropy`];
+//! - [`layers`]: one file per token mixer, each running a whole sequence or continuing from a state;
+//! - [`models`]: the Hugging Face `config.json`, one [`models::Block`], one [`CausalLm`] for every architecture and
+//!   hybrid, and the [`models::registry`];
+//! - [`hub`]: import from and export to a Hugging Face folder;
+//! - [`generate`](mod@generate), [`tokenizer`]: text out of a model;
+//! - [`device`]: from the name of a backend to a device that answers;
+//! - [`verify`]: a folder of expected results, checked number by number.
+//!
+//! Parameters are always f32; [`Compute`] says in which type activations are kept and which operators run.
+//!
+//! # Example
+//! ```no_run
+//! use burn::tensor::Device;
+//! use burn_fla_nn::{CausalLm, Compute, ModelConfig};
+//!
+//! # fn main() -> Result<(), burn_fla_nn::NnError> {
+//! # let device: Device = unimplemented!();
+//! let config = ModelConfig::from_json(r#"{"model_type": "gla", "vocab_size": 256, "hidden_size": 128,
+//!     "num_heads": 4, "num_hidden_layers": 2}"#)?;
+//! let model = CausalLm::init(&config, 42, &device)?;
+//! # let ids = unimplemented!();
+//! let logits = model.forward(ids, None, Compute::f32())?;
+//! # Ok(())
+//! # }
+//! ```
 
+mod compute;
 pub mod device;
+mod error;
+pub mod generate;
+pub mod hub;
+pub mod layers;
+pub mod models;
+pub mod modules;
+mod params;
+mod per_device;
+pub mod tokenizer;
+pub mod verify;
+
+pub use compute::Compute;
+pub use error::NnError;
+pub use models::{CausalLm, LossOutput, ModelConfig, State};
+pub use params::{NamedParam, ParamPath, ParamScope, ParamSource, named_parameters};

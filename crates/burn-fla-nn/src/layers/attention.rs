@@ -1,0 +1,210 @@
+//! Softmax attention with rotary positions.
+
+use burn::config::Config;
+use burn::module::Module;
+use burn::tensor::{DType, Device, Tensor, activation};
+use burn_fla_ops as ops;
+
+use super::{LayerState, SequenceContext, check_groups};
+use crate::modules::{Linear, RmsNorm, Rotary, merge_heads, split_heads};
+use crate::{NnError, ParamScope, ParamSource};
+
+/// The norm on queries and keys has an ε of its own, whatever `norm_eps` is.
+const QK_NORM_EPS: f64 = 1e-5;
+
+/// Configuration of [`Attention`].
+#[derive(Config, Debug)]
+pub struct AttentionConfig {
+    /// Width of the input and output.
+    pub hidden_size: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads; `None`: as many as query heads.
+    pub num_kv_heads: Option<usize>,
+    /// Whether the maps to q, k and v have biases.
+    #[config(default = "false")]
+    pub qkv_bias: bool,
+    /// Whether each query and key head is normalised before the rotation.
+    #[config(default = "false")]
+    pub qk_norm: bool,
+    /// How many tokens a query sees, itself included; `None`: all before it.
+    pub window_size: Option<usize>,
+    /// Base θ of the rotary frequencies.
+    #[config(default = "10000.0")]
+    pub rope_theta: f64,
+}
+
+/// Causal softmax attention with rotary positions, grouped heads and an optional sliding window:
+/// o_i = Σ_j softmax_j(K^−½ q_i·k_j) v_j over the j in \[i − window + 1, i\] (Vaswani et al. 2017; Su et al. 2021;
+/// Ainslie et al. 2023).
+///
+/// In plain tensor operations: the scores of a forward pass exist as a whole, in f32.
+#[derive(Module, Debug)]
+pub struct Attention {
+    /// `[H·K, hidden]`
+    pub q_proj: Linear,
+    /// `[G·K, hidden]`
+    pub k_proj: Linear,
+    /// `[G·K, hidden]`
+    pub v_proj: Linear,
+    /// `[hidden, H·K]`
+    pub o_proj: Linear,
+    /// `[K]`
+    pub q_norm: Option<RmsNorm>,
+    /// `[K]`
+    pub k_norm: Option<RmsNorm>,
+    /// Number of query heads H.
+    pub num_heads: usize,
+    /// Number of key and value heads G.
+    pub num_kv_heads: usize,
+    /// How many tokens a query sees.
+    pub window_size: Option<usize>,
+    #[module(skip)]
+    rotary: Rotary,
+}
+
+impl AttentionConfig {
+    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
+    ///
+    /// # Errors
+    /// As [`build`](Self::build).
+    pub fn init(&self, seed: u64, device: &Device) -> Result<Attention, NnError> {
+        self.build(&ParamSource::seeded(seed, 0.02, device).root())
+    }
+
+    /// An error for values that no layer can be built from.
+    pub(crate) fn check(&self) -> Result<(), NnError> {
+        let (hidden, heads) = (self.hidden_size, self.num_heads);
+        check_groups(heads, self.num_kv_heads)?;
+        if !hidden.is_multiple_of(heads) {
+            return Err(NnError::config(
+                "num_heads",
+                format!("hidden_size {hidden} must be a multiple of it, and it is {heads}"),
+            ));
+        }
+        let width = hidden / heads;
+        if !width.is_multiple_of(2) {
+            return Err(NnError::config(
+                "num_heads",
+                format!("rotary positions need heads of an even width; {hidden} / {heads} is {width}"),
+            ));
+        }
+        if self.window_size == Some(0) {
+            return Err(NnError::config("window_size", "must be at least 1, or null for none"));
+        }
+        Ok(())
+    }
+
+    /// A layer with the parameters of `scope`.
+    ///
+    /// # Errors
+    /// Head counts that do not divide; a window of 0; an odd head width.
+    pub fn build(&self, scope: &ParamScope<'_, '_>) -> Result<Attention, NnError> {
+        self.check()?;
+        let (hidden, heads) = (self.hidden_size, self.num_heads);
+        let groups = self.num_kv_heads.unwrap_or(heads);
+        let width = hidden / heads;
+        let linear = |name, input, output, bias| Linear::new(&scope.at(name), input, output, bias);
+        let norm = |name| self.qk_norm.then(|| RmsNorm::new(&scope.at(name), width, QK_NORM_EPS));
+        Ok(Attention {
+            q_proj: linear("q_proj", hidden, hidden, self.qkv_bias),
+            k_proj: linear("k_proj", hidden, groups * width, self.qkv_bias),
+            v_proj: linear("v_proj", hidden, groups * width, self.qkv_bias),
+            o_proj: linear("o_proj", hidden, hidden, false),
+            q_norm: norm("q_norm"),
+            k_norm: norm("k_norm"),
+            num_heads: heads,
+            num_kv_heads: groups,
+            window_size: self.window_size,
+            rotary: Rotary::new(width, self.rope_theta)?,
+        })
+    }
+}
+
+impl Attention {
+    /// The mixed sequence, and the keys and values to go on from when the context keeps states.
+    ///
+    /// # Shapes
+    /// - `x` and the output `[B, T, hidden]`
+    ///
+    /// # Errors
+    /// A state of another kind of layer; shapes that do not fit.
+    pub fn forward(
+        &self,
+        x: Tensor<3>,
+        past: Option<LayerState>,
+        context: &SequenceContext,
+    ) -> Result<(Tensor<3>, Option<LayerState>), NnError> {
+        context.check_input(&x, self.q_proj.weight.dims()[1])?;
+        let engine = context.compute().engine;
+        let rotate = |x: Tensor<3>, heads: usize, norm: Option<&RmsNorm>| {
+            let x = split_heads(x, heads);
+            let x = match norm {
+                Some(norm) => norm.forward(x, engine)?,
+                None => x,
+            };
+            self.rotary.forward(x, context.positions(), context.position_end(), engine)
+        };
+        let q = rotate(self.q_proj.forward(x.clone())?, self.num_heads, self.q_norm.as_ref())?;
+        let k = rotate(self.k_proj.forward(x.clone())?, self.num_kv_heads, self.k_norm.as_ref())?;
+        let v = split_heads(self.v_proj.forward(x)?, self.num_kv_heads);
+        let (k, v) = match past {
+            None => (k, v),
+            Some(LayerState::KeyValue { k: k0, v: v0 }) => (Tensor::cat(vec![k0, k], 1), Tensor::cat(vec![v0, v], 1)),
+            Some(LayerState::Recurrent { .. }) => {
+                return Err(NnError::argument("state", "an attention layer was given the state of a recurrent layer"));
+            }
+        };
+        let o = self.attend(q, k.clone(), v.clone(), context)?;
+        let state = context.keep_state().then(|| LayerState::KeyValue { k: self.keep(k), v: self.keep(v) });
+        Ok((self.o_proj.forward(merge_heads(o))?, state))
+    }
+
+    /// The keys or values that a later token may still see: all, or one less than the window.
+    fn keep(&self, x: Tensor<4>) -> Tensor<4> {
+        let length = x.dims()[1];
+        match self.window_size {
+            // One at least: not every device knows tensors without elements.
+            Some(window) if length >= window => last(x, (window - 1).max(1)),
+            _ => x,
+        }
+    }
+
+    /// q `[B, T, H, K]`, k and v `[B, S, G, K]`, S ≥ T: to `[B, T, H, K]`.
+    fn attend(
+        &self,
+        q: Tensor<4>,
+        k: Tensor<4>,
+        v: Tensor<4>,
+        context: &SequenceContext,
+    ) -> Result<Tensor<4>, NnError> {
+        let [b, t, heads, width] = q.dims();
+        let dtype = q.dtype();
+        // Keys that no query of this input sees.
+        let reach = match self.window_size {
+            Some(window) => (t + window - 1).min(k.dims()[1]),
+            None => k.dims()[1],
+        };
+        let (k, v) = (last(k, reach), last(v, reach));
+        let groups = self.num_kv_heads;
+        // The query heads that share a key head stand below each other in one product: keys are not repeated.
+        let q = q.swap_dims(1, 2).reshape([b, groups, heads / groups * t, width]);
+        let scores = ops::matmul(q, k.permute([0, 2, 3, 1]))?
+            .cast(DType::F32)
+            .reshape([b, heads, t, reach])
+            .mul_scalar((width as f64).powf(-0.5));
+        let scores = match context.attention_bias(self.window_size, reach) {
+            Some(bias) => scores + bias,
+            None => scores,
+        };
+        let p = activation::softmax(scores, 3).cast(dtype).reshape([b, groups, heads / groups * t, reach]);
+        let o = ops::matmul(p, v.swap_dims(1, 2))?;
+        Ok(o.reshape([b, heads, t, width]).swap_dims(1, 2))
+    }
+}
+
+/// The last `count` tokens of `[B, S, G, K]`.
+fn last(x: Tensor<4>, count: usize) -> Tensor<4> {
+    let length = x.dims()[1];
+    if count == length { x } else { x.narrow(1, length - count, count) }
+}

@@ -1,0 +1,91 @@
+//! Token mixers, one file each.
+//!
+//! A mixer maps `[batch, tokens, width]` to the same shape. Its `forward` takes a whole sequence, or, given the
+//! [`LayerState`] of the tokens before, goes on from there; one token at a time it runs the recurrent form of its
+//! operator, at constant memory for the recurrent mixers.
+//!
+//! Shape letters: B batch, T tokens, H heads, G key and value heads (H a multiple of G), K width of a key head,
+//! V width of a value head.
+
+mod attention;
+mod context;
+mod gla;
+mod retention;
+
+pub use attention::{Attention, AttentionConfig};
+pub use context::{LayerState, SequenceContext};
+pub use gla::{Gla, GlaConfig};
+pub use retention::{Retention, RetentionConfig};
+
+use crate::NnError;
+
+/// The widths that a linear-attention mixer derives from its configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MixerDims {
+    pub heads: usize,
+    pub groups: usize,
+    /// H · K
+    pub keys: usize,
+    /// H · V
+    pub values: usize,
+}
+
+impl MixerDims {
+    pub(crate) fn new(
+        hidden: usize,
+        heads: usize,
+        groups: Option<usize>,
+        expand_k: f64,
+        expand_v: f64,
+    ) -> Result<Self, NnError> {
+        let groups = check_groups(heads, groups)?;
+        let width = |field: &str, factor: f64| {
+            let width = hidden as f64 * factor;
+            if !width.is_finite() || width < 1.0 || width.fract() != 0.0 {
+                return Err(NnError::config(
+                    field,
+                    format!("hidden_size {hidden} times {factor} is not a whole number of features"),
+                ));
+            }
+            let width = width as usize;
+            if !width.is_multiple_of(heads) {
+                return Err(NnError::config(
+                    field,
+                    format!("hidden_size {hidden} times {factor} is {width}, not a multiple of num_heads {heads}"),
+                ));
+            }
+            Ok(width)
+        };
+        Ok(Self { heads, groups, keys: width("expand_k", expand_k)?, values: width("expand_v", expand_v)? })
+    }
+
+    /// How many heads share a key and value head.
+    pub(crate) fn repeat(&self) -> usize {
+        self.heads / self.groups
+    }
+
+    /// K
+    pub(crate) fn key_width(&self) -> usize {
+        self.keys / self.heads
+    }
+
+    /// V
+    pub(crate) fn value_width(&self) -> usize {
+        self.values / self.heads
+    }
+}
+
+/// The number of key and value heads.
+pub(crate) fn check_groups(heads: usize, groups: Option<usize>) -> Result<usize, NnError> {
+    if heads == 0 {
+        return Err(NnError::config("num_heads", "must be at least 1"));
+    }
+    let groups = groups.unwrap_or(heads);
+    if groups == 0 || !heads.is_multiple_of(groups) {
+        return Err(NnError::config(
+            "num_kv_heads",
+            format!("num_heads {heads} must be a multiple of it, and it is {groups}"),
+        ));
+    }
+    Ok(groups)
+}

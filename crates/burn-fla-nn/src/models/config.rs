@@ -1,0 +1,351 @@
+//! The model's config: a Hugging Face `config.json`.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::block::MixerConfig;
+use super::fields::Fields;
+use super::hybrid::{self, HybridAttention};
+use super::registry;
+use crate::NnError;
+
+/// The config of a [`CausalLm`](crate::CausalLm), read from and written as a Hugging Face `config.json`.
+///
+/// Fields that this library does not know are kept as they are. A field it knows has to have a value it supports:
+/// whatever would change the numbers of a model in a way that is not implemented is an error that names the field.
+#[derive(Clone, Debug)]
+pub struct ModelConfig {
+    raw: Map<String, Value>,
+    common: CommonConfig,
+    mixer: MixerConfig,
+    attn: Vec<HybridAttention>,
+}
+
+/// The fields that every architecture has.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CommonConfig {
+    /// Size of the vocabulary.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the feed-forward network.
+    pub intermediate_size: usize,
+    /// Number of layers.
+    pub num_hidden_layers: usize,
+    /// The longest sequence the model is meant for. A note: nothing is cut off there.
+    pub max_position_embeddings: usize,
+    /// Whether the norm on a mixer's output has a weight.
+    pub elementwise_affine: bool,
+    /// ε of the norms.
+    pub norm_eps: f64,
+    /// Decides the name of the weight of the norm on a mixer's output.
+    pub fuse_norm: bool,
+    /// Whether the output map is the embedding.
+    pub tie_word_embeddings: bool,
+    /// Standard deviation of the weights at the start.
+    pub initializer_range: f64,
+    /// The id whose embedding never receives a gradient.
+    pub pad_token_id: Option<u32>,
+    /// The id that begins a text.
+    pub bos_token_id: Option<u32>,
+    /// The id that ends a text.
+    pub eos_token_id: Option<u32>,
+}
+
+impl ModelConfig {
+    /// Reads a `config.json`.
+    ///
+    /// # Errors
+    /// An unreadable file, and all of [`from_json`](Self::from_json).
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self, NnError> {
+        let path = path.as_ref();
+        let text = std::fs::read_to_string(path).map_err(NnError::io("read", path))?;
+        Self::from_json(&text).map_err(|error| match error {
+            NnError::Json(message) => NnError::format(path, message),
+            other => NnError::format(path, other.to_string()),
+        })
+    }
+
+    /// Reads the text of a `config.json`.
+    ///
+    /// # Errors
+    /// Text that is not a JSON object; an architecture that is not in the registry; a field with a value that is not
+    /// supported or contradicts another.
+    pub fn from_json(text: &str) -> Result<Self, NnError> {
+        match serde_json::from_str(text) {
+            Ok(Value::Object(map)) => Self::from_map(map),
+            Ok(other) => Err(NnError::Json(format!("found {other}"))),
+            Err(error) => Err(NnError::Json(error.to_string())),
+        }
+    }
+
+    /// Reads the fields of a `config.json`.
+    ///
+    /// # Errors
+    /// As [`from_json`](Self::from_json).
+    pub fn from_map(raw: Map<String, Value>) -> Result<Self, NnError> {
+        let fields = Fields::new(&raw, "");
+        let model_type = fields.optional_str("model_type")?.ok_or_else(|| fields.error("model_type", "is missing"))?;
+        let architecture = registry::find(model_type)?;
+        let common = common(&fields, architecture)?;
+        let mixer = (architecture.parse)(&fields, &common)?;
+        mixer.check()?;
+        let attn = if architecture.hybrid {
+            hybrid::parse(&fields, &common)?
+        } else if fields.get("attn").is_some() {
+            return Err(fields.error("attn", format!("{model_type} has no hybrid form")));
+        } else {
+            Vec::new()
+        };
+        warn_of_near_misses(&raw);
+        Ok(Self { raw, common, mixer, attn })
+    }
+
+    /// The same config with the fields of `overrides` in place of its own; a null takes a field back to its default.
+    ///
+    /// # Errors
+    /// As [`from_json`](Self::from_json).
+    pub fn with_overrides(&self, overrides: &Map<String, Value>) -> Result<Self, NnError> {
+        let mut raw = self.raw.clone();
+        for (field, value) in overrides {
+            raw.insert(field.clone(), value.clone());
+        }
+        Self::from_map(raw)
+    }
+
+    /// The text of a `config.json`: every field as it was given, in its order.
+    pub fn to_json(&self) -> String {
+        // A map of JSON values is always JSON.
+        let mut text = serde_json::to_string_pretty(&self.raw).unwrap_or_default();
+        text.push('\n');
+        text
+    }
+
+    /// Every field as it was given.
+    pub fn fields(&self) -> &Map<String, Value> {
+        &self.raw
+    }
+
+    /// Name of the architecture in the registry.
+    pub fn model_type(&self) -> &str {
+        self.raw.get("model_type").and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// The fields that every architecture has.
+    pub fn common(&self) -> &CommonConfig {
+        &self.common
+    }
+
+    /// Size of the vocabulary.
+    pub fn vocab_size(&self) -> usize {
+        self.common.vocab_size
+    }
+
+    /// Width of the residual stream.
+    pub fn hidden_size(&self) -> usize {
+        self.common.hidden_size
+    }
+
+    /// Number of layers.
+    pub fn num_layers(&self) -> usize {
+        self.common.num_hidden_layers
+    }
+
+    /// The id that ends a text.
+    pub fn eos_token_id(&self) -> Option<u32> {
+        self.common.eos_token_id
+    }
+
+    /// The softmax layers of a hybrid.
+    pub fn hybrid(&self) -> &[HybridAttention] {
+        &self.attn
+    }
+
+    /// The mixer of layer `index`.
+    pub fn mixer(&self, index: usize) -> MixerConfig {
+        self.attn
+            .iter()
+            .find(|entry| entry.layers.contains(&index))
+            .map_or_else(|| self.mixer.clone(), |entry| MixerConfig::Attention(entry.attention.clone()))
+    }
+}
+
+fn common(fields: &Fields<'_>, architecture: &registry::Architecture) -> Result<CommonConfig, NnError> {
+    refuse_unsupported(fields)?;
+    let hidden_size = fields.usize("hidden_size", 2048)?;
+    let intermediate_size = match fields.optional_usize("intermediate_size")? {
+        Some(size) => size,
+        None => {
+            let ratio = match fields.optional_f64("hidden_ratio")? {
+                Some(ratio) if ratio > 0.0 && ratio <= 1024.0 => ratio,
+                Some(_) => return Err(fields.error("hidden_ratio", "must be above 0")),
+                None if fields.is_null("hidden_ratio") => 4.0,
+                None => architecture.hidden_ratio,
+            };
+            let size = (hidden_size as f64 * ratio * 2.0 / 3.0) as usize;
+            256 * size.max(1).div_ceil(256)
+        }
+    };
+    let vocab_size = fields.usize("vocab_size", 32_000)?;
+    let id = |field: &str, default: Option<u32>| {
+        if fields.is_absent(field) { Ok(default) } else { fields.optional_id(field) }
+    };
+    let pad_token_id = id("pad_token_id", None)?;
+    if let Some(id) = pad_token_id
+        && id as usize >= vocab_size
+    {
+        return Err(fields.error("pad_token_id", format!("{id} is not below vocab_size {vocab_size}")));
+    }
+    Ok(CommonConfig {
+        vocab_size,
+        hidden_size,
+        intermediate_size,
+        num_hidden_layers: fields.usize("num_hidden_layers", 24)?,
+        max_position_embeddings: fields.usize("max_position_embeddings", 2048)?,
+        elementwise_affine: fields.bool("elementwise_affine", true)?,
+        norm_eps: fields.positive("norm_eps", 1e-6)?,
+        fuse_norm: fields.bool("fuse_norm", true)?,
+        tie_word_embeddings: fields.bool("tie_word_embeddings", false)?,
+        initializer_range: fields.positive("initializer_range", 0.02)?,
+        pad_token_id,
+        bos_token_id: id("bos_token_id", Some(1))?,
+        eos_token_id: id("eos_token_id", Some(2))?,
+    })
+}
+
+/// Fields that change a model's numbers, at values that are not implemented.
+fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), NnError> {
+    match fields.optional_str("hidden_act")? {
+        None | Some("swish") => {}
+        Some(other) => {
+            return Err(fields.error("hidden_act", format!("`{other}` is not supported; supported is `swish`")));
+        }
+    }
+    for field in ["attnres_block_size", "rope_scaling"] {
+        if let Some(value) = fields.get(field) {
+            return Err(fields.error(field, format!("{value} is not supported; it must be null")));
+        }
+    }
+    if fields.bool("use_l2warp", false)? {
+        return Err(fields.error("use_l2warp", "true is not supported; it must be false"));
+    }
+    if fields.bool("fuse_cross_entropy", true)? && fields.bool("fuse_linear_cross_entropy", false)? {
+        return Err(fields.error("fuse_linear_cross_entropy", "excludes fuse_cross_entropy, which is true"));
+    }
+    fields.bool("fuse_swiglu", true)?;
+    Ok(())
+}
+
+/// A field nobody knows is kept, but one letter beside a known name it is most likely a mistake.
+fn warn_of_near_misses(raw: &Map<String, Value>) {
+    for field in raw.keys() {
+        if registry::KNOWN_FIELDS.contains(&field.as_str()) {
+            continue;
+        }
+        if let Some(known) = registry::KNOWN_FIELDS.iter().find(|known| strsim::damerau_levenshtein(known, field) <= 2)
+        {
+            tracing::warn!("model config: the unknown field `{field}` is kept and not used; did you mean `{known}`?");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gla(extra: &str) -> Result<ModelConfig, NnError> {
+        ModelConfig::from_json(&format!(
+            r#"{{"model_type": "gla", "hidden_size": 64, "num_heads": 2, "num_hidden_layers": 4{extra}}}"#
+        ))
+    }
+
+    fn message(extra: &str) -> String {
+        gla(extra).expect_err(extra).to_string()
+    }
+
+    #[test]
+    fn defaults_follow_the_format() {
+        let config = gla("").expect("a valid config");
+        let common = config.common();
+        assert_eq!(common.intermediate_size, 256);
+        assert_eq!(common.eos_token_id, Some(2));
+        assert_eq!(gla(r#", "eos_token_id": null"#).expect("valid").eos_token_id(), None);
+        let retnet =
+            ModelConfig::from_json(r#"{"model_type": "retnet", "num_hidden_layers": 2}"#).expect("a valid config");
+        // int(2048 · 2 · 2 / 3) = 2730, rounded up to a multiple of 256.
+        assert_eq!(retnet.common().intermediate_size, 2816);
+    }
+
+    #[test]
+    fn unknown_fields_are_kept() {
+        let config = gla(r#", "transformers_version": "5", "mine": [1, {"a": null}]"#).expect("valid");
+        let again = ModelConfig::from_json(&config.to_json()).expect("valid");
+        assert_eq!(config.fields(), again.fields());
+        assert_eq!(again.fields()["mine"].to_string(), r#"[1,{"a":null}]"#);
+    }
+
+    #[test]
+    fn values_that_are_not_supported_are_named() {
+        for (extra, words) in [
+            (r#", "hidden_act": "powlu""#, ["hidden_act", "powlu"]),
+            (r#", "attnres_block_size": 2"#, ["attnres_block_size", "null"]),
+            (r#", "use_l2warp": true"#, ["use_l2warp", "false"]),
+            (r#", "num_heads": 3"#, ["expand_k", "num_heads"]),
+            (r#", "num_kv_heads": 3"#, ["num_kv_heads", "multiple"]),
+            (r#", "expand_k": 0.3"#, ["expand_k", "whole"]),
+            (r#", "feature_map": "taylor""#, ["feature_map", "sqrelu"]),
+            (r#", "vocab_size": "many""#, ["vocab_size", "many"]),
+            (r#", "vocab_size": null"#, ["vocab_size", "null"]),
+            (r#", "norm_eps": 0"#, ["norm_eps", "above 0"]),
+            (r#", "pad_token_id": 32000"#, ["pad_token_id", "32000"]),
+            (r#", "clamp_min": 0.5"#, ["clamp_min", "0.5"]),
+            (r#", "use_short_conv": 1"#, ["use_short_conv", "true or false"]),
+            (r#", "fuse_linear_cross_entropy": true"#, ["fuse_linear_cross_entropy", "excludes"]),
+        ] {
+            let message = message(extra);
+            for word in words {
+                assert!(message.contains(word), "{extra}: {message}");
+            }
+        }
+        let unknown = ModelConfig::from_json(r#"{"model_type": "retnt"}"#).expect_err("unknown");
+        assert!(unknown.to_string().contains("did you mean `retnet`"), "{unknown}");
+        assert!(ModelConfig::from_json("[]").is_err());
+        assert!(ModelConfig::from_json("{").is_err());
+    }
+
+    #[test]
+    fn overrides_are_checked_too() {
+        let config = gla("").expect("valid");
+        let change = |text: &str| match serde_json::from_str(text) {
+            Ok(Value::Object(map)) => config.with_overrides(&map),
+            _ => panic!("{text}"),
+        };
+        assert_eq!(change(r#"{"vocab_size": 257}"#).expect("valid").vocab_size(), 257);
+        assert!(change(r#"{"num_heads": 5}"#).is_err());
+    }
+
+    #[test]
+    fn hybrids_are_checked() {
+        let one = r#"{"layers": [1, 3], "num_heads": 4, "num_kv_heads": 2, "window_size": 16, "mine": 1}"#;
+        let config = gla(&format!(r#", "attn": {one}"#)).expect("valid");
+        assert!(matches!(config.mixer(1), MixerConfig::Attention(_)));
+        assert!(matches!(config.mixer(2), MixerConfig::Gla(_)));
+        let two =
+            gla(r#", "attn": [{"layers": [0], "num_heads": 2}, {"layers": [2], "num_heads": 4}]"#).expect("valid");
+        assert_eq!(two.hybrid().len(), 2);
+        for (attn, word) in [
+            (r#"{"layers": [4], "num_heads": 4}"#, "attn.layers"),
+            (r#"{"layers": [1, 1], "num_heads": 4}"#, "twice"),
+            (r#"[{"layers": [1], "num_heads": 4}, {"layers": [1], "num_heads": 4}]"#, "attn[1].layers"),
+            (r#"{"layers": [1]}"#, "attn.num_heads"),
+            (r#"{"num_heads": 4}"#, "attn.layers"),
+            (r#"{"layers": [1], "num_heads": 4, "window_size": 0}"#, "attn.window_size"),
+            (r#"{"layers": [1], "num_heads": 5}"#, "num_heads"),
+            (r#""all""#, "attn"),
+        ] {
+            let message = message(&format!(r#", "attn": {attn}"#));
+            assert!(message.contains(word), "{attn}: {message}");
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Hybrids: some layers with softmax attention, said by the field `attn`.
+
+use serde_json::Value;
+
+use super::config::CommonConfig;
+use super::fields::Fields;
+use crate::NnError;
+use crate::layers::AttentionConfig;
+
+/// One object of `attn`: these layers use softmax attention in place of the architecture's own mixer.
+#[derive(Clone, Debug)]
+pub struct HybridAttention {
+    /// Numbers of the layers, from 0.
+    pub layers: Vec<usize>,
+    /// Their attention.
+    pub attention: AttentionConfig,
+}
+
+/// The field `attn`: null, one object or a list of objects. No layer may be out of range or named twice.
+pub(crate) fn parse(fields: &Fields<'_>, common: &CommonConfig) -> Result<Vec<HybridAttention>, NnError> {
+    let objects: Vec<(String, &Value)> = match fields.get("attn") {
+        None => return Ok(Vec::new()),
+        Some(Value::Array(list)) => list.iter().enumerate().map(|(i, value)| (format!("attn[{i}]"), value)).collect(),
+        Some(value) => vec![("attn".to_string(), value)],
+    };
+    let mut taken = vec![false; common.num_hidden_layers];
+    let mut parsed = Vec::with_capacity(objects.len());
+    for (name, value) in objects {
+        let Value::Object(map) = value else {
+            return Err(NnError::config(
+                name,
+                format!("expected an object with `layers` and `num_heads`, found {value}"),
+            ));
+        };
+        let fields = Fields::new(map, format!("{name}."));
+        let layers = fields.list("layers")?;
+        for layer in &layers {
+            match taken.get_mut(*layer) {
+                Some(taken @ false) => *taken = true,
+                Some(true) => {
+                    return Err(fields.error("layers", format!("layer {layer} is named twice")));
+                }
+                None => {
+                    return Err(fields.error(
+                        "layers",
+                        format!(
+                            "layer {layer} is out of range: there are {} layers, counted from 0",
+                            common.num_hidden_layers
+                        ),
+                    ));
+                }
+            }
+        }
+        let attention = attention(&fields, common.hidden_size, fields.required_usize("num_heads")?)?;
+        parsed.push(HybridAttention { layers, attention });
+    }
+    Ok(parsed)
+}
+
+/// The fields of softmax attention that a hybrid's object and the transformer have in common.
+pub(crate) fn attention(fields: &Fields<'_>, hidden_size: usize, num_heads: usize) -> Result<AttentionConfig, NnError> {
+    let config = AttentionConfig::new(hidden_size, num_heads)
+        .with_num_kv_heads(fields.optional_usize("num_kv_heads")?)
+        .with_qkv_bias(fields.bool("qkv_bias", false)?)
+        .with_window_size(fields.optional_usize("window_size")?)
+        .with_rope_theta(fields.positive("rope_theta", 10_000.0)?);
+    config.check().map_err(|error| match error {
+        NnError::Config { field, message } => fields.error(&field, message),
+        other => other,
+    })?;
+    Ok(config)
+}

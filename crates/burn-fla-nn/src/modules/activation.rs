@@ -1,0 +1,68 @@
+//! Activations that mixers apply to queries, keys and gates.
+
+use burn::tensor::{DType, Tensor, activation};
+use serde::{Deserialize, Serialize};
+
+/// ln σ(x) = min(x, 0) − ln(1 + e^−|x|).
+///
+/// This form neither overflows nor loses the answer far below zero, where it is x itself. On the CPU it costs about
+/// as much as a sigmoid and a logarithm and a third of Burn's own `log_sigmoid`.
+pub fn log_sigmoid<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let tail = x.clone().abs().neg().exp().log1p();
+    x.clamp_max(0.0) - tail
+}
+
+/// An elementwise map of queries and keys (`feature_map` in config.json), computed in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FeatureMap {
+    /// max(x, 0)
+    Relu,
+    /// σ(x)
+    Sigmoid,
+    /// ln σ(x)
+    LogSigmoid,
+    /// x σ(x)
+    #[serde(alias = "swish")]
+    Silu,
+    /// max(x, 0)²
+    SqRelu,
+    /// x Φ(x), in the tanh form
+    Gelu,
+}
+
+impl FeatureMap {
+    /// The names that config.json may give, each with its map.
+    pub const NAMES: [(&'static str, FeatureMap); 7] = [
+        ("relu", FeatureMap::Relu),
+        ("sigmoid", FeatureMap::Sigmoid),
+        ("logsigmoid", FeatureMap::LogSigmoid),
+        ("silu", FeatureMap::Silu),
+        ("swish", FeatureMap::Silu),
+        ("sqrelu", FeatureMap::SqRelu),
+        ("gelu", FeatureMap::Gelu),
+    ];
+
+    /// The map called `name` in config.json.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::NAMES.iter().find(|(known, _)| *known == name).map(|(_, map)| *map)
+    }
+
+    /// Applies the map to each element; the output has the input's type.
+    pub fn apply<const D: usize>(self, x: Tensor<D>) -> Tensor<D> {
+        let dtype = x.dtype();
+        let x = x.cast(DType::F32);
+        let y = match self {
+            Self::Relu => activation::relu(x),
+            Self::Sigmoid => activation::sigmoid(x),
+            Self::LogSigmoid => log_sigmoid(x),
+            Self::Silu => activation::silu(x),
+            Self::SqRelu => {
+                let y = activation::relu(x);
+                y.clone() * y
+            }
+            Self::Gelu => activation::gelu_approximate(x),
+        };
+        y.cast(dtype)
+    }
+}

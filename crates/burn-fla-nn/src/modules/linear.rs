@@ -1,0 +1,35 @@
+//! Linear map.
+
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+use burn_fla_ops as ops;
+
+use crate::{NnError, ParamScope};
+
+/// y = x Wᵀ (+ b), with W stored `[out, in]` as in PyTorch.
+#[derive(Module, Debug)]
+pub struct Linear {
+    /// W, `[out, in]`.
+    pub weight: Param<Tensor<2>>,
+    /// b, `[out]`.
+    pub bias: Option<Param<Tensor<1>>>,
+}
+
+impl Linear {
+    /// A map of `input` to `output` features: W from N(0, std), b zero.
+    pub fn new(scope: &ParamScope<'_, '_>, input: usize, output: usize, bias: bool) -> Self {
+        Self { weight: scope.normal("weight", [output, input]), bias: bias.then(|| scope.zeros("bias", [output])) }
+    }
+
+    /// # Shapes
+    /// - input `[..., in]`, f32 or bf16
+    /// - output `[..., out]`, the input's type
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Result<Tensor<D>, NnError> {
+        let dtype = x.dtype();
+        let bias = self.bias.as_ref().map(|b| b.val().cast(dtype));
+        Ok(ops::linear(x, self.weight.val().cast(dtype), bias)?)
+    }
+}

@@ -1,0 +1,25 @@
+//! The parts that layers and models are made of.
+//!
+//! Every module is built by a configuration's `init` or from a [`ParamScope`](crate::ParamScope); its fields carry the
+//! Hugging Face names of the parameters. Parameters are f32 and are cast to the type of the input where they are used.
+
+mod activation;
+mod embedding;
+mod heads;
+mod linear;
+mod loss;
+mod mlp;
+mod norm;
+mod rotary;
+mod short_conv;
+
+pub use activation::{FeatureMap, log_sigmoid};
+pub use embedding::Embedding;
+pub use heads::{merge_heads, repeat_heads, split_heads};
+pub use linear::Linear;
+pub use loss::{IGNORED_LABEL, LossOutput, cross_entropy};
+pub use mlp::GatedMlp;
+pub use norm::RmsNorm;
+pub(crate) use norm::output_norm;
+pub use rotary::{Rotary, RotaryTables};
+pub use short_conv::ShortConv;

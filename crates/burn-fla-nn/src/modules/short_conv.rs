@@ -1,0 +1,42 @@
+//! Short depthwise convolution.
+
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+use burn_fla_ops::{self as ops, CuSeqlens, Engine, ShortConvOptions};
+
+use crate::{NnError, ParamScope};
+
+/// y_t = silu(Σ_j w\[:, j\] ⊙ x_{t−W+1+j}): each channel mixed over its last W tokens.
+#[derive(Module, Debug)]
+pub struct ShortConv {
+    /// w, `[channels, 1, W]`: the layout of PyTorch's depthwise Conv1d.
+    pub weight: Param<Tensor<3>>,
+}
+
+impl ShortConv {
+    /// A convolution over `size` tokens, taps from N(0, std).
+    pub fn new(scope: &ParamScope<'_, '_>, channels: usize, size: usize) -> Self {
+        Self { weight: scope.normal("weight", [channels, 1, size]) }
+    }
+
+    /// The convolved sequence, and the last W inputs of each sequence to go on from.
+    ///
+    /// # Shapes
+    /// - `x` and the output `[batch, tokens, channels]`
+    /// - `cache` `[sequences, channels, W]`; `None`: zeros
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn forward(
+        &self,
+        x: Tensor<3>,
+        cache: Option<Tensor<3>>,
+        cu_seqlens: Option<CuSeqlens>,
+        engine: Engine,
+    ) -> Result<(Tensor<3>, Tensor<3>), NnError> {
+        let weight = self.weight.val();
+        let [channels, _, size] = weight.dims();
+        let weight = weight.reshape([channels, size]).cast(x.dtype());
+        Ok(ops::short_conv(x, weight, None, ShortConvOptions { silu: true, initial: cache, cu_seqlens, engine })?)
+    }
+}

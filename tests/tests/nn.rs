@@ -1,0 +1,14 @@
+//! Modules, layers, models, import and export, generation, verification.
+
+#[path = "nn/common.rs"]
+mod common;
+#[path = "nn/files.rs"]
+mod files;
+#[path = "nn/generation.rs"]
+mod generation;
+#[path = "nn/golden.rs"]
+mod golden;
+#[path = "nn/models.rs"]
+mod models;
+#[path = "nn/parts.rs"]
+mod parts;

@@ -1,0 +1,77 @@
+//! Models small enough to run everywhere, one for each way a layer can be put together.
+
+use std::path::PathBuf;
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_fla_nn::{CausalLm, ModelConfig};
+
+/// The folder of an expected case.
+pub fn golden(case: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/golden").join(case)
+}
+
+/// The folders of all expected cases.
+pub const GOLDEN: [&str; 4] = ["retnet", "gla", "gla_hybrid", "transformer"];
+
+/// Vocabulary of the small models.
+pub const VOCABULARY: usize = 61;
+
+/// Config of a small model: `fields` come on top of the common ones.
+pub fn config(model_type: &str, fields: &str) -> ModelConfig {
+    ModelConfig::from_json(&format!(
+        r#"{{"model_type": "{model_type}", "vocab_size": {VOCABULARY}, "hidden_size": 48, "intermediate_size": 64,
+            "num_hidden_layers": 2, "initializer_range": 0.15, "pad_token_id": 0{fields}}}"#
+    ))
+    .expect("a valid config")
+}
+
+/// One config for each way a layer can be put together, with a name.
+pub fn configs() -> Vec<(&'static str, ModelConfig)> {
+    vec![
+        ("retnet", config("retnet", r#", "num_heads": 2"#)),
+        (
+            "retnet, grouped, mapped, without gate",
+            config(
+                "retnet",
+                r#", "num_heads": 4, "num_kv_heads": 2, "feature_map": "swish", "use_output_gate": false"#,
+            ),
+        ),
+        ("gla", config("gla", r#", "num_heads": 2"#)),
+        (
+            "gla, convolutions, grouped, mapped, clamped, tied",
+            config(
+                "gla",
+                r#", "num_heads": 3, "num_kv_heads": 1, "expand_k": 0.5, "use_short_conv": true, "feature_map": "relu",
+                    "clamp_min": -0.03, "tie_word_embeddings": true"#,
+            ),
+        ),
+        (
+            "gla, norm without weight",
+            config("gla", r#", "num_heads": 2, "elementwise_affine": false, "fuse_norm": false"#),
+        ),
+        (
+            "gla, one layer of windowed attention",
+            config(
+                "gla",
+                r#", "num_heads": 2, "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 5}"#,
+            ),
+        ),
+        ("transformer, norms, biases", config("transformer", r#", "num_heads": 4, "qk_norm": true, "qkv_bias": true"#)),
+        (
+            "transformer, window of one",
+            config("transformer", r#", "num_heads": 4, "num_kv_heads": 1, "window_size": 1"#),
+        ),
+    ]
+}
+
+/// The model of a config, from a fixed seed.
+pub fn model(config: &ModelConfig, device: &Device) -> CausalLm {
+    CausalLm::init(config, 11, device).expect("a model")
+}
+
+/// `[rows, tokens]` of ids, the same on every device. None is the padding.
+pub fn ids(rows: usize, tokens: usize, device: &Device) -> Tensor<2, Int> {
+    let ids: Vec<i32> =
+        (0..rows * tokens).map(|i| 1 + (i * i * 7 + i * 13 + 5) as i32 % (VOCABULARY as i32 - 1)).collect();
+    Tensor::from_data(TensorData::new(ids, [rows, tokens]), device)
+}

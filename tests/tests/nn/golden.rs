@@ -1,0 +1,65 @@
+//! The expected cases, on every device of the build.
+
+use burn::tensor::Device;
+use burn_fla_nn::verify::verify_folder;
+use burn_fla_nn::{Compute, NnError};
+use burn_fla_ops::Engine;
+use burn_fla_tests::{kernel_devices, reference_device};
+
+use crate::common::{GOLDEN, golden};
+
+fn passes(case: &str, device: &Device, compute: Compute) {
+    let report = verify_folder(golden(case), device, compute).expect(case);
+    println!("{report}\n");
+    assert!(report.passed(), "{report}");
+}
+
+#[test]
+fn golden_cases_on_the_cpu() {
+    for case in GOLDEN {
+        passes(case, &reference_device(), Compute::f32());
+    }
+}
+
+#[test]
+fn golden_cases_with_kernels() {
+    for (_, device) in kernel_devices() {
+        for case in GOLDEN {
+            passes(case, &device, Compute::f32());
+        }
+    }
+}
+
+#[test]
+fn golden_cases_in_bf16() {
+    for case in GOLDEN {
+        passes(case, &reference_device(), Compute::bf16());
+    }
+    for (_, device) in kernel_devices() {
+        if device.supports_dtype(burn::tensor::DType::BF16) {
+            for case in GOLDEN {
+                passes(case, &device, Compute::bf16());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_wrong_model_does_not_pass() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for file in ["model.safetensors", "case.safetensors"] {
+        std::fs::copy(golden("gla").join(file), folder.path().join(file)).expect("a copy");
+    }
+    let config = std::fs::read_to_string(golden("gla").join("config.json")).expect("a config");
+    let wrong = config.replace("\"norm_eps\": 1e-06", "\"norm_eps\": 1e-05");
+    assert_ne!(config, wrong);
+    std::fs::write(folder.path().join("config.json"), wrong).expect("a config");
+    let compute = Compute::f32().with_engine(Engine::Reference);
+    let report = verify_folder(folder.path(), &reference_device(), compute).expect("a report");
+    assert!(!report.passed());
+    assert!(report.to_string().contains("TOO LARGE"), "{report}");
+    std::fs::remove_file(folder.path().join("case.safetensors")).expect("removed");
+    let missing = verify_folder(folder.path(), &reference_device(), compute).expect_err("no case");
+    assert!(matches!(missing, NnError::Io { .. }), "{missing}");
+    assert!(missing.to_string().contains("case.safetensors"), "{missing}");
+}

@@ -1,0 +1,280 @@
+//! One sequence computed in every way a model can compute it.
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn_fla_nn::{CausalLm, Compute, ParamPath, named_parameters};
+use burn_fla_ops::{CuSeqlens, Engine};
+use burn_fla_tests::{assert_close, kernel_devices, numbers, reference_device};
+
+use crate::common::{VOCABULARY, config, configs, ids, model};
+
+const F32: Compute = Compute::f32();
+
+#[test]
+fn a_prompt_and_steps_give_what_the_whole_gives() {
+    let device = reference_device();
+    for (name, config) in configs() {
+        let model = model(&config, &device);
+        let ids = ids(2, 13, &device);
+        let whole = model.forward(ids.clone(), None, F32).expect(name);
+        assert_eq!(whole.dims(), [2, 13, VOCABULARY]);
+        let expected = |t: usize| numbers(whole.clone().narrow(1, t, 1));
+        let (mut logits, mut state) = model.prefill(ids.clone().narrow(1, 0, 6), F32).expect(name);
+        for t in 6..13 {
+            assert_eq!(state.seen(), t);
+            assert_close(&format!("{name}, token {}", t - 1), &numbers(logits), &expected(t - 1), 1e-5);
+            let token = ids.clone().narrow(1, t, 1).squeeze_dim::<1>(1);
+            (logits, state) = model.step(token, state, F32).expect(name);
+        }
+        assert_close(name, &numbers(logits), &expected(12), 1e-5);
+        // Several tokens at a time, and from nothing by steps alone.
+        let (_, state) = model.prefill(ids.clone().narrow(1, 0, 1), F32).expect(name);
+        let (_, state) = model.advance(ids.clone().narrow(1, 1, 7), Some(state), F32).expect(name);
+        let (logits, _) = model.advance(ids.narrow(1, 8, 5), Some(state), F32).expect(name);
+        assert_close(name, &numbers(logits), &expected(12), 1e-5);
+    }
+}
+
+#[test]
+fn packed_sequences_give_what_they_give_alone() {
+    let device = reference_device();
+    let offsets = vec![0, 1, 8, 8, 21];
+    let cu = CuSeqlens::new(offsets.clone()).expect("offsets");
+    for (name, config) in configs() {
+        let model = model(&config, &device);
+        let row = ids(1, 21, &device);
+        let packed = model.forward(row.clone(), Some(&cu), F32).expect(name);
+        for pair in offsets.windows(2).filter(|pair| pair[1] > pair[0]) {
+            let (start, length) = (pair[0], pair[1] - pair[0]);
+            let alone = model.forward(row.clone().narrow(1, start, length), None, F32).expect(name);
+            let part = numbers(packed.clone().narrow(1, start, length));
+            assert_close(&format!("{name} at {start}"), &part, &numbers(alone), 1e-5);
+        }
+    }
+}
+
+fn gradients(
+    model: &CausalLm,
+    ids: Tensor<2, Int>,
+    cu: Option<&CuSeqlens>,
+    compute: Compute,
+) -> BTreeMap<String, Vec<f64>> {
+    struct Collect(burn::tensor::Gradients, ParamPath, BTreeMap<String, Vec<f64>>);
+    impl ModuleVisitor for Collect {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let gradient = param.val().grad(&self.0).expect("every parameter has a gradient");
+            self.2.insert(self.1.name(), numbers(gradient));
+        }
+        fn enter_module(&mut self, name: &str, container_type: &str) {
+            self.1.enter(name, container_type);
+        }
+        fn exit_module(&mut self, _: &str, container_type: &str) {
+            self.1.exit(container_type);
+        }
+    }
+    let loss = model.loss(ids.clone(), ids, cu, compute).expect("a loss").sum;
+    let mut collect = Collect(loss.backward(), ParamPath::default(), BTreeMap::new());
+    model.visit(&mut collect);
+    collect.2
+}
+
+#[test]
+fn packed_sequences_have_the_gradients_they_have_alone() {
+    let device = reference_device().autodiff();
+    let cu = CuSeqlens::new(vec![0, 9, 20]).expect("offsets");
+    for (name, config) in configs() {
+        let model = model(&config, &device);
+        let row = ids(1, 20, &device);
+        let packed = gradients(&model, row.clone(), Some(&cu), F32);
+        let first = gradients(&model, row.clone().narrow(1, 0, 9), None, F32);
+        let second = gradients(&model, row.narrow(1, 9, 11), None, F32);
+        for (parameter, gradient) in packed {
+            let sum: Vec<f64> = first[&parameter].iter().zip(&second[&parameter]).map(|(a, b)| a + b).collect();
+            assert_close(&format!("{name}, {parameter}"), &gradient, &sum, 1e-4);
+        }
+    }
+}
+
+#[test]
+fn kernels_give_what_the_reference_gives() {
+    for (backend, device) in kernel_devices() {
+        let expected_on = reference_device().autodiff();
+        let device = device.autodiff();
+        for (name, config) in configs() {
+            let expected = model(&config, &expected_on);
+            let found = model(&config, &device);
+            let (a, b) = (ids(2, 70, &expected_on), ids(2, 70, &device));
+            let logits = numbers(expected.forward(a.clone(), None, F32).expect(name));
+            assert_close(
+                &format!("{backend}, {name}, logits"),
+                &numbers(found.forward(b.clone(), None, F32).expect(name)),
+                &logits,
+                1e-5,
+            );
+            let expected = gradients(&expected, a, None, F32);
+            for (parameter, gradient) in gradients(&found, b, None, F32) {
+                assert_close(&format!("{backend}, {name}, {parameter}"), &gradient, &expected[&parameter], 1e-4);
+            }
+        }
+    }
+}
+
+#[test]
+fn bf16_stays_near_f32() {
+    let device = reference_device();
+    for (name, config) in configs() {
+        let model = model(&config, &device);
+        let ids = ids(2, 20, &device);
+        let exact = numbers(model.forward(ids.clone(), None, F32).expect(name));
+        let logits = model.forward(ids.clone(), None, Compute::bf16()).expect(name);
+        assert_eq!(logits.dtype(), DType::F32);
+        assert_close(name, &numbers(logits), &exact, 6e-2);
+        let (first, state) = model.prefill(ids.clone().narrow(1, 0, 19), Compute::bf16()).expect(name);
+        assert_eq!(first.dtype(), DType::F32);
+        let token = ids.narrow(1, 19, 1).squeeze_dim::<1>(1);
+        let (last, _) = model.step(token, state, Compute::bf16()).expect(name);
+        assert_close(
+            name,
+            &numbers(last),
+            &exact.chunks(20 * VOCABULARY).flat_map(|row| row[19 * VOCABULARY..].to_vec()).collect::<Vec<_>>(),
+            6e-2,
+        );
+    }
+}
+
+#[test]
+fn weights_depend_on_the_seed_and_their_name_alone() {
+    let device = reference_device();
+    let weights = |layers: usize, seed: u64| {
+        let config = config(
+            "gla",
+            &format!(r#", "num_heads": 2, "num_hidden_layers": {layers}"#)
+                .replace(", \"num_hidden_layers\"", ", \"num_layers_of_test\""),
+        );
+        let mut fields = config.fields().clone();
+        fields.insert("num_hidden_layers".into(), layers.into());
+        let config = burn_fla_nn::ModelConfig::from_map(fields).expect("valid");
+        let model = CausalLm::init(&config, seed, &device).expect("a model");
+        numbers(model.model.layers[0].mlp.up_proj.weight.val())
+    };
+    assert_eq!(weights(1, 3), weights(4, 3));
+    assert_ne!(weights(1, 3), weights(1, 4));
+}
+
+#[test]
+fn weights_start_as_they_should() {
+    struct Statistics(ParamPath, Vec<(String, usize, f64, f64)>);
+    impl ModuleVisitor for Statistics {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let x = numbers(param.val());
+            let mean = x.iter().sum::<f64>() / x.len() as f64;
+            let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / x.len() as f64;
+            self.1.push((self.0.name(), x.len(), mean, variance.sqrt()));
+        }
+        fn enter_module(&mut self, name: &str, container_type: &str) {
+            self.0.enter(name, container_type);
+        }
+        fn exit_module(&mut self, _: &str, container_type: &str) {
+            self.0.exit(container_type);
+        }
+    }
+    for (name, config) in configs() {
+        let model = model(&config, &reference_device());
+        let mut statistics = Statistics(ParamPath::default(), Vec::new());
+        model.visit(&mut statistics);
+        for (parameter, count, mean, std) in statistics.1 {
+            let what = format!("{name}, {parameter}: mean {mean}, std {std}");
+            if parameter.ends_with("bias") {
+                assert_eq!((mean, std), (0.0, 0.0), "{what}");
+            } else if parameter.contains("norm") {
+                assert_eq!((mean, std), (1.0, 0.0), "{what}");
+            } else {
+                // Five standard errors of the mean and of the standard deviation.
+                let error = 5.0 / (count as f64).sqrt();
+                assert!(mean.abs() < 0.15 * error, "{what}");
+                assert!((std / 0.15 - 1.0).abs() < error, "{what}");
+            }
+        }
+        let loss =
+            model.loss(ids(1, 30, &reference_device()), ids(1, 30, &reference_device()), None, F32).expect("a loss");
+        assert!(numbers(loss.mean())[0].is_finite());
+    }
+}
+
+#[test]
+fn parameters_have_the_names_of_the_format() {
+    let names = |fields: &str| -> Vec<String> {
+        let model = model(&config("gla", fields), &reference_device());
+        named_parameters(&model).into_iter().map(|p| p.name).collect()
+    };
+    let has = |names: &[String], suffix: &str| names.iter().any(|n| n == &format!("model.layers.1.attn.{suffix}"));
+    let plain = names(r#", "num_heads": 2"#);
+    assert!(has(&plain, "g_norm_swish_gate.weight") && has(&plain, "gk_proj.1.bias") && has(&plain, "g_proj.weight"));
+    assert!(plain.contains(&"lm_head.weight".to_string()));
+    let unfused = names(r#", "num_heads": 2, "fuse_norm": false"#);
+    assert!(has(&unfused, "g_norm.weight") && !has(&unfused, "g_norm_swish_gate.weight"));
+    let ungated = names(r#", "num_heads": 2, "use_output_gate": false, "use_short_conv": true"#);
+    assert!(has(&ungated, "g_norm.weight") && !has(&ungated, "g_proj.weight") && has(&ungated, "k_conv1d.weight"));
+    let tied = names(r#", "num_heads": 2, "tie_word_embeddings": true"#);
+    assert!(!tied.contains(&"lm_head.weight".to_string()));
+}
+
+#[test]
+fn the_row_of_the_padding_gets_no_gradient() {
+    let device = reference_device().autodiff();
+    let model = model(&config("gla", r#", "num_heads": 2"#), &device);
+    let row = Tensor::<2, Int>::from_data(TensorData::new(vec![0i32, 3, 0, 4], [1, 4]), &device);
+    let gradients = gradients(&model, row, None, F32);
+    let embedding = &gradients["model.embeddings.weight"];
+    let largest = |id: usize| embedding[id * 48..(id + 1) * 48].iter().fold(0f64, |a, x| a.max(x.abs()));
+    assert_eq!(largest(0), 0.0);
+    assert!(largest(3) > 0.0 && largest(4) > 0.0);
+    assert_eq!(largest(5), 0.0);
+}
+
+#[test]
+fn labels_of_minus_one_hundred_are_not_counted() {
+    let device = reference_device();
+    let model = model(&config("gla", r#", "num_heads": 2"#), &device);
+    let row = ids(1, 6, &device);
+    let labels = |labels: Vec<i32>| Tensor::<2, Int>::from_data(TensorData::new(labels, [1, 6]), &device);
+    let loss = |l: Vec<i32>| model.loss(row.clone(), labels(l), None, F32).expect("a loss");
+    let all = loss(vec![-100; 6]);
+    assert_eq!((numbers(all.sum.clone())[0], numbers(all.count.clone())[0]), (0.0, 0.0));
+    assert_eq!(numbers(all.mean())[0], 0.0);
+    let (a, b) = (loss(vec![5, -100, 7, -100, -100, -100]), loss(vec![-100, -100, -100, -100, -100, 9]));
+    let both = loss(vec![5, -100, 7, -100, -100, 9]);
+    assert_eq!(numbers(both.count)[0], 3.0);
+    let sum = numbers(a.sum)[0] + numbers(b.sum)[0];
+    assert!((numbers(both.sum)[0] - sum).abs() < 1e-5);
+    assert!(model.loss(row, labels(vec![1; 6]).narrow(1, 0, 5), None, F32).is_err());
+}
+
+#[test]
+fn wrong_arguments_are_errors() {
+    let device = reference_device();
+    let gla = model(&config("gla", r#", "num_heads": 2"#), &device);
+    let transformer = model(&config("transformer", r#", "num_heads": 4"#), &device);
+    let row = ids(1, 6, &device);
+    let cu = CuSeqlens::new(vec![0, 5]).expect("offsets");
+    let message = gla.forward(row.clone(), Some(&cu), F32).expect_err("too short").to_string();
+    assert!(message.contains("5 tokens"), "{message}");
+    let cu = CuSeqlens::new(vec![0, 6]).expect("offsets");
+    assert!(gla.forward(ids(2, 6, &device), Some(&cu), F32).is_err());
+    let half = Compute { dtype: DType::F16, engine: Engine::Auto };
+    assert!(gla.forward(row.clone(), None, half).expect_err("f16").to_string().contains("F16"));
+    let (_, state) = transformer.prefill(row.clone(), F32).expect("a state");
+    let message = gla.advance(row, Some(state), F32).expect_err("another model").to_string();
+    assert!(message.contains("attention layer"), "{message}");
+}
+
+#[test]
+fn a_replica_trains_like_its_original() {
+    let device: Device = reference_device().autodiff();
+    let model = model(&config("retnet", r#", "num_heads": 2"#), &device);
+    let replica = model.clone().fork(&device);
+    let row = ids(1, 12, &device);
+    assert_eq!(gradients(&model, row.clone(), None, F32), gradients(&replica, row, None, F32));
+}
