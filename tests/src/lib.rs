@@ -4,11 +4,11 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// The devices on which kernels run in this build, by name.
+/// The devices on which kernels run in this build, by name. A build for CUDA tests CUDA: its machine may lack Vulkan.
 pub fn kernel_devices() -> Vec<(&'static str, Device)> {
     #[allow(unused_mut)]
     let mut devices = Vec::new();
-    #[cfg(feature = "wgpu")]
+    #[cfg(all(feature = "wgpu", not(feature = "cuda")))]
     devices.push(("wgpu", Device::wgpu(burn::tensor::DeviceKind::Cpu)));
     #[cfg(feature = "cuda")]
     devices.push(("cuda", Device::cuda(0)));
@@ -35,7 +35,7 @@ pub fn tensor<const D: usize>(values: &[f64], shape: [usize; D], device: &Device
 
 /// The numbers of a tensor.
 pub fn numbers<const D: usize>(x: Tensor<D>) -> Vec<f64> {
-    x.into_data().convert::<f64>().to_vec::<f64>().expect("a float tensor")
+    x.into_data().convert::<f64>().try_to_vec::<f64>().expect("a float tensor")
 }
 
 /// RMS of the difference over RMS of the reference. NaN anywhere gives infinity.
