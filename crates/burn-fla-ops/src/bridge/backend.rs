@@ -9,7 +9,8 @@ use burn::backend::{
     Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind, ExtensionType,
     backend_extension,
 };
-use burn_cubecl::{CubeBackend, CubeTensor};
+use burn_cubecl::CubeBackend;
+use burn_cubecl::tensor::CubeTensor;
 
 pub use burn::backend::fusion::custom::TensorSpec;
 

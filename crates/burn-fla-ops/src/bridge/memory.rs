@@ -6,7 +6,8 @@ use burn::backend::ops::FloatTensorOps;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
-use burn_cubecl::{CubeBackend, CubeTensor};
+use burn_cubecl::CubeBackend;
+use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 
 static POISON: AtomicBool = AtomicBool::new(false);

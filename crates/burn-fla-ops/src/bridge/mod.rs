@@ -22,7 +22,7 @@ mod memory;
 #[cfg(feature = "cube")]
 pub use backend::{Call, Operator, TensorSpec, apply, apply_untracked};
 #[cfg(feature = "cube")]
-pub use burn_cubecl::CubeTensor;
+pub use burn_cubecl::tensor::CubeTensor;
 #[cfg(feature = "cube")]
 pub use memory::{alloc, contiguous, poison_outputs, storage, zeros};
 

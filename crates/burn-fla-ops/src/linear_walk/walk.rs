@@ -146,7 +146,7 @@ pub(super) fn local_state<E: Float>(
     let blocks = p.len.div_ceil(block);
     for n in 0..blocks {
         let first = if comptime!(plan.against_time) { (blocks - 1 - n) * block } else { n * block };
-        let count = Ord::min(block, p.len - first);
+        let count = min(block, p.len - first);
         sync_cube();
         load::<E>(b, &mut shared_b, p.start + first, count, p.head, heads, plan);
         if comptime!(plan.axis == DecayAxis::Inner) {
@@ -234,7 +234,7 @@ pub(super) fn read_out<E: Float, Y: Float>(
     let blocks = p.len.div_ceil(block);
     for n in 0..blocks {
         let first = if comptime!(plan.against_time) { (blocks - 1 - n) * block } else { n * block };
-        let count = Ord::min(block, p.len - first);
+        let count = min(block, p.len - first);
         sync_cube();
         load::<E>(b, &mut shared_b, p.start + first, count, p.head, heads, plan);
         load::<E>(c, &mut shared_c, p.start + first, count, p.head, heads, plan);
