@@ -51,15 +51,7 @@ struct Setup<'a> {
 
 impl<'a> Setup<'a> {
     fn new(case: &'a RecurrenceCase, kind: Kind, form: Form, dtype: DType) -> Self {
-        Self {
-            case,
-            kind,
-            form,
-            loss: Loss::Both,
-            tracked: [true; 5],
-            shared: false,
-            dtype,
-        }
+        Self { case, kind, form, loss: Loss::Both, tracked: [true; 5], shared: false, dtype }
     }
 
     /// Outputs and gradients; an empty list where there is none.
@@ -171,9 +163,22 @@ fn recurrent(
     (Tensor::cat(outputs, 1), Tensor::cat(states, 0))
 }
 
+/// Compares all results. A gradient that one side does not have is zero.
 fn compare(what: &str, found: &[Vec<f64>], reference: &[Vec<f64>], bound: f64) {
+    compare_from(what, found, reference, bound, 0.0);
+}
+
+/// The same, where absolute errors up to `floor` pass too.
+fn compare_from(what: &str, found: &[Vec<f64>], reference: &[Vec<f64>], bound: f64, floor: f64) {
+    assert_eq!(found.len(), reference.len(), "{what}: as many results");
     for ((name, found), reference) in NAMES.iter().zip(found).zip(reference) {
-        assert_close(&format!("{what}, {name}"), found, reference, bound);
+        let zeros = vec![0.0; found.len().max(reference.len())];
+        let found = if found.is_empty() { &zeros } else { found };
+        let reference = if reference.is_empty() { &zeros } else { reference };
+        let largest = found.iter().zip(reference).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        if !(largest <= floor) {
+            assert_close(&format!("{what}, {name}"), found, reference, bound);
+        }
     }
 }
 
@@ -184,12 +189,14 @@ fn the_chunked_reference_equals_the_recurrence() {
         for kind in KINDS {
             let reference = Setup::new(&case, kind, Form::Recurrent, DType::F64).run(&device);
             let found = Setup::new(&case, kind, Form::Chunked, DType::F64).run(&device);
-            compare(&format!("{kind:?}, {}, f64", case.name), &found, &reference, 1e-11);
+            // A decay's gradient is of the order e^g; here it is the difference of numbers of order one, so that of
+            // e^-30 only the absolute size is right.
+            compare_from(&format!("{kind:?}, {}, f64", case.name), &found, &reference, 1e-11, 1e-13);
             let found = Setup::new(&case, kind, Form::Chunked, DType::F32).run(&device);
             // Rounding of the running sum of decays grows with its size: 80 tokens of −30 give sums of 1e3 whose
             // differences keep seven digits less three.
             let bound = if case.decay.0 < -1.0 { 2e-4 } else { 1e-5 };
-            compare(&format!("{kind:?}, {}, f32", case.name), &found, &reference, bound);
+            compare_from(&format!("{kind:?}, {}, f32", case.name), &found, &reference, bound, 1e-6);
         }
     }
 }
@@ -204,11 +211,8 @@ fn gradients_of_the_recurrence_equal_finite_differences() {
         .map(|i| uniform(i as u64, shapes[i].iter().product(), if i == 3 { (-2.0, -0.1) } else { (-1.0, 1.0) }))
         .collect();
     let loss = |values: &[Vec<f64>]| {
-        let x: Vec<Tensor<4>> = values
-            .iter()
-            .zip(shapes)
-            .map(|(v, s)| tensor(v, s, &device, DType::F64).require_grad())
-            .collect();
+        let x: Vec<Tensor<4>> =
+            values.iter().zip(shapes).map(|(v, s)| tensor(v, s, &device, DType::F64).require_grad()).collect();
         let (o, end) = burn_fla_ops::gla::reference::recurrent(
             x[0].clone(),
             x[1].clone(),
@@ -249,7 +253,9 @@ fn kernels_equal_the_recurrence() {
             for kind in KINDS {
                 let reference = Setup::new(&case, kind, Form::Recurrent, DType::F64).run(&reference_device());
                 let found = Setup::new(&case, kind, Form::Public, DType::F32).run(&device);
-                compare(&format!("{name}, {kind:?}, {}", case.name), &found, &reference, 1e-5);
+                // The gradient of a decay is of the order e^g and comes from numbers of order one: where all decays are
+                // -30 it is 1e-13, and what is left of it in f32 is that it is zero.
+                compare_from(&format!("{name}, {kind:?}, {}", case.name), &found, &reference, 1e-5, 1e-6);
             }
         }
     }
@@ -284,8 +290,12 @@ fn the_bridge_hands_out_every_gradient() {
                 let setup = |form, dtype| Setup { loss, tracked, shared, ..Setup::new(case, kind, form, dtype) };
                 let reference = setup(Form::Recurrent, DType::F64).run(&reference_device());
                 let found = setup(Form::Public, DType::F32).run(&device);
-                let tracked_count = |found: &[Vec<f64>]| found.iter().filter(|x| !x.is_empty()).count();
-                assert_eq!(tracked_count(&found), tracked_count(&reference), "{name}, {what}: as many gradients");
+                for (found, reference) in found.iter().zip(&reference) {
+                    assert!(
+                        !found.is_empty() || reference.iter().all(|x| *x == 0.0),
+                        "{name}, {what}: a gradient is missing"
+                    );
+                }
                 compare(&format!("{name}, {kind:?}, {what}"), &found, &reference, 1e-5);
             }
         }
@@ -355,7 +365,10 @@ fn wrong_arguments_are_named() {
     let error = |result: Result<(Tensor<4>, Tensor<4>), OpError>| result.unwrap_err().to_string();
 
     let message = error(gla(ok(), x([2, 3, 2, 5]), ok(), ok(), options()));
-    assert!(message.contains("`k`") && message.contains("[2, 3, 2, 5]") && message.contains("[2, 3, 2, 4]"), "{message}");
+    assert!(
+        message.contains("`k`") && message.contains("[2, 3, 2, 5]") && message.contains("[2, 3, 2, 4]"),
+        "{message}"
+    );
     let message = error(gla(ok(), ok(), x([2, 4, 2, 4]), ok(), options()));
     assert!(message.contains("`v`"), "{message}");
     let message = error(gla(ok(), ok(), ok().cast(DType::BF16), ok(), options()));

@@ -14,12 +14,7 @@ pub(crate) fn activation<const D: usize>(
     if matches!(tensor.dtype(), DType::F32 | DType::BF16 | DType::F64) {
         return Ok(());
     }
-    Err(OpError::DType {
-        op,
-        argument,
-        found: tensor.dtype(),
-        expected: "F32, BF16 or F64".into(),
-    })
+    Err(OpError::DType { op, argument, found: tensor.dtype(), expected: "F32, BF16 or F64".into() })
 }
 
 /// Checks a parameter (a weight, a bias, a table): its shape and device. Its dtype is free among those of activations,
@@ -42,11 +37,7 @@ pub(crate) fn positive_eps(op: &'static str, eps: f64) -> Result<(), OpError> {
     if eps.is_finite() && eps > 0.0 {
         return Ok(());
     }
-    Err(OpError::Option {
-        op,
-        option: "eps",
-        reason: format!("is {eps}, but it must be a positive number"),
-    })
+    Err(OpError::Option { op, option: "eps", reason: format!("is {eps}, but it must be a positive number") })
 }
 
 /// The size of the last dimension.

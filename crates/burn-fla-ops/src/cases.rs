@@ -75,12 +75,6 @@ pub fn recurrence_cases() -> Vec<RecurrenceCase> {
             packed: Some(&[0, 64, 64, 65, 73, 140]),
             ..base
         },
-        RecurrenceCase {
-            name: "packed, one token each",
-            tokens: 3,
-            batch: 1,
-            packed: Some(&[0, 1, 2, 3]),
-            ..base
-        },
+        RecurrenceCase { name: "packed, one token each", tokens: 3, batch: 1, packed: Some(&[0, 1, 2, 3]), ..base },
     ]
 }

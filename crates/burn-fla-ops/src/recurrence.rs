@@ -52,12 +52,7 @@ impl Problem {
         let device = q.device();
         let dtype = q.dtype();
         if !matches!(dtype, DType::F32 | DType::BF16 | DType::F64) {
-            return Err(OpError::DType {
-                op,
-                argument: "q",
-                found: dtype,
-                expected: "F32, BF16 or F64".into(),
-            });
+            return Err(OpError::DType { op, argument: "q", found: dtype, expected: "F32, BF16 or F64".into() });
         }
         same_shape(op, "k", &k, [b, t, h, dk], "[B, T, H, K]")?;
         same_shape(op, "v", &v, [b, t, h, dv], "[B, T, H, V]")?;
@@ -171,11 +166,7 @@ impl Problem {
             outputs.push(o);
             states.push(end);
         }
-        let o = if outputs.is_empty() {
-            self.v.clone()
-        } else {
-            Tensor::cat(outputs, 1)
-        };
+        let o = if outputs.is_empty() { self.v.clone() } else { Tensor::cat(outputs, 1) };
         (o, Tensor::cat(states, 0))
     }
 

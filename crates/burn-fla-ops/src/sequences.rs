@@ -42,16 +42,12 @@ impl CuSeqlens {
                 offsets[at]
             ));
         }
-        Ok(Self {
-            offsets: offsets.into(),
-        })
+        Ok(Self { offsets: offsets.into() })
     }
 
     /// `batch` sequences of `length` tokens each, as a dense batch has them.
     pub(crate) fn dense(batch: usize, length: usize) -> Self {
-        Self {
-            offsets: (0..=batch).map(|i| i * length).collect(),
-        }
+        Self { offsets: (0..=batch).map(|i| i * length).collect() }
     }
 
     /// The offsets, one more than there are sequences.
@@ -78,7 +74,9 @@ impl CuSeqlens {
     pub(crate) fn check(&self, batch: usize, tokens: usize) -> Result<(), OpError> {
         if batch != 1 {
             return Err(OpError::CuSeqlens {
-                reason: format!("packed sequences need a batch of 1, but the batch is {batch}; flatten it to [1, B*T, …]"),
+                reason: format!(
+                    "packed sequences need a batch of 1, but the batch is {batch}; flatten it to [1, B*T, …]"
+                ),
             });
         }
         if self.total() != tokens {

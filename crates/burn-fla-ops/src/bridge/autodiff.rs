@@ -63,21 +63,12 @@ impl<B: KernelBackend, const N: usize> Backward<B, N> for Root {
     type State = Saved<B>;
 
     fn backward(self, ops: Ops<Saved<B>, N>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let Saved {
-            inputs: mut bundle,
-            saved,
-            carriers,
-            call,
-        } = ops.state;
+        let Saved { inputs: mut bundle, saved, carriers, call } = ops.state;
         let found: Vec<_> = carriers.iter().map(|c| grads.remove::<B>(c)).collect();
         let wanted: Vec<_> = ops.parents.iter().map(|p| p.is_some()).collect();
         let call = Call {
             operator: call.operator,
-            stage: Stage::Backward {
-                inputs: N,
-                present: found.iter().map(|g| g.is_some()).collect(),
-                wanted,
-            },
+            stage: Stage::Backward { inputs: N, present: found.iter().map(|g| g.is_some()).collect(), wanted },
         };
         bundle.floats.extend(saved);
         bundle.floats.extend(found.into_iter().flatten());
@@ -95,41 +86,27 @@ fn tracked<B: KernelBackend, C: CheckpointStrategy, const N: usize>(
 ) -> Bundle<Autodiff<B, C>> {
     let (floats, guards): (Vec<_>, Vec<NodeGuard>) = bundle.floats.into_iter().map(|t| t.into_parts()).unzip();
     let guards: [NodeGuard; N] = guards.try_into().expect("as many nodes as inputs");
-    let inputs = Bundle::<B> {
-        floats,
-        ints: bundle.ints,
-    };
+    let inputs = Bundle::<B> { floats, ints: bundle.ints };
     let floats = match Backward::<B, N>::prepare::<C>(Root, guards).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
-            let saving = Call {
-                operator: call.operator.clone(),
-                stage: Stage::Forward { save: true },
-            };
+            let saving = Call { operator: call.operator.clone(), stage: Stage::Forward { save: true } };
             // A mailbox needs a node of its own, but no buffer: it borrows one that is saved anyway.
             let mailbox = inputs.floats[0].clone();
             let mut outputs = B::launch(inputs.clone(), saving).floats;
             let count = output_count(&call, &inputs);
             let saved = outputs.split_off(count);
-            let carriers: Vec<_> = (0..count)
-                .map(|_| FloatTensor::<Autodiff<B>>::new(mailbox.clone()))
-                .collect();
+            let carriers: Vec<_> = (0..count).map(|_| FloatTensor::<Autodiff<B>>::new(mailbox.clone())).collect();
             let ids: Vec<_> = carriers.iter().map(|c| c.id()).collect();
-            let state = Saved {
-                inputs,
-                saved,
-                carriers,
-                call,
-            };
+            let state = Saved { inputs, saved, carriers, call };
             let root = prep.finish(state, mailbox);
-            let output = |(id, value): (NodeId, FloatTensor<B>)| {
-                match Backward::<B, 1>::prepare::<C>(Output, [root.node()])
+            let output =
+                |(id, value): (NodeId, FloatTensor<B>)| match Backward::<B, 1>::prepare::<C>(Output, [root.node()])
                     .compute_bound()
                     .stateful()
                 {
                     OpsKind::Tracked(prep) => prep.finish(id, value),
                     OpsKind::UnTracked(prep) => prep.finish(value),
-                }
-            };
+                };
             ids.into_iter().zip(outputs).map(output).collect()
         }
         OpsKind::UnTracked(prep) => {
@@ -139,18 +116,11 @@ fn tracked<B: KernelBackend, C: CheckpointStrategy, const N: usize>(
             first.into_iter().chain(rest).collect()
         }
     };
-    Bundle {
-        floats,
-        ints: Vec::new(),
-    }
+    Bundle { floats, ints: Vec::new() }
 }
 
 fn output_count<B: KernelBackend>(call: &Call, inputs: &Bundle<B>) -> usize {
     use burn::backend::TensorMetadata;
-    let specs: Vec<_> = inputs
-        .floats
-        .iter()
-        .map(|t| super::TensorSpec::new(t.shape(), t.dtype()))
-        .collect();
+    let specs: Vec<_> = inputs.floats.iter().map(|t| super::TensorSpec::new(t.shape(), t.dtype())).collect();
     call.operator.outputs(&specs).len()
 }

@@ -59,11 +59,7 @@ pub(super) enum Stage {
     /// Inputs are the operator's; outputs its outputs, then (with `save`) what it saves.
     Forward { save: bool },
     /// Inputs are the operator's, then what it saved, then the gradients that are present; outputs the wanted ones.
-    Backward {
-        inputs: usize,
-        present: Vec<bool>,
-        wanted: Vec<bool>,
-    },
+    Backward { inputs: usize, present: Vec<bool>, wanted: Vec<bool> },
 }
 
 impl Call {
@@ -93,20 +89,14 @@ impl Call {
     fn launch(&self, mut floats: Vec<CubeTensor>, ints: Vec<CubeTensor>) -> Vec<CubeTensor> {
         match &self.stage {
             Stage::Forward { save } => self.operator.forward(floats, ints, *save),
-            Stage::Backward {
-                inputs,
-                present,
-                wanted,
-            } => {
+            Stage::Backward { inputs, present, wanted } => {
                 let count = present.iter().filter(|p| **p).count();
                 let mut grads = floats.split_off(floats.len() - count).into_iter();
                 let saved = floats.split_off(*inputs);
                 let grads = present.iter().map(|p| if *p { grads.next() } else { None }).collect();
                 let found = self.operator.backward(floats, ints, saved, grads, wanted);
                 let found = found.into_iter().zip(wanted).filter(|(_, wanted)| **wanted);
-                found
-                    .map(|(grad, _)| grad.expect("an operator returns every gradient that is wanted"))
-                    .collect()
+                found.map(|(grad, _)| grad.expect("an operator returns every gradient that is wanted")).collect()
             }
         }
     }
@@ -120,10 +110,7 @@ pub struct Bundle<B: Backend> {
 
 impl<B: Backend> Clone for Bundle<B> {
     fn clone(&self) -> Self {
-        Self {
-            floats: self.floats.clone(),
-            ints: self.ints.clone(),
-        }
+        Self { floats: self.floats.clone(), ints: self.ints.clone() }
     }
 }
 
@@ -140,10 +127,7 @@ impl<B: Backend> ExtensionType<B> for Bundle<B> {
     where
         F: Fn(BackendTensor<B>) -> DispatchTensorKind,
     {
-        let wrap = |tensor| DispatchTensor {
-            kind: map_kind(tensor),
-            autodiff,
-        };
+        let wrap = |tensor| DispatchTensor { kind: map_kind(tensor), autodiff };
         Bundle {
             floats: self.floats.into_iter().map(|t| wrap(BackendTensor::Float(t))).collect(),
             ints: self.ints.into_iter().map(|t| wrap(BackendTensor::Int(t))).collect(),
@@ -195,10 +179,7 @@ impl KernelBackend for CubeBackend {
             call.id(),
             floats.iter().map(spec).collect::<Vec<_>>()
         );
-        Bundle {
-            floats,
-            ints: Vec::new(),
-        }
+        Bundle { floats, ints: Vec::new() }
     }
 }
 
@@ -210,11 +191,7 @@ fn spec(tensor: &CubeTensor) -> TensorSpec {
 impl<B: FusionBackend + KernelBackend> KernelBackend for Fusion<B> {
     fn launch(bundle: Bundle<Self>, call: Call) -> Bundle<Self> {
         let client = bundle.floats[0].client.clone();
-        let specs: Vec<_> = bundle
-            .floats
-            .iter()
-            .map(|t| TensorSpec::new(t.shape.clone(), t.dtype))
-            .collect();
+        let specs: Vec<_> = bundle.floats.iter().map(|t| TensorSpec::new(t.shape.clone(), t.dtype)).collect();
         let outputs: Vec<_> = call
             .outputs(&specs)
             .into_iter()
@@ -241,19 +218,13 @@ impl<B: FusionBackend + KernelBackend> KernelBackend for Fusion<B> {
             Ok(())
         };
         let operation = OperationIr::Custom(description);
-        Bundle {
-            floats: client.register(StreamId::current(), operation, OperationFn(run)),
-            ints: Vec::new(),
-        }
+        Bundle { floats: client.register(StreamId::current(), operation, OperationFn(run)), ints: Vec::new() }
     }
 }
 
 /// Runs an operator: its differentiable outputs, tracked where an input is.
 pub fn apply(operator: impl Operator, floats: Vec<DispatchTensor>, ints: Vec<DispatchTensor>) -> Vec<DispatchTensor> {
-    let call = Call {
-        operator: Arc::new(operator),
-        stage: Stage::Forward { save: false },
-    };
+    let call = Call { operator: Arc::new(operator), stage: Stage::Forward { save: false } };
     Dispatch::launch(Bundle { floats, ints }, call).floats
 }
 

@@ -34,11 +34,7 @@ use crate::{Engine, OpError};
 pub fn has_kernels(device: &Device, engine: Engine) -> bool {
     #[cfg(feature = "cube")]
     {
-        engine == Engine::Auto
-            && matches!(
-                device.clone().inner().as_dispatch(),
-                burn::backend::DispatchDevice::Cube(_)
-            )
+        engine == Engine::Auto && matches!(device.clone().inner().as_dispatch(), burn::backend::DispatchDevice::Cube(_))
     }
     #[cfg(not(feature = "cube"))]
     {
@@ -63,12 +59,7 @@ pub(crate) fn same_device<const D: usize>(
     if found.clone().inner() == device.clone().inner() {
         return Ok(());
     }
-    Err(OpError::Device {
-        op,
-        argument,
-        found: format!("{found:?}"),
-        expected: format!("{device:?}"),
-    })
+    Err(OpError::Device { op, argument, found: format!("{found:?}"), expected: format!("{device:?}") })
 }
 
 /// Checks one argument's shape.
@@ -82,12 +73,7 @@ pub(crate) fn same_shape<const D: usize>(
     if tensor.dims() == expected {
         return Ok(());
     }
-    Err(OpError::Shape {
-        op,
-        argument,
-        found: tensor.dims().to_vec(),
-        expected: format!("{names} = {expected:?}"),
-    })
+    Err(OpError::Shape { op, argument, found: tensor.dims().to_vec(), expected: format!("{names} = {expected:?}") })
 }
 
 /// Checks one argument's dtype against that of another.
@@ -100,10 +86,5 @@ pub(crate) fn same_dtype<const D: usize>(
     if tensor.dtype() == expected {
         return Ok(());
     }
-    Err(OpError::DType {
-        op,
-        argument,
-        found: tensor.dtype(),
-        expected: format!("{expected:?}"),
-    })
+    Err(OpError::DType { op, argument, found: tensor.dtype(), expected: format!("{expected:?}") })
 }

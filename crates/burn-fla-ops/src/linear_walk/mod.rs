@@ -41,17 +41,7 @@ use plan::DecayKind;
 
 /// Runs a checked problem on the kernels.
 pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
-    let Problem {
-        op,
-        q,
-        k,
-        v,
-        decay,
-        scale,
-        state,
-        sequences,
-        ..
-    } = problem;
+    let Problem { op, q, k, v, decay, scale, state, sequences, .. } = problem;
     let [b, t, h, dk] = q.dims();
     let dv = v.dims()[3];
     let device = q.device().inner();

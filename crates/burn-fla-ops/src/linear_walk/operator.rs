@@ -64,13 +64,7 @@ impl LinearWalk {
     }
 
     fn plan(&self, roles: &Roles<'_>) -> WalkPlan {
-        WalkPlan::new(
-            self.decay,
-            self.keys,
-            self.values,
-            roles.rows_are_values,
-            roles.against_time,
-        )
+        WalkPlan::new(self.decay, self.keys, self.values, roles.rows_are_values, roles.against_time)
     }
 
     fn totals(&self, g: &CubeTensor, table: &CubeTensor) -> CubeTensor {
@@ -287,10 +281,7 @@ impl Operator for LinearWalk {
     }
 
     fn saved(&self, _inputs: &[TensorSpec]) -> Vec<TensorSpec> {
-        vec![
-            spec(self.slots_shape(), DType::F32),
-            spec(self.totals_shape(), DType::F32),
-        ]
+        vec![spec(self.slots_shape(), DType::F32), spec(self.totals_shape(), DType::F32)]
     }
 
     fn forward(&self, inputs: Vec<CubeTensor>, ints: Vec<CubeTensor>, save: bool) -> Vec<CubeTensor> {
@@ -304,13 +295,7 @@ impl Operator for LinearWalk {
         }
         let table = contiguous(ints[0].clone());
         let totals = self.totals(&g, &table);
-        let roles = Roles {
-            a: &v,
-            b: &k,
-            rows_are_values: true,
-            against_time: false,
-            in_scale: 1.0,
-        };
+        let roles = Roles { a: &v, b: &k, rows_are_values: true, against_time: false, in_scale: 1.0 };
         let (borders, last) = self.border_states(&roles, &g, &table, &totals, first);
         let o = self.read_out(&roles, &q, &g, &table, &borders, self.scale, v.dtype);
         if save { vec![o, last, borders, totals] } else { vec![o, last] }
@@ -336,33 +321,15 @@ impl Operator for LinearWalk {
         let grad_state = grad_state.map_or_else(|| zeros(&v, self.state_shape(), DType::F32), contiguous);
 
         // Z, the gradient of the state, against time.
-        let by_value = Roles {
-            a: &grad_o,
-            b: &q,
-            rows_are_values: true,
-            against_time: true,
-            in_scale: self.scale,
-        };
+        let by_value = Roles { a: &grad_o, b: &q, rows_are_values: true, against_time: true, in_scale: self.scale };
         let (grad_borders, grad_first) = self.border_states(&by_value, &g, &table, &totals, grad_state);
         let grad_g = wanted[3];
         let dq = (wanted[0] || grad_g).then(|| {
-            let roles = Roles {
-                a: &k,
-                b: &v,
-                rows_are_values: false,
-                against_time: false,
-                in_scale: 1.0,
-            };
+            let roles = Roles { a: &k, b: &v, rows_are_values: false, against_time: false, in_scale: 1.0 };
             self.read_out(&roles, &grad_o, &g, &table, &borders, self.scale, DType::F32)
         });
         let dk = (wanted[1] || grad_g).then(|| {
-            let roles = Roles {
-                a: &q,
-                b: &grad_o,
-                rows_are_values: false,
-                against_time: true,
-                in_scale: self.scale,
-            };
+            let roles = Roles { a: &q, b: &grad_o, rows_are_values: false, against_time: true, in_scale: self.scale };
             self.read_out(&roles, &v, &g, &table, &grad_borders, 1.0, DType::F32)
         });
         let dv = wanted[2].then(|| self.read_out(&by_value, &k, &g, &table, &grad_borders, 1.0, v.dtype));
@@ -372,12 +339,7 @@ impl Operator for LinearWalk {
             }
             _ => None,
         };
-        let mut result = vec![
-            dq.map(|x| cast(x, q.dtype)),
-            dk.map(|x| cast(x, k.dtype)),
-            dv,
-            dg,
-        ];
+        let mut result = vec![dq.map(|x| cast(x, q.dtype)), dk.map(|x| cast(x, k.dtype)), dv, dg];
         if self.has_state {
             result.push(Some(grad_first));
         }

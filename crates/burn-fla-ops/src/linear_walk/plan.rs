@@ -74,17 +74,7 @@ impl WalkPlan {
         let tile = rows.min(MAX_UNITS / parts).clamp(1, 128);
         let stride = parts * per_unit;
         let block = SHARED_FLOATS / (3 * stride + parts * tile);
-        Self {
-            rows,
-            inner,
-            rows_are_values,
-            against_time,
-            axis,
-            tile,
-            parts,
-            per_unit,
-            block: block.clamp(1, 32),
-        }
+        Self { rows, inner, rows_are_values, against_time, axis, tile, parts, per_unit, block: block.clamp(1, 32) }
     }
 
     /// Distance of two tokens' inner vectors in shared memory: filled up so that every unit has `per_unit` channels.

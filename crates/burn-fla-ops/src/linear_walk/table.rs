@@ -27,10 +27,7 @@ pub(super) fn build(sequences: &CuSeqlens, chunk: usize) -> Table {
     debug_assert_eq!(per_sequence.len(), SEQUENCE_WORDS * sequences.num_sequences());
     let count = chunks.len() / CHUNK_WORDS;
     chunks.extend(per_sequence);
-    Table {
-        entries: chunks,
-        chunks: count,
-    }
+    Table { entries: chunks, chunks: count }
 }
 
 #[cfg(test)]

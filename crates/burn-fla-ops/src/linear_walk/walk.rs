@@ -135,8 +135,11 @@ pub(super) fn local_state<E: Float>(
     let active = p.row < comptime!(plan.rows);
 
     let mut shared_b = Shared::<[f32]>::new_slice(comptime!(plan.block * plan.stride()));
-    let mut shared_g =
-        Shared::<[f32]>::new_slice(comptime!(if plan.axis == DecayAxis::Inner { plan.block * plan.stride() } else { 1 }));
+    let mut shared_g = Shared::<[f32]>::new_slice(comptime!(if plan.axis == DecayAxis::Inner {
+        plan.block * plan.stride()
+    } else {
+        1
+    }));
     let mut x = Array::<f32>::new(per_unit);
     #[unroll]
     for i in 0..per_unit {
@@ -214,8 +217,11 @@ pub(super) fn read_out<E: Float, Y: Float>(
 
     let mut shared_b = Shared::<[f32]>::new_slice(comptime!(plan.block * plan.stride()));
     let mut shared_c = Shared::<[f32]>::new_slice(comptime!(plan.block * plan.stride()));
-    let mut shared_g =
-        Shared::<[f32]>::new_slice(comptime!(if plan.axis == DecayAxis::Inner { plan.block * plan.stride() } else { 1 }));
+    let mut shared_g = Shared::<[f32]>::new_slice(comptime!(if plan.axis == DecayAxis::Inner {
+        plan.block * plan.stride()
+    } else {
+        1
+    }));
     let mut shared_y =
         Shared::<[f32]>::new_slice(comptime!(if plan.parts > 1 { plan.block * plan.parts * plan.tile } else { 1 }));
 

@@ -32,18 +32,10 @@ fn transposed(mut x: CubeTensor) -> CubeTensor {
 
 fn launch(a: CubeTensor, b: CubeTensor) -> CubeTensor {
     let shape = output_shape(a.meta.shape(), b.meta.shape());
-    let out = burn_cubecl::ops::numeric::empty_device_contiguous_dtype(
-        a.client.clone(),
-        a.device.clone(),
-        shape,
-        DType::F32,
-    );
+    let out =
+        burn_cubecl::ops::numeric::empty_device_contiguous_dtype(a.client.clone(), a.device.clone(), shape, DType::F32);
     let f32 = storage(DType::F32);
-    let mut elems = MatmulElems::from_globals(&MatmulGlobalElems {
-        lhs: f32,
-        rhs: f32,
-        out: f32,
-    });
+    let mut elems = MatmulElems::from_globals(&MatmulGlobalElems { lhs: f32, rhs: f32, out: f32 });
     let client = out.client.clone();
     let run = |strategy: Strategy, elems: &mut MatmulElems| {
         cubek::matmul::launch::launch_ref(

@@ -46,12 +46,7 @@ pub fn rotary(
         } else {
             ("cos", cos.dims().to_vec(), "at least one row")
         };
-        return Err(OpError::Shape {
-            op: OP,
-            argument,
-            found,
-            expected: expected.into(),
-        });
+        return Err(OpError::Shape { op: OP, argument, found, expected: expected.into() });
     }
     parameter(OP, "cos", &cos, [rows, d / 2], "[P, D/2]", &device)?;
     parameter(OP, "sin", &sin, [rows, d / 2], "[P, D/2]", &device)?;

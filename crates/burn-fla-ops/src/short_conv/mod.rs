@@ -90,12 +90,5 @@ pub fn short_conv(
         return Ok((x, history));
     }
     let history = history.unwrap_or_else(zeros);
-    Ok(reference::short_conv(
-        x,
-        weight,
-        bias,
-        options.silu,
-        history,
-        options.cu_seqlens.as_ref(),
-    ))
+    Ok(reference::short_conv(x, weight, bias, options.silu, history, options.cu_seqlens.as_ref()))
 }

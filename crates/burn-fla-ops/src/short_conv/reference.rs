@@ -34,11 +34,7 @@ pub fn short_conv(
         outputs.push(y);
         caches.push(cache);
     }
-    let y = if outputs.is_empty() {
-        x
-    } else {
-        Tensor::cat(outputs, 1)
-    };
+    let y = if outputs.is_empty() { x } else { Tensor::cat(outputs, 1) };
     (y, Tensor::cat(caches, 0))
 }
 
