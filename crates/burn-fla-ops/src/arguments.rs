@@ -2,8 +2,8 @@
 
 use burn::tensor::{DType, Device, Tensor};
 
-use crate::OpError;
-use crate::bridge::{same_device, same_shape};
+use crate::bridge::{has_kernels, same_device, same_shape};
+use crate::{Engine, OpError};
 
 /// Checks that an activation is of a dtype that operators take.
 pub(crate) fn activation<const D: usize>(
@@ -43,4 +43,18 @@ pub(crate) fn positive_eps(op: &'static str, eps: f64) -> Result<(), OpError> {
 /// The size of the last dimension.
 pub(crate) fn last_dim<const D: usize>(tensor: &Tensor<D>) -> usize {
     tensor.dims()[D - 1]
+}
+
+/// Whether the kernels take an activation of this device and dtype.
+pub(crate) fn on_kernels<const D: usize>(tensor: &Tensor<D>, engine: Engine) -> bool {
+    has_kernels(&tensor.device(), engine) && matches!(tensor.dtype(), DType::F32 | DType::BF16)
+}
+
+/// A weight as the row-wise kernels read it: f32, ones where there is none.
+#[cfg(feature = "cube")]
+pub(crate) fn weight_or_ones(weight: Option<Tensor<1>>, dim: usize, device: &Device) -> Tensor<1> {
+    match weight {
+        Some(weight) => weight.cast(DType::F32),
+        None => Tensor::ones([dim], (&device.clone().inner(), DType::F32)),
+    }
 }

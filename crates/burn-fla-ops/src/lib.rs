@@ -24,6 +24,8 @@ mod linear_walk;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rotary;
+#[cfg(feature = "cube")]
+mod rows;
 pub mod short_conv;
 pub mod simple_gla;
 pub mod swiglu;

@@ -7,11 +7,13 @@
 //! Backward, with `n = x · rstd` and `m = dy ∘ act(g)`: `dg = dy ∘ n ∘ w ∘ act'(g)`, `dw = Σ_rows m ∘ n`, and with
 //! `c = w ∘ m`: `dx = rstd · (c − n · mean(c ∘ n))`.
 
+#[cfg(feature = "cube")]
+mod kernels;
 pub mod reference;
 
 use burn::tensor::Tensor;
 
-use crate::arguments::{activation, last_dim, parameter, positive_eps};
+use crate::arguments::{activation, last_dim, on_kernels, parameter, positive_eps};
 use crate::bridge::{same_device, same_dtype, same_shape};
 use crate::{Engine, OpError};
 
@@ -57,6 +59,15 @@ pub fn gated_rms_norm<const D: usize>(
     if x.shape().num_elements() == 0 {
         return Ok(x);
     }
-    let _ = engine;
+    #[cfg(feature = "cube")]
+    if on_kernels(&x, engine) && crate::rows::fits(last_dim(&x)) {
+        let (shape, dim) = (x.dims(), last_dim(&x));
+        let weight = crate::arguments::weight_or_ones(weight, dim, &x.device());
+        let rows = |x: Tensor<D>| Tensor::<2>::into_dispatch(x.reshape([-1, dim as i64]));
+        let inputs = vec![rows(x), rows(gate), weight.into_dispatch()];
+        let mut outputs = crate::bridge::apply(kernels::GatedRmsNorm { eps, act }, inputs, vec![]);
+        return Ok(Tensor::<2>::from_dispatch(outputs.remove(0)).reshape(shape));
+    }
+    let _ = on_kernels(&x, engine);
     Ok(reference::gated_rms_norm(x, gate, weight, eps, act))
 }

@@ -8,11 +8,15 @@
 //!
 //! Zhang, Sennrich: *Root Mean Square Layer Normalization* (2019).
 
+#[cfg(feature = "cube")]
+mod kernels;
 pub mod reference;
+#[cfg(feature = "cube")]
+mod residual;
 
 use burn::tensor::{DType, Tensor};
 
-use crate::arguments::{activation, last_dim, parameter, positive_eps};
+use crate::arguments::{activation, last_dim, on_kernels, parameter, positive_eps};
 use crate::bridge::{same_device, same_dtype, same_shape};
 use crate::{Engine, OpError};
 
@@ -43,7 +47,16 @@ pub fn rms_norm<const D: usize>(
     if x.shape().num_elements() == 0 {
         return Ok(x);
     }
-    let _ = engine;
+    #[cfg(feature = "cube")]
+    if on_kernels(&x, engine) && crate::rows::fits(last_dim(&x)) {
+        let (shape, dim) = (x.dims(), last_dim(&x));
+        let weight = crate::arguments::weight_or_ones(weight, dim, &x.device());
+        let rows = x.reshape([-1, dim as i64]);
+        let inputs = vec![Tensor::<2>::into_dispatch(rows), weight.into_dispatch()];
+        let mut outputs = crate::bridge::apply(kernels::RmsNorm { eps }, inputs, vec![]);
+        return Ok(Tensor::<2>::from_dispatch(outputs.remove(0)).reshape(shape));
+    }
+    let _ = on_kernels(&x, engine);
     Ok(reference::rms_norm(x, weight, eps))
 }
 
@@ -79,6 +92,18 @@ pub fn add_rms_norm<const D: usize>(
     if x.shape().num_elements() == 0 {
         return Ok((x, residual));
     }
-    let _ = engine;
+    #[cfg(feature = "cube")]
+    if on_kernels(&x, engine) && crate::rows::fits(last_dim(&x)) {
+        let (shape, dim) = (x.dims(), last_dim(&x));
+        let rows = |x: Tensor<D>| Tensor::<2>::into_dispatch(x.reshape([-1, dim as i64]));
+        let inputs = vec![rows(x), rows(residual), weight.cast(DType::F32).into_dispatch()];
+        let mut outputs = crate::bridge::apply(residual::AddRmsNorm { eps }, inputs, vec![]).into_iter();
+        let mut next = || {
+            let output = outputs.next().expect("two outputs");
+            Tensor::<2>::from_dispatch(output).reshape(shape)
+        };
+        return Ok((next(), next()));
+    }
+    let _ = on_kernels(&x, engine);
     Ok(reference::add_rms_norm(x, residual, weight, eps))
 }

@@ -8,11 +8,15 @@
 //!
 //! Su et al.: *RoFormer: Enhanced Transformer with Rotary Position Embedding* (2021).
 
+#[cfg(feature = "cube")]
+mod kernels;
 pub mod reference;
 
+#[cfg(feature = "cube")]
+use burn::tensor::DType;
 use burn::tensor::{Int, Tensor};
 
-use crate::arguments::{activation, parameter};
+use crate::arguments::{activation, on_kernels, parameter};
 use crate::{Engine, OpError};
 
 /// Rotates the two halves of each head by the angles of its token's position.
@@ -70,7 +74,15 @@ pub fn rotary(
         return Ok(x);
     }
     let (cos, sin) = (cos.detach(), sin.detach());
-    let _ = engine;
+    #[cfg(feature = "cube")]
+    if on_kernels(&x, engine) {
+        let table = |table: Tensor<2>| table.cast(DType::F32).into_dispatch();
+        let inputs = vec![x.reshape([b * t, h, d]).into_dispatch(), table(cos), table(sin)];
+        let positions = positions.reshape([b * t]).cast(DType::I32).into_dispatch();
+        let mut outputs = crate::bridge::apply(kernels::Rotary, inputs, vec![positions]);
+        return Ok(Tensor::<3>::from_dispatch(outputs.remove(0)).reshape([b, t, h, d]));
+    }
+    let _ = on_kernels(&x, engine);
     let (low, high) = (positions.clone().min(), positions.clone().max());
     let (low, high) = (low.into_scalar::<i64>(), high.into_scalar::<i64>());
     if low < 0 || high >= rows as i64 {

@@ -8,11 +8,15 @@
 //! `dx_t = Σ_j w_j ∘ dz_{t+W−1−j}` within the sequence, `dw_j = Σ_t dz_t ∘ x_{t−W+1+j}`, `db = Σ_t dz_t`, and the history
 //! receives what reaches past the first token.
 
+#[cfg(feature = "cube")]
+mod kernels;
+#[cfg(feature = "cube")]
+mod operator;
 pub mod reference;
 
 use burn::tensor::Tensor;
 
-use crate::arguments::{activation, parameter};
+use crate::arguments::{activation, on_kernels, parameter};
 use crate::bridge::{same_device, same_shape};
 use crate::{CuSeqlens, Engine, OpError};
 
@@ -89,6 +93,12 @@ pub fn short_conv(
         let history = history.unwrap_or_else(zeros);
         return Ok((x, history));
     }
+    #[cfg(feature = "cube")]
+    if on_kernels(&x, options.engine) {
+        let packed = options.cu_seqlens.as_ref();
+        return Ok(operator::run(x, weight, bias, options.silu, history, packed));
+    }
+    let _ = on_kernels(&x, options.engine);
     let history = history.unwrap_or_else(zeros);
     Ok(reference::short_conv(x, weight, bias, options.silu, history, options.cu_seqlens.as_ref()))
 }

@@ -8,11 +8,13 @@
 //!
 //! Shazeer: *GLU Variants Improve Transformer* (2020).
 
+#[cfg(feature = "cube")]
+mod kernels;
 pub mod reference;
 
 use burn::tensor::Tensor;
 
-use crate::arguments::activation;
+use crate::arguments::{activation, on_kernels};
 use crate::bridge::{same_device, same_dtype, same_shape};
 use crate::{Engine, OpError};
 
@@ -36,6 +38,13 @@ pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>, engine: Engine) ->
     if gate.shape().num_elements() == 0 {
         return Ok(gate);
     }
-    let _ = engine;
+    #[cfg(feature = "cube")]
+    if on_kernels(&gate, engine) {
+        let shape = gate.dims();
+        let flat = |x: Tensor<D>| Tensor::<1>::into_dispatch(x.reshape([-1]));
+        let mut outputs = crate::bridge::apply(kernels::SwiGlu, vec![flat(gate), flat(up)], vec![]);
+        return Ok(Tensor::<1>::from_dispatch(outputs.remove(0)).reshape(shape));
+    }
+    let _ = on_kernels(&gate, engine);
     Ok(reference::swiglu(gate, up))
 }

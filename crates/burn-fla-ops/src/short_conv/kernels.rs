@@ -1,0 +1,342 @@
+//! The short convolution on devices with kernels.
+//!
+//! Tokens are cut into runs of 32 that never cross the border of a sequence. A unit walks one run of a few channels with
+//! the last `W` inputs in registers, so each input is read once (and `W − 1` of them twice, where a run begins).
+//! Nothing is saved besides the inputs: backward makes `z` again. It walks `W − 1` tokens past the end of its run, because
+//! `dx_t = Σ_j w_j ∘ dz_{t+W−1−j}`.
+
+use cubecl::prelude::*;
+
+use crate::rows::{UNITS, sigmoid};
+
+/// What the kernels are specialised on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct ConvPlan {
+    /// Channels of a vector.
+    pub(super) vector: usize,
+    /// Vectors of a token.
+    pub(super) width: usize,
+    /// Taps of the convolution.
+    pub(super) taps: usize,
+    /// Tokens of a run.
+    pub(super) run: usize,
+    pub(super) silu: bool,
+    pub(super) bias: bool,
+    pub(super) packed: bool,
+}
+
+/// Numbers of a run in the table of packed sequences: its sequence, the sequence's first token, the run's first token,
+/// and the sequence's end.
+pub(super) const RUN_WORDS: usize = 4;
+
+/// Where a run lies.
+#[derive(CubeType)]
+struct Span {
+    sequence: usize,
+    /// First token of the sequence.
+    start: usize,
+    /// First token of the run.
+    first: usize,
+    /// One past the last token of the run.
+    last: usize,
+    /// One past the last token of the sequence.
+    end: usize,
+}
+
+#[cube]
+fn span(run: usize, table: &Tensor<i32>, tokens: u32, #[comptime] plan: ConvPlan) -> Span {
+    if comptime!(plan.packed) {
+        let at = run * comptime!(RUN_WORDS);
+        let first = table[at + 2] as usize;
+        let end = table[at + 3] as usize;
+        Span {
+            sequence: table[at] as usize,
+            start: table[at + 1] as usize,
+            first,
+            last: min(first + comptime!(plan.run), end),
+            end,
+        }
+    } else {
+        let tokens = tokens as usize;
+        let runs = tokens.div_ceil(comptime!(plan.run));
+        let sequence = run / runs;
+        let start = sequence * tokens;
+        let first = start + run % runs * comptime!(plan.run);
+        let end = start + tokens;
+        Span { sequence, start, first, last: min(first + comptime!(plan.run), end), end }
+    }
+}
+
+/// The taps of a vector of channels, from `weight` `[D, W]`.
+#[cube]
+fn load_taps<N: Size>(weight: &Tensor<f32>, column: usize, #[comptime] plan: ConvPlan) -> Array<Vector<f32, N>> {
+    let mut taps = Array::<Vector<f32, N>>::new(comptime!(plan.taps));
+    let first = column * comptime!(plan.vector * plan.taps);
+    #[unroll]
+    for j in 0..comptime!(plan.taps) {
+        let mut tap = Vector::<f32, N>::new(0.0f32);
+        #[unroll]
+        for i in 0..comptime!(plan.vector) {
+            tap.insert(i, weight[first + comptime!(i * plan.taps + j)]);
+        }
+        taps[j] = tap;
+    }
+    taps
+}
+
+#[cube]
+fn load_bias<N: Size>(bias: &Tensor<f32>, column: usize, #[comptime] plan: ConvPlan) -> Vector<f32, N> {
+    let mut value = Vector::<f32, N>::new(0.0f32);
+    if comptime!(plan.bias) {
+        #[unroll]
+        for i in 0..comptime!(plan.vector) {
+            value.insert(i, bias[column * comptime!(plan.vector) + i]);
+        }
+    }
+    value
+}
+
+/// The inputs before the first token of a run, in the places from which the first shift takes them.
+#[cube]
+fn load_window<E: Float, N: Size>(
+    x: &Tensor<Vector<E, N>>,
+    span: &Span,
+    column: usize,
+    #[comptime] plan: ConvPlan,
+) -> Array<Vector<f32, N>> {
+    let mut window = Array::<Vector<f32, N>>::new(comptime!(plan.taps));
+    #[unroll]
+    for j in 0..comptime!(plan.taps) {
+        window[j] = Vector::<f32, N>::new(0.0f32);
+        if span.first + j >= span.start + comptime!(plan.taps) {
+            let token = span.first + j - comptime!(plan.taps);
+            window[j] = Vector::cast_from(x[token * comptime!(plan.width) + column]);
+        }
+    }
+    window
+}
+
+#[cube(launch, address_type = "dynamic")]
+pub(super) fn forward_kernel<E: Float, N: Size>(
+    x: &Tensor<Vector<E, N>>,
+    weight: &Tensor<f32>,
+    bias: &Tensor<f32>,
+    table: &Tensor<i32>,
+    y: &mut Tensor<Vector<E, N>>,
+    cache: &mut Tensor<Vector<E, N>>,
+    runs: u32,
+    tokens: u32,
+    #[comptime] plan: ConvPlan,
+    #[define(E)] _element: ElemType,
+) {
+    let mut at = ABSOLUTE_POS;
+    while at < runs as usize * comptime!(plan.width) {
+        let column = at % comptime!(plan.width);
+        let span = span(at / comptime!(plan.width), table, tokens, plan);
+        let taps = load_taps::<N>(weight, column, plan);
+        let bias = load_bias::<N>(bias, column, plan);
+        let mut window = load_window::<E, N>(x, &span, column, plan);
+        for token in span.first..span.last {
+            let place = token * comptime!(plan.width) + column;
+            #[unroll]
+            for j in 1..comptime!(plan.taps) {
+                window[comptime!(j - 1)] = window[j];
+            }
+            window[comptime!(plan.taps - 1)] = Vector::cast_from(x[place]);
+            let mut z = bias;
+            #[unroll]
+            for j in 0..comptime!(plan.taps) {
+                z += taps[j] * window[j];
+            }
+            if comptime!(plan.silu) {
+                z *= sigmoid::<N>(z);
+            }
+            y[place] = Vector::cast_from(z);
+        }
+        if span.last == span.end {
+            #[unroll]
+            for i in 0..comptime!(plan.taps) {
+                let mut value = Vector::<E, N>::new(E::from_int(0));
+                if span.end + i >= span.start + comptime!(plan.taps) {
+                    let token = span.end + i - comptime!(plan.taps);
+                    value = x[token * comptime!(plan.width) + column];
+                }
+                cache[(span.sequence * comptime!(plan.taps) + i) * comptime!(plan.width) + column] = value;
+            }
+        }
+        at += CUBE_COUNT_X as usize * comptime!(UNITS);
+    }
+}
+
+/// Unit `p · width + column` walks the runs `p, p + partials, …` and writes its part of row `p` of `partial`:
+/// `D · W` gradients of the weight, then, with a bias, its `D`.
+#[cube(launch, address_type = "dynamic")]
+pub(super) fn backward_kernel<E: Float, N: Size>(
+    x: &Tensor<Vector<E, N>>,
+    weight: &Tensor<f32>,
+    bias: &Tensor<f32>,
+    table: &Tensor<i32>,
+    dy: &Tensor<Vector<E, N>>,
+    dx: &mut Tensor<Vector<E, N>>,
+    partial: &mut Tensor<f32>,
+    runs: u32,
+    tokens: u32,
+    partials: u32,
+    #[comptime] plan: ConvPlan,
+    #[comptime] weight_grad: bool,
+    #[define(E)] _element: ElemType,
+) {
+    let zero = Vector::<f32, N>::new(0.0f32);
+    let one = Vector::<f32, N>::new(1.0f32);
+    let column = ABSOLUTE_POS % comptime!(plan.width);
+    let row = ABSOLUTE_POS / comptime!(plan.width);
+    let taps = load_taps::<N>(weight, column, plan);
+    let bias = load_bias::<N>(bias, column, plan);
+    let mut dw = Array::<Vector<f32, N>>::new(comptime!(plan.taps));
+    let mut db = Vector::<f32, N>::new(0.0f32);
+    #[unroll]
+    for j in 0..comptime!(plan.taps) {
+        dw[j] = zero;
+    }
+    let mut run = row;
+    if row >= partials as usize {
+        run = runs as usize;
+    }
+    while run < runs as usize {
+        let span = span(run, table, tokens, plan);
+        let mut window = load_window::<E, N>(x, &span, column, plan);
+        let mut dzs = Array::<Vector<f32, N>>::new(comptime!(plan.taps));
+        #[unroll]
+        for j in 0..comptime!(plan.taps) {
+            dzs[j] = zero;
+        }
+        for token in span.first..span.last + comptime!(plan.taps - 1) {
+            #[unroll]
+            for j in 1..comptime!(plan.taps) {
+                window[comptime!(j - 1)] = window[j];
+                dzs[comptime!(j - 1)] = dzs[j];
+            }
+            let mut dz = Vector::<f32, N>::new(0.0f32);
+            if token < span.end {
+                let place = token * comptime!(plan.width) + column;
+                window[comptime!(plan.taps - 1)] = Vector::cast_from(x[place]);
+                dz = Vector::cast_from(dy[place]);
+                if comptime!(plan.silu) {
+                    let mut z = bias;
+                    #[unroll]
+                    for j in 0..comptime!(plan.taps) {
+                        z += taps[j] * window[j];
+                    }
+                    let s = sigmoid::<N>(z);
+                    dz *= s * (one + z * (one - s));
+                }
+            }
+            dzs[comptime!(plan.taps - 1)] = dz;
+            if comptime!(weight_grad) {
+                if token < span.last {
+                    #[unroll]
+                    for j in 0..comptime!(plan.taps) {
+                        dw[j] += dz * window[j];
+                    }
+                    db += dz;
+                }
+            }
+            if token + 1 >= span.first + comptime!(plan.taps) {
+                let mut grad = Vector::<f32, N>::new(0.0f32);
+                #[unroll]
+                for j in 0..comptime!(plan.taps) {
+                    grad += taps[j] * dzs[comptime!(plan.taps - 1 - j)];
+                }
+                let target = token + 1 - comptime!(plan.taps);
+                dx[target * comptime!(plan.width) + column] = Vector::cast_from(grad);
+            }
+        }
+        run += partials as usize;
+    }
+    if comptime!(weight_grad) {
+        if row < partials as usize {
+            let dim = comptime!(plan.width * plan.vector);
+            let columns = comptime!(if plan.bias { plan.taps + 1 } else { plan.taps });
+            let base = row * comptime!(dim * columns);
+            #[unroll]
+            for i in 0..comptime!(plan.vector) {
+                let channel = column * comptime!(plan.vector) + i;
+                #[unroll]
+                for j in 0..comptime!(plan.taps) {
+                    partial[base + channel * comptime!(plan.taps) + j] = dw[j].extract(i);
+                }
+                if comptime!(plan.bias) {
+                    partial[base + comptime!(dim * plan.taps) + channel] = db.extract(i);
+                }
+            }
+        }
+    }
+}
+
+/// Adds the gradient of the cache to that of the inputs which it holds.
+#[cube(launch, address_type = "dynamic")]
+pub(super) fn add_cache_gradient<E: Float, N: Size>(
+    dcache: &Tensor<Vector<E, N>>,
+    table: &Tensor<i32>,
+    dx: &mut Tensor<Vector<E, N>>,
+    runs: u32,
+    tokens: u32,
+    #[comptime] plan: ConvPlan,
+    #[define(E)] _element: ElemType,
+) {
+    let mut at = ABSOLUTE_POS;
+    while at < runs as usize * comptime!(plan.width) {
+        let column = at % comptime!(plan.width);
+        let span = span(at / comptime!(plan.width), table, tokens, plan);
+        if span.last == span.end {
+            #[unroll]
+            for i in 0..comptime!(plan.taps) {
+                if span.end + i >= span.start + comptime!(plan.taps) {
+                    let place = (span.end + i - comptime!(plan.taps)) * comptime!(plan.width) + column;
+                    let slot = (span.sequence * comptime!(plan.taps) + i) * comptime!(plan.width) + column;
+                    let value = Vector::<f32, N>::cast_from(dx[place]) + Vector::<f32, N>::cast_from(dcache[slot]);
+                    dx[place] = Vector::cast_from(value);
+                }
+            }
+        }
+        at += CUBE_COUNT_X as usize * comptime!(UNITS);
+    }
+}
+
+/// One token of each sequence: `x` `[N, D]`, `history` and `cache` `[N, D, W]`. One unit a channel.
+#[cube(launch, address_type = "dynamic")]
+pub(super) fn step_kernel<E: Float>(
+    x: &Tensor<E>,
+    weight: &Tensor<f32>,
+    bias: &Tensor<f32>,
+    history: &Tensor<E>,
+    y: &mut Tensor<E>,
+    cache: &mut Tensor<E>,
+    count: u32,
+    #[comptime] dim: usize,
+    #[comptime] taps: usize,
+    #[comptime] silu: bool,
+    #[comptime] has_bias: bool,
+    #[define(E)] _element: ElemType,
+) {
+    let at = ABSOLUTE_POS;
+    if at < count as usize {
+        let channel = at % dim;
+        let current = x[at];
+        let mut z = f32::cast_from(current) * weight[channel * taps + comptime!(taps - 1)];
+        #[unroll]
+        for j in 1..taps {
+            let value = history[at * taps + j];
+            cache[at * taps + comptime!(j - 1)] = value;
+            z += f32::cast_from(value) * weight[channel * taps + comptime!(j - 1)];
+        }
+        cache[at * taps + comptime!(taps - 1)] = current;
+        if comptime!(has_bias) {
+            z += bias[channel];
+        }
+        if comptime!(silu) {
+            z *= sigmoid::<Const<1>>(Vector::new(z)).extract(0usize);
+        }
+        y[at] = E::cast_from(z);
+    }
+}
