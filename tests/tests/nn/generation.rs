@@ -76,8 +76,7 @@ fn memory_does_not_grow_with_the_text() {
     let device = reference_device();
     let elements = |layer: &LayerState| match layer {
         LayerState::Recurrent { state, conv } => {
-            state.shape().num_elements()
-                + conv.iter().flat_map(|c| c.iter()).map(|c| c.shape().num_elements()).sum::<usize>()
+            state.shape().num_elements() + conv.iter().flatten().map(|c| c.shape().num_elements()).sum::<usize>()
         }
         LayerState::KeyValue { k, v } => k.shape().num_elements() + v.shape().num_elements(),
     };

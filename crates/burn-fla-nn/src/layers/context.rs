@@ -8,6 +8,8 @@ use burn_fla_ops::{CuSeqlens, SequenceOptions};
 use crate::{Compute, NnError};
 
 /// What a layer keeps of the tokens it has seen.
+// A handful of handles a layer: no box is needed around them.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug)]
 pub enum LayerState {
     /// A recurrent mixer: constant in the number of tokens.
@@ -15,7 +17,7 @@ pub enum LayerState {
         /// S, f32 `[B, H, K, V]`.
         state: Tensor<4>,
         /// The last inputs of the short convolutions of q, k and v, where the layer has them, `[B, channels, W]`.
-        conv: Option<Box<[Tensor<3>; 3]>>,
+        conv: Option<[Tensor<3>; 3]>,
     },
     /// Softmax attention: the keys (already rotated) and values of the tokens seen, or of the window, `[B, S, G, K]`.
     KeyValue {
@@ -189,7 +191,7 @@ impl SequenceContext {
 /// The state and the convolution caches of a recurrent layer, or an error when the state is another layer's.
 pub(crate) fn recurrent_state(
     past: Option<LayerState>,
-) -> Result<(Option<Tensor<4>>, Option<Box<[Tensor<3>; 3]>>), NnError> {
+) -> Result<(Option<Tensor<4>>, Option<[Tensor<3>; 3]>), NnError> {
     match past {
         None => Ok((None, None)),
         Some(LayerState::Recurrent { state, conv }) => Ok((Some(state), conv)),

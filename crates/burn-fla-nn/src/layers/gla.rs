@@ -209,7 +209,7 @@ impl Gla {
         let o = output_norm(o, gate, norm, self.norm_eps, engine)?;
         let y = self.o_proj.forward(merge_heads(o))?;
         let conv = match (q_cache, k_cache, v_cache) {
-            (Some(q), Some(k), Some(v)) => Some(Box::new([q, k, v])),
+            (Some(q), Some(k), Some(v)) => Some([q, k, v]),
             _ => None,
         };
         let state = context.keep_state().then_some(LayerState::Recurrent { state, conv });
