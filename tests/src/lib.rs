@@ -5,6 +5,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// The devices on which kernels run in this build, by name. A build for CUDA tests CUDA: its machine may lack Vulkan.
+#[allow(clippy::vec_init_then_push)]
 pub fn kernel_devices() -> Vec<(&'static str, Device)> {
     #[allow(unused_mut)]
     let mut devices = Vec::new();

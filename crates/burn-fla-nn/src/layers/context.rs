@@ -8,6 +8,8 @@ use burn_fla_ops::{CuSeqlens, SequenceOptions};
 use crate::{Compute, NnError};
 
 /// What a layer keeps of the tokens it has seen.
+// A handful of handles a layer: no box is needed around them.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug)]
 pub enum LayerState {
     /// A recurrent mixer: constant in the number of tokens.

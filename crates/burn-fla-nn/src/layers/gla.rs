@@ -181,10 +181,7 @@ impl Gla {
         context.check_input(&x, self.q_proj.weight.dims()[1])?;
         let engine = context.compute().engine;
         let (state, caches) = recurrent_state(past)?;
-        let [q_cache, k_cache, v_cache] = match caches {
-            Some([q, k, v]) => [Some(q), Some(k), Some(v)],
-            None => [None, None, None],
-        };
+        let [q_cache, k_cache, v_cache] = caches.map_or([None, None, None], |caches| caches.map(Some));
         let mix = |x: Tensor<3>, conv: &Option<ShortConv>, cache| match conv {
             Some(conv) => {
                 conv.forward(x, cache, context.cu_seqlens().cloned(), engine).map(|(x, cache)| (x, Some(cache)))

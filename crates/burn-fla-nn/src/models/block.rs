@@ -22,6 +22,8 @@ pub enum MixerConfig {
 }
 
 /// The token mixer of a layer.
+// A model has a few dozen of them, beside gigabytes of weights: no box is needed around the larger ones.
+#[allow(clippy::large_enum_variant)]
 #[derive(Module, Debug)]
 pub enum Mixer {
     /// Softmax attention.
