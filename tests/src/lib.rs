@@ -4,6 +4,9 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+// The facade brings the definitions that a CUDA build links.
+use burn_fla as _;
+
 /// The devices on which kernels run in this build, by name. A build for CUDA tests CUDA: its machine may lack Vulkan.
 #[allow(clippy::vec_init_then_push)]
 pub fn kernel_devices() -> Vec<(&'static str, Device)> {
