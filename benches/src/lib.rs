@@ -1,1 +1,6 @@
-//! benches
+//! What the benches share: a measured result with the machine, the commit and the command that gave it, kept as JSON in
+//! `benches/results/`, and `benches/RESULTS.md`, which is written from these files alone.
+
+mod result;
+
+pub use result::{BenchResult, Table, load, machine, render};
