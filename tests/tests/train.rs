@@ -1,4 +1,10 @@
 //! The trainer: the optimiser against plain f64, runs that resume to the last bit, bad input.
 
+#[path = "train/bad_input.rs"]
+mod bad_input;
 #[path = "train/optimizer.rs"]
 mod optimizer;
+#[path = "train/resume.rs"]
+mod resume;
+#[path = "train/runs.rs"]
+mod runs;

@@ -171,6 +171,9 @@ pub enum TrainError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// An error of the model's storey.
+    #[error(transparent)]
+    Model(#[from] burn_fla_nn::NnError),
     /// The device failed while computing or reading.
     #[error("the device failed: {0}")]
     Execution(String),

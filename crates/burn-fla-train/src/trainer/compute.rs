@@ -1,0 +1,129 @@
+//! One optimiser step's gradient, and held-out losses, on one device or on the threads of the CPU.
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_fla_nn::{CausalLm, Compute};
+
+use super::pool::Pool;
+use crate::TrainError;
+use crate::data::Rows;
+use crate::optim::ParamTable;
+
+/// Where the model runs.
+#[derive(Debug)]
+pub(super) struct Computer {
+    pub device: Device,
+    pub compute: Compute,
+    pub pool: Pool,
+}
+
+/// The gradient of a step and its loss, still on the device.
+pub(super) struct Gradient {
+    /// In the order of the parameter table; `None` where the loss does not depend on the parameter.
+    pub grads: Vec<Option<Tensor<1>>>,
+    /// Mean cross entropy over the step's tokens, `[1]`.
+    pub loss: Tensor<1>,
+}
+
+impl Computer {
+    /// The gradient of the mean loss over all tokens of `batches`, the micro-batches of one step.
+    ///
+    /// Every worker takes its share of each micro-batch on a copy of the model with leaves of its own; the shares are
+    /// summed in the workers' order, so that the sum is the same to the last bit on every run with as many threads.
+    pub(super) fn gradient(
+        &self,
+        model: &CausalLm,
+        table: &ParamTable,
+        batches: &[Rows],
+    ) -> Result<Gradient, TrainError> {
+        let tokens: u64 = batches.iter().map(Rows::tokens).sum();
+        let scale = 1.0 / tokens.max(1) as f64;
+        let jobs = self.shares(batches).into_iter().map(|share| {
+            let (model, table) = (model.clone(), table.clone());
+            let (device, compute) = (self.device.clone().autodiff(), self.compute);
+            Box::new(move || gradient_of_share(model, &table, &share, scale, &device, compute)) as _
+        });
+        let results: Vec<Result<Gradient, TrainError>> = self.pool.run(jobs.collect());
+        let mut total: Option<Gradient> = None;
+        for result in results {
+            total = Some(match total {
+                None => result?,
+                Some(sum) => add(sum, result?),
+            });
+        }
+        total.ok_or_else(|| TrainError::Execution("a step without rows".to_string()))
+    }
+
+    /// The summed cross entropy of `batches` in nats; `model` has no autodiff.
+    pub(super) fn loss(&self, model: &CausalLm, batches: &[Rows]) -> Result<f64, TrainError> {
+        let jobs = self.shares(batches).into_iter().map(|share| {
+            let (model, device, compute) = (model.clone(), self.device.clone(), self.compute);
+            Box::new(move || -> Result<Vec<Tensor<1>>, TrainError> {
+                let sum = |rows: &Rows| {
+                    let (ids, labels) = tensors(rows, &device);
+                    Ok(model.loss(ids, labels, None, compute)?.sum)
+                };
+                share.iter().map(sum).collect()
+            }) as _
+        });
+        let mut total = 0.0;
+        for sums in self.pool.run::<Result<Vec<Tensor<1>>, TrainError>>(jobs.collect()) {
+            total += read(Tensor::cat(sums?, 0))?.into_iter().map(f64::from).sum::<f64>();
+        }
+        Ok(total)
+    }
+
+    /// Splits the rows of every batch over the workers; workers without rows get no share.
+    fn shares(&self, batches: &[Rows]) -> Vec<Vec<Rows>> {
+        let threads = self.pool.threads();
+        let share = |worker: usize| -> Vec<Rows> {
+            let cut = |rows: usize, at: usize| rows * at / threads;
+            let part = |batch: &Rows| batch.part(cut(batch.rows, worker), cut(batch.rows, worker + 1));
+            batches.iter().map(part).filter(|rows| rows.rows > 0).collect()
+        };
+        (0..threads).map(share).filter(|share| !share.is_empty()).collect()
+    }
+}
+
+fn gradient_of_share(
+    model: CausalLm,
+    table: &ParamTable,
+    share: &[Rows],
+    scale: f64,
+    device: &Device,
+    compute: Compute,
+) -> Result<Gradient, TrainError> {
+    let model = model.train();
+    let mut total: Option<Gradient> = None;
+    for rows in share {
+        let (ids, labels) = tensors(rows, device);
+        let loss = model.loss(ids, labels, None, compute)?.sum * scale;
+        let mut gradients = loss.backward();
+        let grads = table.gradients(&model, &mut gradients);
+        let part = Gradient { grads, loss: loss.inner() };
+        total = Some(match total {
+            None => part,
+            Some(sum) => add(sum, part),
+        });
+    }
+    total.ok_or_else(|| TrainError::Execution("a share without rows".to_string()))
+}
+
+fn add(a: Gradient, b: Gradient) -> Gradient {
+    let sum = |pair: (Option<Tensor<1>>, Option<Tensor<1>>)| match pair {
+        (Some(a), Some(b)) => Some(a + b),
+        (a, b) => a.or(b),
+    };
+    Gradient { grads: a.grads.into_iter().zip(b.grads).map(sum).collect(), loss: a.loss + b.loss }
+}
+
+fn tensors(rows: &Rows, device: &Device) -> (Tensor<2, Int>, Tensor<2, Int>) {
+    let make =
+        |values: &Vec<i32>| Tensor::from_data(TensorData::new(values.clone(), [rows.rows, rows.seq_len]), device);
+    (make(&rows.ids), make(&rows.labels))
+}
+
+/// Reads a vector from the device, which waits for it.
+pub(super) fn read(tensor: Tensor<1>) -> Result<Vec<f32>, TrainError> {
+    tensor.try_into_vec_as::<f32>().map_err(|error| TrainError::Execution(error.to_string()))
+}

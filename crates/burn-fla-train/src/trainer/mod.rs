@@ -1,0 +1,298 @@
+//! The loop.
+
+mod audit;
+mod compute;
+mod pool;
+mod setup;
+mod signals;
+mod text;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use burn::tensor::{DType, Tensor};
+use burn_fla_nn::{CausalLm, hub};
+
+use crate::TrainError;
+use crate::checkpoint::{CheckpointStore, TrainState, save_optimizer, write_atomic, write_synced};
+use crate::data::{Loader, Rows};
+use crate::metrics::{Journal, Line, SampleLine, Terminal, TrainLine, ValidationLine};
+use crate::optim::{AdamW, StepReport};
+use crate::recipe::Recipe;
+use crate::schedule::Schedule;
+use compute::{Computer, read};
+use setup::HeldOut;
+use signals::Signals;
+use text::Text;
+
+/// A run that is ready for its next step.
+#[derive(Debug)]
+pub struct Trainer {
+    recipe: Recipe,
+    computer: Computer,
+    text: Text,
+    /// Without autodiff; each step makes copies with it. `None` only while the optimiser has it: being its sole owner
+    /// lets the update work in place.
+    model: Option<CausalLm>,
+    optimizer: AdamW,
+    schedule: Schedule,
+    loader: Loader,
+    held_out: Option<HeldOut>,
+    state: TrainState,
+    store: CheckpointStore,
+    journal: Journal,
+    terminal: Terminal,
+    interval: Interval,
+    /// Losses since the last log line that have been read, and those still on the device.
+    pending: Vec<f32>,
+    unread: Vec<Tensor<1>>,
+    report: Option<StepReport>,
+    last_lr: f64,
+    /// The last evaluation and its step, and the last step saved.
+    evaluated: Option<(u64, f64)>,
+    saved: Option<u64>,
+    /// Whether the weights are other than random.
+    resumed: bool,
+    vocab_size: usize,
+}
+
+/// What was measured since the last log line.
+#[derive(Debug, Default)]
+struct Interval {
+    time: Duration,
+    waited: Duration,
+    tokens: u64,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunSummary {
+    /// Optimiser steps made in all.
+    pub step: u64,
+    /// Tokens counted in the loss in all.
+    pub tokens: u64,
+    /// Seconds of training, without evaluations and saves.
+    pub seconds: f64,
+    /// The last held-out figure.
+    pub bits_per_byte: Option<f64>,
+    /// The last checkpoint: a Hugging Face folder.
+    pub checkpoint: PathBuf,
+    /// Whether a signal ended it before its budget.
+    pub interrupted: bool,
+    /// The recipe that continues the run: `burn-fla train THIS`.
+    pub resume_recipe: PathBuf,
+}
+
+impl Trainer {
+    /// Opens device, model, data and run folder, and restores the checkpoint that the recipe asks for.
+    ///
+    /// # Errors
+    /// See [`TrainError`]; nothing is left half-written.
+    pub fn new(recipe: Recipe) -> Result<Trainer, TrainError> {
+        setup::prepare(recipe)
+    }
+
+    /// Trains until the budget is spent or a signal asks to stop; either way the last step is saved.
+    ///
+    /// # Errors
+    /// A device that fails, files that cannot be written, too many gradients in a row that are not finite.
+    pub fn run(mut self) -> Result<RunSummary, TrainError> {
+        let signals = Signals::install();
+        let mut last_batch = Vec::new();
+        while !self.finished() && !signals.asked() {
+            last_batch = self.step()?;
+            let step = self.state.step;
+            let every = |n: u64| n > 0 && step.is_multiple_of(n);
+            if every(self.recipe.metrics.log_freq) || self.finished() {
+                self.log(&last_batch)?;
+            }
+            if every(self.recipe.validation.freq) && !self.finished() {
+                self.evaluate()?;
+            }
+            if every(self.recipe.checkpoint.interval) {
+                self.save()?;
+            }
+        }
+        let interrupted = !self.finished();
+        if !interrupted {
+            self.evaluate()?;
+        }
+        if self.saved != Some(self.state.step) {
+            self.check_skips(&last_batch)?;
+            self.save()?;
+        }
+        self.terminal.finish();
+        Ok(self.summary(interrupted))
+    }
+
+    /// One optimiser step; the device may still be working on it when this returns.
+    fn step(&mut self) -> Result<Vec<Rows>, TrainError> {
+        let start = Instant::now();
+        let training = &self.recipe.training;
+        let micro = training.gradient_accumulation_steps;
+        let batches: Vec<Rows> = (0..micro).map(|_| self.loader.next_rows(training.batch_size)).collect();
+        let tokens: u64 = batches.iter().map(Rows::tokens).sum();
+        self.interval.waited += start.elapsed();
+
+        let gradient = self.computer.gradient(self.model(), self.optimizer.table(), &batches)?;
+        if self.state.step == 0 && !self.resumed {
+            for finding in audit::audit(self.optimizer.table(), &gradient, self.vocab_size)? {
+                self.terminal.note(&format!("warning: {finding}"));
+            }
+        }
+        let lr = self.recipe.optimizer.lr * self.schedule.factor(self.state.step, self.total_steps());
+        let model = self.model.take().expect("no update is under way");
+        let (model, report) = self.optimizer.step(model, gradient.grads, lr);
+        self.model = Some(model);
+
+        self.unread.push(gradient.loss);
+        self.report = Some(report);
+        self.last_lr = lr;
+        self.state.step += 1;
+        self.state.tokens += tokens;
+        self.state.cursor = self.loader.cursor();
+        self.interval.tokens += tokens;
+        self.clock(start);
+        self.terminal.step(self.state.step);
+        Ok(batches)
+    }
+
+    fn model(&self) -> &CausalLm {
+        self.model.as_ref().expect("no update is under way")
+    }
+
+    fn clock(&mut self, start: Instant) {
+        let elapsed = start.elapsed();
+        self.interval.time += elapsed;
+        self.state.seconds += elapsed.as_secs_f64();
+    }
+
+    fn finished(&self) -> bool {
+        match (self.recipe.training.total_steps(), self.recipe.training.hours) {
+            (Some(steps), _) => self.state.step >= steps,
+            (None, Some(hours)) => self.state.seconds >= hours * 3600.0,
+            (None, None) => true,
+        }
+    }
+
+    /// The steps of the run; under a budget of time, what they will have been at the present rate.
+    fn total_steps(&self) -> u64 {
+        self.recipe.training.total_steps().unwrap_or_else(|| {
+            let budget = self.recipe.training.hours.unwrap_or(0.0) * 3600.0;
+            let rate = self.state.step as f64 / self.state.seconds.max(1e-9);
+            ((budget * rate) as u64).max(self.recipe.lr_scheduler.warmup_steps).max(self.state.step + 1)
+        })
+    }
+
+    /// Reads the losses that are still on the device.
+    fn read_losses(&mut self) -> Result<(), TrainError> {
+        if !self.unread.is_empty() {
+            let losses = std::mem::take(&mut self.unread);
+            self.pending.extend(read(Tensor::cat(losses, 0))?);
+        }
+        Ok(())
+    }
+
+    fn log(&mut self, batch: &[Rows]) -> Result<(), TrainError> {
+        let start = Instant::now();
+        self.read_losses()?;
+        let Some(report) = self.report.clone() else { return Ok(()) };
+        let figures = read(Tensor::cat(vec![report.grad_norm, report.skipped], 0))?;
+        self.clock(start);
+        let interval = std::mem::take(&mut self.interval);
+        let losses = std::mem::take(&mut self.pending);
+        let count = losses.len().max(1) as f64;
+        let line = TrainLine {
+            step: self.state.step,
+            tokens: self.state.tokens,
+            loss: losses.into_iter().map(f64::from).sum::<f64>() / count,
+            lr: self.last_lr,
+            grad_norm: f64::from(figures[0]),
+            tokens_per_s: interval.tokens as f64 / interval.time.as_secs_f64().max(1e-9),
+            data_wait_s: interval.waited.as_secs_f64(),
+            seconds: self.state.seconds,
+            skipped: figures[1] as u64,
+        };
+        self.terminal.train(&line, self.recipe.training.total_steps());
+        self.journal.write(&Line::Train(line))?;
+        self.check_skips(batch)
+    }
+
+    /// An error when too many steps in a row were skipped, with the last batch on disk to be looked at.
+    fn check_skips(&mut self, batch: &[Rows]) -> Result<(), TrainError> {
+        let Some(report) = self.report.clone() else { return Ok(()) };
+        let figures = read(Tensor::cat(vec![report.skipped_in_a_row, report.skipped_most], 0))?;
+        let limit = self.recipe.training.max_skipped;
+        if (figures[1] as u64) < limit {
+            return Ok(());
+        }
+        let path = self.recipe.job.dump_folder.join(format!("batch_{:08}.json", self.state.step));
+        let rows: Vec<&[i32]> = batch.iter().flat_map(|rows| rows.ids.chunks(rows.seq_len)).collect();
+        let dump = serde_json::json!({ "step": self.state.step, "ids": rows });
+        write_atomic(&path, dump.to_string().as_bytes())?;
+        Err(TrainError::Diverged {
+            step: self.state.step,
+            in_a_row: figures[1].max(figures[0]) as u64,
+            limit,
+            batch: path,
+        })
+    }
+
+    /// Held-out loss, bits per byte and samples; once for a step.
+    fn evaluate(&mut self) -> Result<(), TrainError> {
+        let step = self.state.step;
+        if self.evaluated.is_some_and(|(at, _)| at == step) {
+            return Ok(());
+        }
+        if let Some(held_out) = &self.held_out {
+            let nats = self.computer.loss(self.model(), &held_out.batches)?;
+            let line = ValidationLine {
+                step,
+                tokens: self.state.tokens,
+                validation_loss: nats / held_out.tokens.max(1) as f64,
+                validation_bits_per_byte: nats / std::f64::consts::LN_2 / held_out.bytes.max(1) as f64,
+                seconds: self.state.seconds,
+            };
+            self.evaluated = Some((step, line.validation_bits_per_byte));
+            self.terminal.validation(&line);
+            self.journal.write(&Line::Validation(line))?;
+        }
+        for prompt in &self.recipe.validation.samples {
+            let (section, compute) = (&self.recipe.validation, self.computer.compute);
+            let sample = self.text.sample(self.model(), prompt, section, self.recipe.job.seed, compute)?;
+            self.terminal.print(&format!("--- sample at step {step} ---\n{prompt}{sample}\n---"));
+            let line = SampleLine { step, prompt: prompt.clone(), sample };
+            self.journal.write(&Line::Sample(line))?;
+        }
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<(), TrainError> {
+        self.read_losses()?;
+        self.state.pending_losses = self.pending.iter().map(|loss| loss.to_bits()).collect();
+        let path = self.store.save(self.state.step, |folder| {
+            hub::save_model(self.model(), folder, DType::F32)?;
+            if let Some(tokenizer) = self.text.file() {
+                write_synced(&folder.join("tokenizer.json"), tokenizer)?;
+            }
+            save_optimizer(&self.optimizer, folder)?;
+            self.state.save(folder)?;
+            write_synced(&folder.join("recipe.toml"), self.recipe.to_toml().as_bytes())
+        })?;
+        self.saved = Some(self.state.step);
+        tracing::info!(step = self.state.step, path = %path.display(), "saved");
+        Ok(())
+    }
+
+    fn summary(&self, interrupted: bool) -> RunSummary {
+        RunSummary {
+            step: self.state.step,
+            tokens: self.state.tokens,
+            seconds: self.state.seconds,
+            bits_per_byte: self.evaluated.map(|(_, figure)| figure),
+            checkpoint: self.store.folder().join(format!("step_{:08}", self.state.step)),
+            interrupted,
+            resume_recipe: self.recipe.job.dump_folder.join("recipe.toml"),
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! A tiny run: what every test of the loop starts from, and what a run must produce.
+
+use std::path::{Path, PathBuf};
+
+use burn_fla_train::{Recipe, RunSummary, TrainError, Trainer};
+use serde_json::Value;
+
+/// A folder with a tiny model, text and a recipe.
+pub struct Bench {
+    pub folder: tempfile::TempDir,
+}
+
+pub const CONFIG: &str = r#"{"model_type": "gla", "vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 1,
+    "num_heads": 2, "expand_k": 1.0, "intermediate_size": 48, "hidden_act": "swish", "initializer_range": 0.02}"#;
+
+impl Bench {
+    pub fn new() -> Bench {
+        let folder = tempfile::tempdir().unwrap();
+        let bench = Bench { folder };
+        std::fs::write(bench.path("config.json"), CONFIG).unwrap();
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/burn-fla-train/src");
+        let recipe = format!(
+            r#"
+[job]
+dump_folder = '{run}'
+[device]
+threads = 2
+[model]
+config = '{config}'
+[optimizer]
+lr = 0.01
+[lr_scheduler]
+warmup_steps = 2
+[training]
+batch_size = 4
+seq_len = 32
+gradient_accumulation_steps = 2
+steps = 20
+[data]
+sources = [{{ root = '{sources}', paths = ["**/*.rs"] }}]
+validation_fraction = 0.2
+[checkpoint]
+interval = 10
+keep_latest_k = 0
+[metrics]
+log_freq = 1
+terminal = "plain"
+[validation]
+freq = 10
+steps = 3
+"#,
+            run = bench.path("run").display(),
+            config = bench.path("config.json").display(),
+            sources = sources.display(),
+        );
+        std::fs::write(bench.path("recipe.toml"), recipe).unwrap();
+        bench
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub fn train(&self, overrides: &[&str]) -> Result<RunSummary, TrainError> {
+        let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
+        Trainer::new(Recipe::load(&self.path("recipe.toml"), &overrides)?)?.run()
+    }
+
+    pub fn lines(&self, run: &str) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.path(run).join("metrics.jsonl")).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// (step, loss and gradient norm as they were written) of every training line.
+    pub fn losses(&self, run: &str) -> Vec<(u64, String, String)> {
+        let lines = self.lines(run);
+        let training = lines.iter().filter(|line| line.get("loss").is_some());
+        training
+            .map(|line| (line["step"].as_u64().unwrap(), line["loss"].to_string(), line["grad_norm"].to_string()))
+            .collect()
+    }
+
+    pub fn checkpoint(&self, run: &str, step: u64) -> PathBuf {
+        self.path(run).join(format!("checkpoints/step_{step:08}"))
+    }
+}
+
+#[test]
+fn a_run_learns_reports_and_saves_a_hugging_face_folder() {
+    let bench = Bench::new();
+    let summary = bench.train(&["training.steps=60", "validation.freq=30", "validation.samples=[\"fn \"]"]).unwrap();
+    assert_eq!((summary.step, summary.tokens, summary.interrupted), (60, 60 * 2 * 4 * 32, false));
+    let losses = bench.losses("run");
+    assert_eq!(losses.len(), 60);
+    let number = |at: usize| losses[at].1.parse::<f64>().unwrap();
+    assert!((number(0) - 256f64.ln()).abs() < 0.1, "{}", number(0));
+    assert!(number(59) < 4.0, "{}", number(59));
+    let lines = bench.lines("run");
+    let bits: Vec<f64> = lines.iter().filter_map(|line| line.get("validation_bits_per_byte")?.as_f64()).collect();
+    assert_eq!(bits.len(), 2);
+    assert!(bits[1] < bits[0] && Some(bits[1]) == summary.bits_per_byte, "{bits:?}");
+    assert_eq!(lines.iter().filter(|line| line.get("sample").is_some()).count(), 2);
+    let train = lines.iter().find(|line| line.get("loss").is_some()).unwrap();
+    for field in ["step", "tokens", "lr", "grad_norm", "tokens_per_s", "data_wait_s", "seconds"] {
+        assert!(train[field].is_number(), "{field}: {train}");
+    }
+
+    for name in ["config.json", "model.safetensors", "optimizer.safetensors", "state.json", "recipe.toml"] {
+        assert!(bench.checkpoint("run", 60).join(name).is_file(), "{name}");
+    }
+    let device = burn_fla_tests::reference_device();
+    let model = burn_fla_nn::hub::load_model(bench.checkpoint("run", 60), &device).unwrap();
+    assert_eq!(model.config().vocab_size(), 256);
+    // The recipe in the run folder continues the run, which is over: nothing is trained, nothing is lost.
+    let again = Recipe::load(&bench.path("run").join("recipe.toml"), &[]).unwrap();
+    assert_eq!(Trainer::new(again).unwrap().run().unwrap().step, 60);
+    assert_eq!(bench.losses("run"), losses);
+}
+
+#[test]
+fn training_starts_from_given_weights() {
+    let bench = Bench::new();
+    bench.train(&[]).unwrap();
+    let start = format!("model.config={}", bench.checkpoint("run", 20).display());
+    let other = format!("job.dump_folder={}", bench.path("other").display());
+    bench.train(&[&start, &other, "training.steps=2"]).unwrap();
+    let first = bench.losses("other")[0].1.parse::<f64>().unwrap();
+    assert!(first < 5.0, "{first} is the loss of random weights");
+}
+
+#[test]
+fn budgets_of_tokens_and_of_time_end() {
+    let bench = Bench::new();
+    let recipe = std::fs::read_to_string(bench.path("recipe.toml")).unwrap();
+    std::fs::write(bench.path("recipe.toml"), recipe.replace("steps = 20", "tokens = 1000")).unwrap();
+    let summary = bench.train(&[]).unwrap();
+    assert_eq!((summary.step, summary.tokens), (4, 1024));
+    std::fs::write(bench.path("recipe.toml"), recipe.replace("steps = 20", "hours = 0.0002")).unwrap();
+    let other = format!("job.dump_folder={}", bench.path("other").display());
+    let summary = bench.train(&[&other, "metrics.log_freq=5"]).unwrap();
+    assert!(summary.step > 1 && summary.seconds >= 0.72 && summary.seconds < 60.0, "{summary:?}");
+}
+
+/// The crates that the quickstart trains on are pinned by Cargo.lock in the versions that it names.
+#[test]
+fn the_quickstart_names_pinned_crates() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let recipe = Recipe::load(&root.join("recipes/quickstart.toml"), &[]).unwrap();
+    let lock = std::fs::read_to_string(root.join("Cargo.lock")).unwrap();
+    let pinned: Vec<String> = lock
+        .split("[[package]]")
+        .filter_map(|package| {
+            let field = |name: &str| {
+                let line = package.lines().find_map(|line| line.strip_prefix(&format!("{name} = \"")));
+                line.map(|rest| rest.trim_end_matches('"').to_string())
+            };
+            Some(format!("{}-{}", field("name")?, field("version")?))
+        })
+        .collect();
+    for source in recipe.data.sources.iter().chain(&recipe.data.validation) {
+        for path in &source.paths {
+            let name = path.split('/').next().unwrap();
+            assert!(pinned.iter().any(|package| package == name), "{name} is not in Cargo.lock");
+        }
+    }
+}
