@@ -8,8 +8,8 @@ use burn_fla::nn::generate::{SamplingConfig, generate};
 use burn_fla::nn::hub;
 use burn_fla::nn::tokenizer::Tokenizer;
 use burn_fla::ops::Engine;
-use burn_fla::train::checkpoint::{CheckpointStore, verify};
 use burn_fla::train::TrainError;
+use burn_fla::train::checkpoint::{CheckpointStore, verify};
 use clap::Args;
 
 use super::{DeviceArgs, Outcome};
@@ -129,7 +129,9 @@ fn model_folder(folder: &Path) -> Result<PathBuf, Failure> {
             other => other,
         })?;
     } else if !folder.join(hub::CONFIG_FILE).is_file() {
-        return Err(fail("it has neither a config.json nor checkpoints; give a checkpoint, a run folder or a Hugging Face folder"));
+        return Err(fail(
+            "it has neither a config.json nor checkpoints; give a checkpoint, a run folder or a Hugging Face folder",
+        ));
     }
     Ok(folder.to_path_buf())
 }

@@ -70,14 +70,14 @@ fn a_tokenizer_larger_than_the_vocabulary() {
 fn an_empty_corpus() {
     let place = Place::new();
     place.fail(&["train", "recipe.toml", "--set", "data.sources=[{path=\"none/*.txt\"}]"], &["none/*.txt"]);
-    place.write("text.txt", "");
-    place.fail(&["train", "recipe.toml"], &["training data", "0 tokens", "65"]);
     place.write("lines.jsonl", "{\"text\": \"a\"}\nnot json\n");
     let lines = "data.sources=[{path=\"lines.jsonl\", format=\"jsonl\"}]";
     place.fail(&["train", "recipe.toml", "--set", lines], &["lines.jsonl:2", "not JSON"]);
     place.assert_no_run();
 
-    // Here there is something to tokenise, and its cache is a whole one; but nothing of a run.
+    // Here there is a text to tokenise, and its cache is a whole one; but nothing of a run.
+    place.write("text.txt", "");
+    place.fail(&["train", "recipe.toml"], &["training data", "0 tokens", "65"]);
     place.write("text.txt", "too short");
     place.fail(&["train", "recipe.toml"], &["training data", "65", "training.seq_len"]);
     let left = files(&place.path("run"));
