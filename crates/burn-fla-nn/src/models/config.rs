@@ -102,7 +102,7 @@ impl ModelConfig {
         Ok(Self { raw, common, mixer, attn })
     }
 
-    /// The same config with the fields of `overrides` in place of its own; a null takes a field back to its default.
+    /// The same config with the fields of `overrides` in place of its own.
     ///
     /// # Errors
     /// As [`from_json`](Self::from_json).
