@@ -19,3 +19,8 @@ pub use burn_fla_train as train;
 // Only for its symbols, which the linker looks for in a CUDA build without LLVM.
 #[cfg(feature = "cuda")]
 use burn_fla_llvm_stubs as _;
+
+/// The examples of README.md, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
