@@ -23,14 +23,15 @@ pub fn alloc<const D: usize>(like: &CubeTensor, shape: [usize; D], dtype: DType)
     let shape = Shape::from(shape);
     if POISON.load(Ordering::Relaxed) {
         let value = f32::NAN.into();
-        return CubeBackend::float_full(shape, value, &like.device, float(dtype));
+        return into_contiguous(CubeBackend::float_full(shape, value, &like.device, float(dtype)));
     }
     empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape, dtype)
 }
 
 /// A contiguous buffer of zeros, on the device of `like`.
 pub fn zeros<const D: usize>(like: &CubeTensor, shape: [usize; D], dtype: DType) -> CubeTensor {
-    CubeBackend::float_zeros(Shape::from(shape), &like.device, float(dtype))
+    // Burn pads the rows of what it allocates on CUDA; kernels read no strides.
+    into_contiguous(CubeBackend::float_zeros(Shape::from(shape), &like.device, float(dtype)))
 }
 
 /// The tensor with its rows one after the other; kernels read no strides.
