@@ -251,6 +251,7 @@ pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), TrainError> 
         file.as_file().sync_all()
     })();
     write.map_err(TrainError::io("write", path))?;
+    readable_by_all(file.path())?;
     file.persist(path).map_err(|error| TrainError::io("write", path)(error.error))?;
     sync_folder(folder)
 }
@@ -263,16 +264,17 @@ pub(crate) fn sync_folder(folder: &Path) -> Result<(), TrainError> {
     Ok(())
 }
 
-/// Temporary folders are private to the user; a checkpoint has the mode of any new folder.
-fn readable_by_all(folder: &Path) -> Result<(), TrainError> {
+/// Temporary files and folders are private to the user; what they become has the mode of any new one.
+pub(crate) fn readable_by_all(path: &Path) -> Result<(), TrainError> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        let mode = fs::Permissions::from_mode(0o755);
-        fs::set_permissions(folder, mode).map_err(TrainError::io("set the mode of", folder))?;
+        let mode = if path.is_dir() { 0o755 } else { 0o644 };
+        let mode = fs::Permissions::from_mode(mode);
+        fs::set_permissions(path, mode).map_err(TrainError::io("set the mode of", path))?;
     }
     #[cfg(not(unix))]
-    let _ = folder;
+    let _ = path;
     Ok(())
 }
 

@@ -5,8 +5,8 @@
 //! checksum. It is built in a temporary folder and renamed, so that a cache is whole or not there.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::Path;
 
 use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
@@ -14,15 +14,12 @@ use sha2::{Digest, Sha256};
 
 use super::Encoder;
 use super::permutation::mix;
+use super::shards::{HEADER, SHARD_TOKENS, ShardEntry, ShardWriter, header, shard_name};
 use super::source::{self, SourceFile};
 use crate::TrainError;
-use crate::checkpoint::sync_folder;
+use crate::checkpoint::{readable_by_all, sync_folder};
 use crate::recipe::{SourceSection, hex};
 
-const MAGIC: &[u8; 8] = b"BFLATOK\x01";
-const HEADER: usize = 32;
-/// Tokens of a full shard: 64 or 128 MiB a file.
-const SHARD_TOKENS: u64 = 1 << 25;
 /// Text that is tokenised at once, by all cores.
 const BLOCK_BYTES: usize = 8 << 20;
 
@@ -54,12 +51,6 @@ struct FileStamp {
     name: String,
     size: u64,
     modified_ns: u64,
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct ShardEntry {
-    tokens: u64,
-    crc32: u32,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -233,20 +224,6 @@ fn stamps(files: &[Vec<SourceFile>]) -> Result<Vec<FileStamp>, TrainError> {
     files.iter().flatten().map(stamp).collect()
 }
 
-fn shard_name(index: usize) -> String {
-    format!("shard_{index:05}.bin")
-}
-
-fn header(width: usize, index: usize, entry: &ShardEntry) -> [u8; HEADER] {
-    let mut header = [0; HEADER];
-    header[..8].copy_from_slice(MAGIC);
-    header[8..12].copy_from_slice(&(width as u32).to_le_bytes());
-    header[12..16].copy_from_slice(&entry.crc32.to_le_bytes());
-    header[16..24].copy_from_slice(&entry.tokens.to_le_bytes());
-    header[24..].copy_from_slice(&(index as u64).to_le_bytes());
-    header
-}
-
 /// Tokenises the sources into a temporary folder and renames it to `place`.
 fn build(
     place: &Path,
@@ -305,6 +282,7 @@ fn build(
     };
     write().map_err(TrainError::io("write", &path))?;
     sync_folder(temporary.path())?;
+    readable_by_all(temporary.path())?;
     if place.exists() {
         fs::remove_dir_all(place).map_err(TrainError::io("remove", place))?;
     }
@@ -356,73 +334,5 @@ impl Block {
             }
         }
         Ok(())
-    }
-}
-
-/// Writes tokens into shards of a fixed length.
-struct ShardWriter {
-    folder: PathBuf,
-    width: usize,
-    done: Vec<ShardEntry>,
-    open: Option<OpenShard>,
-}
-
-struct OpenShard {
-    path: PathBuf,
-    file: BufWriter<File>,
-    crc: crc32fast::Hasher,
-    tokens: u64,
-}
-
-impl ShardWriter {
-    fn new(folder: &Path, width: usize) -> Self {
-        ShardWriter { folder: folder.to_path_buf(), width, done: Vec::new(), open: None }
-    }
-
-    fn write(&mut self, mut tokens: &[u32]) -> Result<(), TrainError> {
-        while !tokens.is_empty() {
-            if self.open.is_none() {
-                let path = self.folder.join(shard_name(self.done.len()));
-                let mut file =
-                    BufWriter::with_capacity(1 << 20, File::create(&path).map_err(TrainError::io("create", &path))?);
-                // The header is written last, when length and checksum are known.
-                file.write_all(&[0; HEADER]).map_err(TrainError::io("write", &path))?;
-                self.open = Some(OpenShard { path, file, crc: crc32fast::Hasher::new(), tokens: 0 });
-            }
-            let Some(shard) = &mut self.open else { continue };
-            let take = tokens.len().min((SHARD_TOKENS - shard.tokens) as usize);
-            let bytes: Vec<u8> = match self.width {
-                2 => tokens[..take].iter().flat_map(|&token| (token as u16).to_le_bytes()).collect(),
-                _ => tokens[..take].iter().flat_map(|&token| token.to_le_bytes()).collect(),
-            };
-            shard.crc.update(&bytes);
-            shard.file.write_all(&bytes).map_err(TrainError::io("write", &shard.path))?;
-            shard.tokens += take as u64;
-            tokens = &tokens[take..];
-            if shard.tokens == SHARD_TOKENS {
-                self.close()?;
-            }
-        }
-        Ok(())
-    }
-
-    fn close(&mut self) -> Result<(), TrainError> {
-        let Some(shard) = self.open.take() else { return Ok(()) };
-        let entry = ShardEntry { tokens: shard.tokens, crc32: shard.crc.finalize() };
-        let header = header(self.width, self.done.len(), &entry);
-        let end = || -> std::io::Result<()> {
-            let mut file = shard.file.into_inner().map_err(|error| error.into_error())?;
-            file.seek(SeekFrom::Start(0))?;
-            file.write_all(&header)?;
-            file.sync_all()
-        };
-        end().map_err(TrainError::io("write", &shard.path))?;
-        self.done.push(entry);
-        Ok(())
-    }
-
-    fn finish(mut self) -> Result<Vec<ShardEntry>, TrainError> {
-        self.close()?;
-        Ok(self.done)
     }
 }

@@ -3,6 +3,7 @@
 mod cache;
 mod loader;
 mod permutation;
+mod shards;
 mod source;
 
 pub use cache::{Part, TokenStore};

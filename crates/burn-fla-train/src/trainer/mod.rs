@@ -213,6 +213,12 @@ impl Trainer {
             seconds: self.state.seconds,
             skipped: figures[1] as u64,
         };
+        if !line.loss.is_finite() && !self.recipe.training.skip_nan_inf {
+            self.terminal.note(&format!(
+                "warning: the loss is {} at step {}, and training.skip_nan_inf = false lets it into the weights",
+                line.loss, line.step
+            ));
+        }
         self.terminal.train(&line, self.recipe.training.total_steps());
         self.journal.write(&Line::Train(line))?;
         self.check_skips(batch)

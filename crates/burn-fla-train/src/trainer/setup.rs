@@ -29,7 +29,7 @@ pub(super) struct HeldOut {
     pub bytes: u64,
 }
 
-pub(super) fn prepare(recipe: Recipe) -> Result<Trainer, TrainError> {
+pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
     let (config, weights) = model_config(&recipe)?;
     let text = Text::open(&recipe.model, &config)?;
     let dtype = match recipe.device.compute_dtype {
@@ -42,6 +42,8 @@ pub(super) fn prepare(recipe: Recipe) -> Result<Trainer, TrainError> {
     let store = CheckpointStore::new(&recipe.checkpoint.folder, recipe.checkpoint.keep_latest_k);
     let mut notes = recipe.notices.clone();
     let resume = checkpoint_to_resume(&recipe, &store, &mut |note| notes.push(note))?;
+    // The recipe in the run folder and in every checkpoint continues the run, whatever was typed to start it.
+    recipe.checkpoint.resume = Resume::Auto;
     let folder = &recipe.job.dump_folder;
     std::fs::create_dir_all(folder).map_err(TrainError::io("create the folder", folder))?;
     store.prepare()?;
@@ -85,10 +87,7 @@ pub(super) fn prepare(recipe: Recipe) -> Result<Trainer, TrainError> {
         }
     };
 
-    // The recipe in the run folder continues the run, whatever was typed to start it.
-    let mut again = recipe.clone();
-    again.checkpoint.resume = Resume::Auto;
-    write_atomic(&folder.join("recipe.toml"), again.to_toml().as_bytes())?;
+    write_atomic(&folder.join("recipe.toml"), recipe.to_toml().as_bytes())?;
     let journal = Journal::open(&folder.join("metrics.jsonl"), state.step)?;
     let total = recipe.training.total_steps();
     let terminal = Terminal::new(recipe.metrics.terminal, state.step, total);

@@ -82,7 +82,9 @@ impl Text {
         let sampling = SamplingConfig { temperature: section.temperature, top_k: None, top_p: None, seed };
         let go_on = |_| ControlFlow::Continue(());
         let tokens = generate(model, &ids, section.sample_tokens, &sampling, self.separator, compute, go_on)?;
-        let spelled: Vec<u32> = tokens.into_iter().filter(|token| Some(*token) != self.separator).collect();
+        // A vocabulary rounded up has ids that no text has; an untrained model may draw them.
+        let known = |token: &u32| Some(*token) != self.separator && (*token as usize) < self.tokenizer.vocab_size();
+        let spelled: Vec<u32> = tokens.into_iter().filter(known).collect();
         Ok(self.tokenizer.decode(&spelled)?)
     }
 }
