@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_fla_ops::cases::{RecurrenceCase, recurrence_cases};
-use burn_fla_ops::{CuSeqlens, Engine, OpError, ScalarDecay, SequenceOptions, gla, simple_gla};
+use burn_fla_ops::{CuSeqlens, Engine, OpError, ScalarDecay, SequenceOptions, gla, linear, matmul, simple_gla};
 use burn_fla_tests::{assert_close, kernel_devices, numbers, ratio, reference_device, tensor, uniform};
 
 /// Which operator, and which of its decays.
@@ -175,8 +175,9 @@ fn compare_from(what: &str, found: &[Vec<f64>], reference: &[Vec<f64>], bound: f
         let zeros = vec![0.0; found.len().max(reference.len())];
         let found = if found.is_empty() { &zeros } else { found };
         let reference = if reference.is_empty() { &zeros } else { reference };
-        let largest = found.iter().zip(reference).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-        if !(largest <= floor) {
+        // NaN is no number within the floor.
+        let within = |(a, b): (&f64, &f64)| (a - b).abs() <= floor;
+        if !found.iter().zip(reference).all(within) {
             assert_close(&format!("{what}, {name}"), found, reference, bound);
         }
     }
@@ -386,4 +387,51 @@ fn wrong_arguments_are_named() {
         assert!(message.contains("`v`") && message.contains("to_device"), "{name}: {message}");
     }
     assert_eq!(ratio(&[f64::NAN], &[1.0]), f64::INFINITY);
+}
+
+/// f32 products are f32 products: on CUDA too, where tensor cores would round the operands to TF32 (1e-3).
+#[test]
+fn products_keep_f32() {
+    let mut devices = kernel_devices();
+    devices.push(("flex", reference_device()));
+    let sizes = [[1, 1, 1, 1], [1, 33, 70, 65], [2, 64, 128, 64], [3, 17, 259, 5]];
+    for (name, device) in devices {
+        let device = device.autodiff();
+        for [b, m, k, n] in sizes {
+            let (a, c) = (uniform(1, b * m * k, (-1.0, 1.0)), uniform(2, b * k * n, (-1.0, 1.0)));
+            let w = uniform(3, b * m * n, (-1.0, 1.0));
+            let run = |device: &Device, dtype| {
+                let x: Tensor<3> = tensor(&a, [b, m, k], device, dtype).require_grad();
+                let y: Tensor<3> = tensor(&c, [b, k, n], device, dtype).require_grad();
+                let z = matmul(x.clone(), y.clone()).unwrap();
+                let grads = (z.clone() * tensor(&w, [b, m, n], device, dtype)).sum().backward();
+                [numbers(z), numbers(x.grad(&grads).unwrap()), numbers(y.grad(&grads).unwrap())]
+            };
+            let (found, exact) = (run(&device, DType::F32), run(&reference_device().autodiff(), DType::F64));
+            for (what, (found, exact)) in ["product", "left", "right"].iter().zip(found.iter().zip(&exact)) {
+                assert_close(&format!("{name}, {:?}, {what}", [b, m, k, n]), found, exact, 2e-6);
+            }
+        }
+        // A linear layer over a three-dimensional input, with bias.
+        let (rows, inner, out) = (6, 40, 24);
+        let (a, c, e) =
+            (uniform(4, rows * inner, (-1.0, 1.0)), uniform(5, out * inner, (-1.0, 1.0)), uniform(6, out, (-1.0, 1.0)));
+        let run = |device: &Device, dtype| {
+            let x: Tensor<3> = tensor(&a, [2, 3, inner], device, dtype).require_grad();
+            let weight: Tensor<2> = tensor(&c, [out, inner], device, dtype).require_grad();
+            let bias: Tensor<1> = tensor(&e, [out], device, dtype).require_grad();
+            let y = linear(x.clone(), weight.clone(), Some(bias.clone())).unwrap();
+            let grads = y.clone().square().sum().backward();
+            [
+                numbers(y),
+                numbers(x.grad(&grads).unwrap()),
+                numbers(weight.grad(&grads).unwrap()),
+                numbers(bias.grad(&grads).unwrap()),
+            ]
+        };
+        let (found, exact) = (run(&device, DType::F32), run(&reference_device().autodiff(), DType::F64));
+        for (found, exact) in found.iter().zip(&exact) {
+            assert_close(&format!("{name}, linear"), found, exact, 2e-6);
+        }
+    }
 }
