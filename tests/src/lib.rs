@@ -1,6 +1,8 @@
 //! What the suites share: devices, random inputs, and how two results are compared.
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
+#[cfg(all(feature = "wgpu", not(feature = "cuda")))]
+use burn_fla_nn::device::{Backend, open_device};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -13,7 +15,7 @@ pub fn kernel_devices() -> Vec<(&'static str, Device)> {
     #[allow(unused_mut)]
     let mut devices = Vec::new();
     #[cfg(all(feature = "wgpu", not(feature = "cuda")))]
-    devices.push(("wgpu", Device::wgpu(burn::tensor::DeviceKind::Cpu)));
+    devices.push(("wgpu", open_device(Backend::Wgpu, 0).unwrap_or_else(|error| panic!("{error}"))));
     #[cfg(feature = "cuda")]
     devices.push(("cuda", Device::cuda(0)));
     devices

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::panic::AssertUnwindSafe;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::tensor::{DType, Device, Tensor};
 
@@ -176,25 +177,33 @@ fn list(backend: Backend) -> Option<Vec<Device>> {
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 fn enumerate(kind: burn::tensor::DeviceType) -> Vec<Device> {
     // A driver that is half there may panic even when asked what there is: then there is nothing to use.
-    quietly(move || Device::enumerate(kind).to_vec()).unwrap_or_default()
+    probe(move || Device::enumerate(kind).to_vec()).unwrap_or_default()
 }
 
 /// A first kernel, compiled, run and read back.
 fn compute(device: &Device) -> Result<(), String> {
     let device = device.clone();
-    let data = quietly(move || (Tensor::<1>::ones([4], &device) * 2.0).try_into_data().map_err(|e| e.to_string()))
+    let data = probe(move || (Tensor::<1>::ones([4], &device) * 2.0).try_into_data().map_err(|e| e.to_string()))
         .and_then(|result| result)
         .map_err(|reason| one_line(&reason))?;
     let numbers: Vec<f32> = data.iter::<f32>().collect();
     if numbers == [2.0; 4] { Ok(()) } else { Err(format!("twice one came out as {numbers:?}")) }
 }
 
-/// Runs `f`; a panic in it, or in a thread of the runtime meanwhile, prints nothing and becomes its message.
-fn quietly<T>(f: impl FnOnce() -> T) -> Result<T, String> {
-    let hook = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| ()));
+/// How many threads are in [`open_device`].
+static PROBING: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether a device is being opened. A panic at that time is how a runtime says that it cannot, and becomes the message
+/// of a [`DeviceError`]; a program's own panic hook may keep silent about it.
+pub fn is_probing() -> bool {
+    PROBING.load(Ordering::Relaxed) > 0
+}
+
+/// Runs `f`; a panic in it becomes its message.
+fn probe<T>(f: impl FnOnce() -> T) -> Result<T, String> {
+    PROBING.fetch_add(1, Ordering::Relaxed);
     let outcome = std::panic::catch_unwind(AssertUnwindSafe(f));
-    std::panic::set_hook(hook);
+    PROBING.fetch_sub(1, Ordering::Relaxed);
     outcome.map_err(|panic| match (panic.downcast_ref::<String>(), panic.downcast_ref::<&str>()) {
         (Some(text), _) => text.clone(),
         (None, Some(text)) => (*text).to_string(),
@@ -238,7 +247,7 @@ mod tests {
 
     #[test]
     fn a_panic_becomes_its_message() {
-        assert_eq!(quietly(|| -> () { panic!("no {}", "driver") }), Err("no driver".to_string()));
+        assert_eq!(probe(|| -> () { panic!("no {}", "driver") }), Err("no driver".to_string()));
         assert_eq!(one_line("\n  CUDA not found.\n  Please\n"), "CUDA not found. Please");
     }
 }

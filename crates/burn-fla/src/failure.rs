@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use burn_fla::nn::NnError;
-use burn_fla::nn::device::DeviceError;
+use burn_fla::nn::device::{DeviceError, is_probing};
 use burn_fla::train::TrainError;
 
 /// Why a command failed, in one line that says what to do.
@@ -50,6 +50,9 @@ pub fn say_panics_in_one_line() {
         return;
     }
     std::panic::set_hook(Box::new(|panic| {
+        if is_probing() {
+            return;
+        }
         let text = panic.payload_as_str().unwrap_or("no message");
         let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
         let place = panic.location().map(|at| format!(" at {}:{}", at.file(), at.line())).unwrap_or_default();
