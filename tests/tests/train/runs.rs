@@ -164,3 +164,25 @@ fn the_quickstart_names_pinned_crates() {
         }
     }
 }
+
+/// The loop is the same on a device with kernels, and so is what it learns.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+#[test]
+fn a_device_with_kernels_trains_alike() {
+    let bench = Bench::new();
+    let steps = ["training.steps=8", "device.threads=1"];
+    bench.train(&steps).unwrap();
+    let backend = if cfg!(feature = "cuda") { "cuda" } else { "wgpu" };
+    let device = format!("device.backend={backend}");
+    let other = format!("job.dump_folder={}", bench.path("other").display());
+    let kernels = ["device.compute_dtype=float32", "validation.samples=[\"fn \"]", &device, &other];
+    let summary = bench.train(&[&steps[..1], &kernels].concat()).unwrap();
+    for (a, b) in bench.losses("run").iter().zip(&bench.losses("other")) {
+        let (a, b): (f64, f64) = (a.1.parse().unwrap(), b.1.parse().unwrap());
+        assert!((a - b).abs() < 1e-3, "{a} on the CPU, {b} on {backend}");
+    }
+    assert!(summary.bits_per_byte.unwrap().is_finite());
+    // It resumes there too.
+    let more = bench.train(&[&["training.steps=10"], &kernels[..]].concat()).unwrap();
+    assert_eq!(more.step, 10);
+}
