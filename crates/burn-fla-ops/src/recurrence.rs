@@ -25,6 +25,8 @@ pub(crate) enum Decay {
 
 /// A checked problem: `S_t = e^{g_t} ∘ S_{t−1} + k_t v_tᵀ`, `o_t = scale · S_tᵀ q_t`.
 pub(crate) struct Problem {
+    /// Its name, for the kernels.
+    #[cfg_attr(not(feature = "cube"), expect(dead_code))]
     pub(crate) op: &'static str,
     pub(crate) q: Tensor<4>,
     pub(crate) k: Tensor<4>,
