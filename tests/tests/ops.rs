@@ -143,11 +143,9 @@ fn recurrent(
     first: Tensor<4>,
 ) -> (Tensor<4>, Tensor<4>) {
     let scale = (case.keys as f64).powf(-0.5);
-    let dense = [0, case.tokens];
     let Some(offsets) = case.packed else {
         return burn_fla_ops::gla::reference::recurrent(q, k, v, g, scale, first);
     };
-    let _ = dense;
     let (mut outputs, mut states) = (Vec::new(), Vec::new());
     for (i, w) in offsets.windows(2).enumerate() {
         let first = first.clone().narrow(0, i, 1);

@@ -13,15 +13,13 @@
 //!
 //! # Example
 //! ```no_run
-//! use burn::tensor::Device;
+//! use burn::tensor::{Device, Int, Tensor};
 //! use burn_fla_nn::{CausalLm, Compute, ModelConfig};
 //!
-//! # fn main() -> Result<(), burn_fla_nn::NnError> {
-//! # let device: Device = unimplemented!();
+//! # fn example(device: Device, ids: Tensor<2, Int>) -> Result<(), burn_fla_nn::NnError> {
 //! let config = ModelConfig::from_json(r#"{"model_type": "gla", "vocab_size": 256, "hidden_size": 128,
 //!     "num_heads": 4, "num_hidden_layers": 2}"#)?;
 //! let model = CausalLm::init(&config, 42, &device)?;
-//! # let ids = unimplemented!();
 //! let logits = model.forward(ids, None, Compute::f32())?;
 //! # Ok(())
 //! # }

@@ -1,4 +1,5 @@
-//! Named problems of the decayed recurrences. Tests and benches read the same lists: what is timed is checked.
+//! Named problems of the decayed recurrences, over every edge that a kernel has. The suites run over this list, and what
+//! times an operator belongs here too, so that what is timed is checked.
 
 /// One problem of [`simple_gla`](crate::simple_gla()) or [`gla`](crate::gla()).
 #[derive(Clone, Debug)]
@@ -39,16 +40,6 @@ impl RecurrenceCase {
     /// How many sequences there are.
     pub fn sequences(&self) -> usize {
         self.packed.map_or(self.batch, |offsets| offsets.len() - 1)
-    }
-
-    /// Floating-point operations of the forward pass in its recurrent form: decay, update and read-out of the state.
-    pub fn flops(&self) -> usize {
-        5 * self.batch * self.tokens * self.heads * self.keys * self.values
-    }
-
-    /// Elements that the forward pass must at least read and write, apart from decays and states: q, k, v and o.
-    pub fn elements(&self) -> usize {
-        2 * self.batch * self.tokens * self.heads * (self.keys + self.values)
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the decayed linear recurrences share around their kernels and references: the checks of the arguments, the
 //! defaults, packed sequences, and the choice of the engine.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 
 use crate::bridge::{has_kernels, same_device, same_dtype, same_shape};
 use crate::{CuSeqlens, Engine, OpError, SequenceOptions};
@@ -10,6 +10,29 @@ use crate::{CuSeqlens, Engine, OpError, SequenceOptions};
 const REFERENCE_CHUNK_KEY: usize = 32;
 /// Tokens a chunk of the reference with a scalar decay.
 const REFERENCE_CHUNK_SCALAR: usize = 64;
+
+/// What computes a problem. An engine on matrix units becomes one more name here, one more line in
+/// [`Implementation::choose`], and a folder beside `linear_walk`; the checks, the reference and the suites are the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Implementation {
+    /// Chunked tensor operations, on any device.
+    Reference,
+    /// Kernels in plain f32 arithmetic, on any CubeCL device.
+    #[cfg(feature = "cube")]
+    Portable,
+}
+
+impl Implementation {
+    /// The kernels take f32 and bf16 and need at least one token to launch over.
+    fn choose(device: &Device, dtype: DType, tokens: usize, engine: Engine) -> Self {
+        let kernels = has_kernels(device, engine) && dtype != DType::F64 && tokens > 0;
+        match kernels {
+            #[cfg(feature = "cube")]
+            true => Self::Portable,
+            _ => Self::Reference,
+        }
+    }
+}
 
 /// A log decay.
 #[derive(Clone, Debug)]
@@ -123,13 +146,12 @@ impl Problem {
 
     /// Runs on the engine that the device and the options choose.
     pub(crate) fn run(self) -> Result<(Tensor<4>, Tensor<4>), OpError> {
-        let kernels = has_kernels(&self.q.device(), self.engine) && self.q.dtype() != DType::F64;
-        #[cfg(feature = "cube")]
-        if kernels && self.sequences.total() > 0 {
-            return Ok(crate::linear_walk::run(self));
-        }
-        let _ = kernels;
-        Ok(self.reference())
+        let tokens = self.sequences.total();
+        Ok(match Implementation::choose(&self.q.device(), self.q.dtype(), tokens, self.engine) {
+            Implementation::Reference => self.reference(),
+            #[cfg(feature = "cube")]
+            Implementation::Portable => crate::linear_walk::run(self),
+        })
     }
 
     fn state_or_zeros(&self) -> Tensor<4> {

@@ -227,12 +227,3 @@ pub fn apply(operator: impl Operator, floats: Vec<DispatchTensor>, ints: Vec<Dis
     let call = Call { operator: Arc::new(operator), stage: Stage::Forward { save: false } };
     Dispatch::launch(Bundle { floats, ints }, call).floats
 }
-
-/// Runs an operator whose inputs are known not to be tracked.
-pub fn apply_untracked(
-    operator: impl Operator,
-    floats: Vec<DispatchTensor>,
-    ints: Vec<DispatchTensor>,
-) -> Vec<DispatchTensor> {
-    apply(operator, floats, ints)
-}

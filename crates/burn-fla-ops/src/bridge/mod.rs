@@ -20,7 +20,7 @@ mod backend;
 mod memory;
 
 #[cfg(feature = "cube")]
-pub use backend::{Call, Operator, TensorSpec, apply, apply_untracked};
+pub use backend::{Call, Operator, TensorSpec, apply};
 #[cfg(feature = "cube")]
 pub use burn_cubecl::tensor::CubeTensor;
 #[cfg(feature = "cube")]
@@ -44,8 +44,11 @@ pub fn has_kernels(device: &Device, engine: Engine) -> bool {
 }
 
 /// Whether this is a CUDA device.
+#[cfg(feature = "cube")]
 pub fn is_cuda(device: &Device) -> bool {
-    has_kernels(device, Engine::Auto) && format!("{:?}", device.clone().inner()).contains("Cuda")
+    use burn::backend::DispatchDevice;
+    use burn_cubecl::CubeDevice;
+    matches!(device.clone().inner().as_dispatch(), DispatchDevice::Cube(CubeDevice::Cuda(_)))
 }
 
 /// Checks that `tensor` lives on `device`.

@@ -6,10 +6,12 @@
 #[cfg(feature = "cube")]
 mod exact;
 
-use burn::tensor::{DType, Tensor};
+#[cfg(feature = "cube")]
+use burn::tensor::DType;
+use burn::tensor::Tensor;
 
 use crate::OpError;
-use crate::bridge::{is_cuda, same_device, same_dtype};
+use crate::bridge::{same_device, same_dtype};
 
 /// The matrix product `a · b` over the last two dimensions.
 ///
@@ -27,10 +29,9 @@ pub fn matmul<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> Result<Tensor<D>, O
     same_dtype("matmul", "b", &b, a.dtype())?;
     same_device("matmul", "b", &b, &a.device())?;
     #[cfg(feature = "cube")]
-    if a.dtype() == DType::F32 && is_cuda(&a.device()) {
+    if a.dtype() == DType::F32 && crate::bridge::is_cuda(&a.device()) {
         return Ok(exact::product(a, b));
     }
-    let _ = (DType::F32, is_cuda);
     Ok(a.matmul(b))
 }
 
