@@ -6,6 +6,8 @@ use burn_fla_nn::device::{Backend, open_device};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+pub mod agree;
+
 // The facade brings the definitions that a CUDA build links.
 use burn_fla as _;
 

@@ -4,6 +4,7 @@
 use burn::tensor::{DType, Device, Tensor};
 
 use crate::bridge::{has_kernels, same_device, same_dtype, same_shape};
+use crate::sequences::by_sequence;
 use crate::{CuSeqlens, Engine, OpError, SequenceOptions};
 
 /// Tokens a chunk of the reference with a decay by key: its factored scores hold further in a short chunk.
@@ -170,28 +171,22 @@ impl Problem {
         if !self.packed {
             return self.reference_dense(self.q.clone(), self.k.clone(), self.v.clone(), self.decay.clone(), state);
         }
-        let mut outputs = Vec::new();
-        let mut states = Vec::new();
-        for (i, window) in self.sequences.offsets().windows(2).enumerate() {
-            let (start, len) = (window[0], window[1] - window[0]);
-            let state = state.clone().narrow(0, i, 1);
-            if len == 0 {
-                states.push(state);
-                continue;
+        let (o, states) = by_sequence(&self.sequences, |piece| {
+            let state = piece.state(&state);
+            if piece.length == 0 {
+                return (None, state);
             }
-            let cut = |x: &Tensor<4>| x.clone().narrow(1, start, len);
             let decay = match &self.decay {
                 Decay::None => Decay::None,
                 Decay::Head(g) => Decay::Head(g.clone()),
-                Decay::Token(g) => Decay::Token(g.clone().narrow(1, start, len)),
-                Decay::Key(g) => Decay::Key(cut(g)),
+                Decay::Token(g) => Decay::Token(piece.tokens(g)),
+                Decay::Key(g) => Decay::Key(piece.tokens(g)),
             };
-            let (o, end) = self.reference_dense(cut(&self.q), cut(&self.k), cut(&self.v), decay, state);
-            outputs.push(o);
-            states.push(end);
-        }
-        let o = if outputs.is_empty() { self.v.clone() } else { Tensor::cat(outputs, 1) };
-        (o, Tensor::cat(states, 0))
+            let [q, k, v] = [&self.q, &self.k, &self.v].map(|x| piece.tokens(x));
+            let (o, end) = self.reference_dense(q, k, v, decay, state);
+            (Some(o), end)
+        });
+        (o.unwrap_or_else(|| self.v.clone()), Tensor::cat(states, 0))
     }
 
     fn reference_dense(

@@ -1,5 +1,7 @@
 use std::sync::Arc;
 
+use burn::tensor::Tensor;
+
 use crate::OpError;
 
 /// Offsets `[0, n1, n1 + n2, …]` of sequences packed into one row of tokens.
@@ -86,6 +88,47 @@ impl CuSeqlens {
         }
         Ok(())
     }
+}
+
+/// One of the sequences of a packed row.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Piece {
+    /// Which sequence, from 0: the row of its state.
+    pub(crate) index: usize,
+    /// Its first token.
+    pub(crate) start: usize,
+    /// Its number of tokens, 0 too.
+    pub(crate) length: usize,
+}
+
+impl Piece {
+    /// The tokens of the sequence, from a row `[1, T, …]`.
+    pub(crate) fn tokens<const D: usize>(self, x: &Tensor<D>) -> Tensor<D> {
+        x.clone().narrow(1, self.start, self.length)
+    }
+
+    /// The state of the sequence, from `[N, …]`.
+    pub(crate) fn state<const D: usize>(self, x: &Tensor<D>) -> Tensor<D> {
+        x.clone().narrow(0, self.index, 1)
+    }
+}
+
+/// Runs every sequence of a packed row by itself, for the references: the outputs `[1, T, …]` as one row, and what else
+/// `run` returns for each sequence. `run` is to return no output for a sequence without tokens. `None` when no sequence
+/// has a token.
+pub(crate) fn by_sequence<const D: usize, R>(
+    sequences: &CuSeqlens,
+    mut run: impl FnMut(Piece) -> (Option<Tensor<D>>, R),
+) -> (Option<Tensor<D>>, Vec<R>) {
+    let mut outputs = Vec::new();
+    let mut rest = Vec::with_capacity(sequences.num_sequences());
+    for (index, window) in sequences.offsets().windows(2).enumerate() {
+        let (output, other) = run(Piece { index, start: window[0], length: window[1] - window[0] });
+        outputs.extend(output);
+        rest.push(other);
+    }
+    let output = if outputs.is_empty() { None } else { Some(Tensor::cat(outputs, 1)) };
+    (output, rest)
 }
 
 #[cfg(test)]
