@@ -30,6 +30,7 @@ pub mod device;
 mod error;
 pub mod generate;
 pub mod hub;
+mod init;
 pub mod layers;
 pub mod models;
 pub mod modules;
@@ -40,5 +41,6 @@ pub mod verify;
 
 pub use compute::Compute;
 pub use error::NnError;
+pub use init::{Draws, Init};
 pub use models::{CausalLm, LossOutput, ModelConfig, State};
 pub use params::{NamedParam, ParamPath, ParamScope, ParamSource, named_parameters};

@@ -9,11 +9,11 @@ use std::collections::BTreeSet;
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
-use rand::{RngCore, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 
 use crate::NnError;
 use crate::hub::TensorStore;
+use crate::init::{Draws, Init};
+use crate::models::Names;
 
 /// Where the parameters of a new module come from.
 #[derive(Debug)]
@@ -91,29 +91,34 @@ impl<'s, 'a> ParamScope<'s, 'a> {
 
     /// A matrix, or the taps of a convolution: N(0, std).
     pub fn normal<const D: usize>(&self, name: &str, shape: [usize; D]) -> Param<Tensor<D>> {
-        self.param(name, shape, |seed, std, path, n| normal(seed, path, std, n))
+        self.start(name, shape, &Init::Normal)
     }
 
     /// A norm's weight: ones.
     pub fn ones<const D: usize>(&self, name: &str, shape: [usize; D]) -> Param<Tensor<D>> {
-        self.param(name, shape, |_, _, _, n| vec![1.0; n])
+        self.start(name, shape, &Init::Constant(1.0))
     }
 
     /// A bias: zeros.
     pub fn zeros<const D: usize>(&self, name: &str, shape: [usize; D]) -> Param<Tensor<D>> {
-        self.param(name, shape, |_, _, _, n| vec![0.0; n])
+        self.start(name, shape, &Init::Constant(0.0))
+    }
+
+    /// A parameter that starts as `init` says.
+    pub fn start<const D: usize>(&self, name: &str, shape: [usize; D], init: &Init<'_>) -> Param<Tensor<D>> {
+        self.param(name, shape, |seed, std, path| init.draw(&mut Draws::new(seed, path), &shape, std))
     }
 
     fn param<const D: usize>(
         &self,
         name: &str,
         shape: [usize; D],
-        draw: impl FnOnce(u64, f64, &str, usize) -> Vec<f32>,
+        draw: impl FnOnce(u64, f64, &str) -> Vec<f32>,
     ) -> Param<Tensor<D>> {
         let path = self.full(name);
         let device = &self.source.device;
         let values = match &self.source.kind {
-            Kind::Seeded(seed) => draw(*seed, self.source.std, &path, shape.iter().product()),
+            Kind::Seeded(seed) => draw(*seed, self.source.std, &path),
             Kind::Stored { store, used, problems } => {
                 let values = store.read_f32(&path, &shape);
                 used.borrow_mut().insert(path);
@@ -137,56 +142,42 @@ impl<'s, 'a> ParamScope<'s, 'a> {
     }
 }
 
-/// `count` draws of N(0, std) from the stream of (`seed`, `path`), by the Box–Muller transform.
-fn normal(seed: u64, path: &str, std: f64, count: usize) -> Vec<f32> {
-    let mut key = [0u8; 32];
-    key[..8].copy_from_slice(&seed.to_le_bytes());
-    key[8..16].copy_from_slice(&fnv1a(0xcbf2_9ce4_8422_2325, path).to_le_bytes());
-    // A second hash from another start, so that two paths would have to collide twice to share a stream.
-    key[16..24].copy_from_slice(&fnv1a(0x9e37_79b9_7f4a_7c15, path).to_le_bytes());
-    let mut rng = ChaCha8Rng::from_seed(key);
-    // 53 random bits in (0, 1]: the logarithm below stays finite.
-    let mut uniform = || ((rng.next_u64() >> 11) + 1) as f64 / (1u64 << 53) as f64;
-    let mut values = Vec::with_capacity(count + 1);
-    while values.len() < count {
-        let radius = std * (-2.0 * uniform().ln()).sqrt();
-        let (sin, cos) = (std::f64::consts::TAU * uniform()).sin_cos();
-        values.push((radius * cos) as f32);
-        values.push((radius * sin) as f32);
-    }
-    values.truncate(count);
-    values
-}
-
-fn fnv1a(start: u64, text: &str) -> u64 {
-    text.bytes().fold(start, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
-}
-
 /// The Hugging Face name of the parameter a visitor or mapper stands at.
 ///
 /// Forward `enter_module` and `exit_module` to it. Variants of enums leave no trace in a name: which mixer a layer has
 /// is said by the config.
 #[derive(Clone, Debug, Default)]
-pub struct ParamPath(Vec<String>);
+pub struct ParamPath {
+    segments: Vec<String>,
+    names: Option<&'static Names>,
+}
 
 impl ParamPath {
+    /// For a visit of a [`CausalLm`](crate::CausalLm) that has these names; the default is for any other module.
+    pub fn named(names: &'static Names) -> Self {
+        Self { segments: Vec::new(), names: Some(names) }
+    }
+
     /// To be called from `enter_module`.
     pub fn enter(&mut self, name: &str, container_type: &str) {
         if !container_type.starts_with("Enum:") {
-            self.0.push(name.to_string());
+            self.segments.push(name.to_string());
         }
     }
 
     /// To be called from `exit_module`.
     pub fn exit(&mut self, container_type: &str) {
         if !container_type.starts_with("Enum:") {
-            self.0.pop();
+            self.segments.pop();
         }
     }
 
     /// The dotted name.
     pub fn name(&self) -> String {
-        self.0.join(".")
+        match self.names {
+            Some(names) => names.of(&self.segments),
+            None => self.segments.join("."),
+        }
     }
 }
 
@@ -201,9 +192,13 @@ pub struct NamedParam {
     pub shape: Vec<usize>,
 }
 
-/// Every float parameter of `module` by its Hugging Face name, in the order of the fields.
+/// Every float parameter of `module` by the names of its fields, in their order. A
+/// [`CausalLm`](crate::CausalLm) has [`named_parameters`](crate::CausalLm::named_parameters) of its own.
 pub fn named_parameters<M: Module>(module: &M) -> Vec<NamedParam> {
-    #[derive(Default)]
+    parameters_from(module, ParamPath::default())
+}
+
+pub(crate) fn parameters_from<M: Module>(module: &M, path: ParamPath) -> Vec<NamedParam> {
     struct Collect {
         path: ParamPath,
         found: Vec<NamedParam>,
@@ -219,31 +214,7 @@ pub fn named_parameters<M: Module>(module: &M) -> Vec<NamedParam> {
             self.path.exit(container_type);
         }
     }
-    let mut collect = Collect::default();
+    let mut collect = Collect { path, found: Vec::new() };
     module.visit(&mut collect);
     collect.found
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn draws_depend_on_seed_and_path_alone() {
-        assert_eq!(normal(1, "a", 0.02, 7), normal(1, "a", 0.02, 7));
-        assert_ne!(normal(1, "a", 0.02, 7), normal(1, "b", 0.02, 7));
-        assert_ne!(normal(1, "a", 0.02, 7), normal(2, "a", 0.02, 7));
-        assert_eq!(normal(1, "a", 0.02, 4), normal(1, "a", 0.02, 8)[..4]);
-    }
-
-    #[test]
-    fn draws_are_normal() {
-        let draws = normal(3, "x", 0.5, 100_001);
-        let mean = draws.iter().map(|x| f64::from(*x)).sum::<f64>() / draws.len() as f64;
-        let moment = |p: i32| draws.iter().map(|x| f64::from(*x).powi(p)).sum::<f64>() / draws.len() as f64;
-        assert!(mean.abs() < 0.01, "{mean}");
-        assert!((moment(2).sqrt() - 0.5).abs() < 0.01);
-        // Kurtosis of a normal distribution is 3.
-        assert!((moment(4) / moment(2).powi(2) - 3.0).abs() < 0.1);
-    }
 }

@@ -56,6 +56,14 @@ pub fn configs() -> Vec<(&'static str, ModelConfig)> {
                 r#", "num_heads": 2, "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 5}"#,
             ),
         ),
+        (
+            "mixers of three kinds",
+            config(
+                "hybrid",
+                r#", "num_heads": 2, "num_hidden_layers": 3, "mixers": ["retnet", {"model_type": "gla", "expand_k": 1.0},
+                    {"model_type": "transformer", "num_heads": 4, "window_size": 3}]"#,
+            ),
+        ),
         ("transformer, norms, biases", config("transformer", r#", "num_heads": 4, "qk_norm": true, "qkv_bias": true"#)),
         (
             "transformer, window of one",

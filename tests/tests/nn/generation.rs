@@ -4,8 +4,7 @@ use std::ops::ControlFlow;
 
 use burn::tensor::{Int, Tensor, TensorData};
 use burn_fla_nn::generate::{SamplingConfig, generate};
-use burn_fla_nn::layers::LayerState;
-use burn_fla_nn::{CausalLm, Compute, NnError};
+use burn_fla_nn::{CausalLm, Compute, NnError, State};
 use burn_fla_tests::{numbers, reference_device};
 
 use crate::common::{VOCABULARY, config, configs, ids, model};
@@ -74,20 +73,15 @@ fn wrong_prompts_are_errors() {
 #[test]
 fn memory_does_not_grow_with_the_text() {
     let device = reference_device();
-    let elements = |layer: &LayerState| match layer {
-        LayerState::Recurrent { state, conv } => {
-            state.shape().num_elements() + conv.iter().flatten().map(|c| c.shape().num_elements()).sum::<usize>()
-        }
-        LayerState::KeyValue { k, v } => k.shape().num_elements() + v.shape().num_elements(),
-    };
+    let elements = |state: &State| -> Vec<usize> { state.layers().iter().map(|layer| layer.elements()).collect() };
     for (name, config) in configs() {
         let model = model(&config, &device);
         let (_, mut state) = model.prefill(ids(1, 9, &device), Compute::f32()).expect(name);
-        let before: Vec<usize> = state.layers().iter().map(elements).collect();
+        let before = elements(&state);
         for _ in 0..6 {
             (_, state) = model.step(Tensor::from_data([7], &device), state, Compute::f32()).expect(name);
         }
-        let after: Vec<usize> = state.layers().iter().map(elements).collect();
+        let after = elements(&state);
         let unbounded = name == "transformer, norms, biases";
         assert_eq!(before == after, !unbounded, "{name}: {before:?} {after:?}");
     }

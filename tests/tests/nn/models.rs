@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use burn_fla_nn::{CausalLm, Compute, ParamPath, named_parameters};
+use burn_fla_nn::modules::FeedForward;
+use burn_fla_nn::{CausalLm, Compute, ParamPath};
 use burn_fla_ops::{CuSeqlens, Engine};
 use burn_fla_tests::{assert_close, kernel_devices, numbers, reference_device};
 
@@ -23,7 +24,7 @@ fn a_prompt_and_steps_give_what_the_whole_gives() {
         let expected = |t: usize| numbers(whole.clone().narrow(1, t, 1));
         let (mut logits, mut state) = model.prefill(ids.clone().narrow(1, 0, 6), F32).expect(name);
         for t in 6..13 {
-            assert_eq!(state.seen(), t);
+            assert_eq!(state.seen(), [t, t]);
             assert_close(&format!("{name}, token {}", t - 1), &numbers(logits), &expected(t - 1), 1e-5);
             let token = ids.clone().narrow(1, t, 1).squeeze_dim::<1>(1);
             (logits, state) = model.step(token, state, F32).expect(name);
@@ -34,6 +35,41 @@ fn a_prompt_and_steps_give_what_the_whole_gives() {
         let (_, state) = model.advance(ids.clone().narrow(1, 1, 7), Some(state), F32).expect(name);
         let (logits, _) = model.advance(ids.narrow(1, 8, 5), Some(state), F32).expect(name);
         assert_close(name, &numbers(logits), &expected(12), 1e-5);
+    }
+}
+
+#[test]
+fn prompts_of_different_lengths_run_together_as_alone() {
+    let device = reference_device();
+    let lengths = [4, 9, 1, 7];
+    for (name, config) in configs() {
+        let model = model(&config, &device);
+        let rows = ids(4, 9, &device);
+        let (mut logits, mut state) = model.prefill_padded(rows.clone(), &lengths, F32).expect(name);
+        let next = ids(4, 12, &device);
+        let mut alone: Vec<_> = (0..4)
+            .map(|row| {
+                let prompt = rows.clone().narrow(0, row, 1).narrow(1, 9 - lengths[row], lengths[row]);
+                model.prefill(prompt, F32).expect(name)
+            })
+            .collect();
+        // One token at a time, then several: past the windows of all layers.
+        for (t, count) in [(0, 1), (1, 1), (2, 1), (3, 5), (8, 1)] {
+            for (row, (expected, _)) in alone.iter().enumerate() {
+                let found = numbers(logits.clone().narrow(0, row, 1));
+                assert_close(&format!("{name}, row {row}, {t} tokens on"), &found, &numbers(expected.clone()), 1e-5);
+            }
+            let tokens = next.clone().narrow(1, t, count);
+            (logits, state) = model.advance(tokens.clone(), Some(state), F32).expect(name);
+            alone = alone
+                .into_iter()
+                .enumerate()
+                .map(|(row, (_, state))| model.advance(tokens.clone().narrow(0, row, 1), Some(state), F32).expect(name))
+                .collect();
+        }
+        assert_eq!(state.seen(), lengths.map(|length| length + 9));
+        assert!(model.prefill_padded(rows.clone(), &[1, 2, 3], F32).is_err());
+        assert!(model.prefill_padded(rows, &[1, 2, 3, 10], F32).is_err());
     }
 }
 
@@ -75,7 +111,7 @@ fn gradients(
         }
     }
     let loss = model.loss(ids.clone(), ids, cu, compute).expect("a loss").sum;
-    let mut collect = Collect(loss.backward(), ParamPath::default(), BTreeMap::new());
+    let mut collect = Collect(loss.backward(), model.param_path(), BTreeMap::new());
     model.visit(&mut collect);
     collect.2
 }
@@ -152,7 +188,8 @@ fn weights_depend_on_the_seed_and_their_name_alone() {
         overrides.insert("num_hidden_layers".into(), layers.into());
         let config = config("gla", r#", "num_heads": 2"#).with_overrides(&overrides).expect("valid");
         let model = CausalLm::init(&config, seed, &device).expect("a model");
-        numbers(model.model.layers[0].mlp.up_proj.weight.val())
+        let Some(FeedForward::Gated(mlp)) = &model.model.layers[0].mlp else { panic!("a gated network") };
+        numbers(mlp.up_proj.weight.val())
     };
     assert_eq!(weights(1, 3), weights(4, 3));
     assert_ne!(weights(1, 3), weights(1, 4));
@@ -177,7 +214,7 @@ fn weights_start_as_they_should() {
     }
     for (name, config) in configs() {
         let model = model(&config, &reference_device());
-        let mut statistics = Statistics(ParamPath::default(), Vec::new());
+        let mut statistics = Statistics(model.param_path(), Vec::new());
         model.visit(&mut statistics);
         for (parameter, count, mean, std) in statistics.1 {
             let what = format!("{name}, {parameter}: mean {mean}, std {std}");
@@ -202,7 +239,7 @@ fn weights_start_as_they_should() {
 fn parameters_have_the_names_of_the_format() {
     let names = |fields: &str| -> Vec<String> {
         let model = model(&config("gla", fields), &reference_device());
-        named_parameters(&model).into_iter().map(|p| p.name).collect()
+        model.named_parameters().into_iter().map(|p| p.name).collect()
     };
     let has = |names: &[String], suffix: &str| names.iter().any(|n| n == &format!("model.layers.1.attn.{suffix}"));
     let plain = names(r#", "num_heads": 2"#);
@@ -248,6 +285,45 @@ fn labels_of_minus_one_hundred_are_not_counted() {
 }
 
 #[test]
+fn l2_warp_moves_the_gradient_of_the_largest_logits_alone() {
+    let device = reference_device().autodiff();
+    let fields = r#", "num_heads": 2, "tie_word_embeddings": false"#;
+    let plain = config("gla", fields);
+    let mut overrides = serde_json::Map::new();
+    overrides.insert("use_l2warp".into(), true.into());
+    let warped = model(&plain.with_overrides(&overrides).expect("valid"), &device);
+    let plain = model(&plain, &device);
+    let row = ids(1, 6, &device);
+    let mean = |m: &CausalLm| m.loss(row.clone(), row.clone(), None, F32).expect("a loss").mean();
+    assert_eq!(numbers(mean(&plain)), numbers(mean(&warped)));
+    // By the definition: what is added to the gradient of the output map is 1e-4 / rows · max · h, in the row of the
+    // largest logit.
+    let logits = numbers(plain.forward(row.clone(), None, F32).expect("logits"));
+    let gradient = |m: &CausalLm| {
+        let head = m.lm_head.as_ref().expect("an output map").weight.val();
+        numbers(head.grad(&mean(m).backward()).expect("a gradient"))
+    };
+    let (before, after) = (gradient(&plain), gradient(&warped));
+    let mut touched: Vec<usize> = logits
+        .chunks(VOCABULARY)
+        .map(|row| (0..VOCABULARY).max_by(|a, b| row[*a].total_cmp(&row[*b])).expect("a logit"))
+        .collect();
+    touched.sort_unstable();
+    touched.dedup();
+    for token in 0..VOCABULARY {
+        let part = token * 48..(token + 1) * 48;
+        let same = before[part.clone()].iter().zip(&after[part]).all(|(a, b)| (a - b).abs() < 1e-9);
+        assert_eq!(same, !touched.contains(&token), "token {token}");
+    }
+    // Σ over the touched rows of ⟨added gradient, W⟩ is 1e-4 / rows · Σ max², since logits are W h.
+    let weight = numbers(plain.lm_head.as_ref().expect("an output map").weight.val());
+    let added: f64 = before.iter().zip(&after).zip(&weight).map(|((a, b), w)| (b - a) * w).sum();
+    let squares: f64 = logits.chunks(VOCABULARY).map(|row| row.iter().fold(f64::MIN, |a, b| a.max(*b)).powi(2)).sum();
+    let expected = 1e-4 / 6.0 * squares;
+    assert!((added / expected - 1.0).abs() < 1e-3, "{added} {expected}");
+}
+
+#[test]
 fn wrong_arguments_are_errors() {
     let device = reference_device();
     let gla = model(&config("gla", r#", "num_heads": 2"#), &device);
@@ -262,7 +338,7 @@ fn wrong_arguments_are_errors() {
     assert!(gla.forward(row.clone(), None, half).expect_err("f16").to_string().contains("F16"));
     let (_, state) = transformer.prefill(row.clone(), F32).expect("a state");
     let message = gla.advance(row, Some(state), F32).expect_err("another model").to_string();
-    assert!(message.contains("attention layer"), "{message}");
+    assert!(message.contains("Attention") && message.contains("Gla"), "{message}");
 }
 
 #[test]

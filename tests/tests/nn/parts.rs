@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation};
 use burn_fla_nn::layers::{AttentionConfig, GlaConfig, RetentionConfig, SequenceContext};
-use burn_fla_nn::models::registry::ARCHITECTURES;
+use burn_fla_nn::models::registry::{ARCHITECTURES, HYBRID};
 use burn_fla_nn::modules::{FeatureMap, RotaryTables, cross_entropy, log_sigmoid, repeat_heads};
 use burn_fla_nn::{Compute, ModelConfig};
 use burn_fla_tests::{assert_close, kernel_devices, numbers, reference_device, tensor, uniform};
@@ -151,11 +151,22 @@ fn a_layer_stands_alone() {
 #[test]
 fn every_architecture_builds_from_its_defaults() {
     for architecture in ARCHITECTURES {
-        let text = format!(r#"{{"model_type": "{}"}}"#, architecture.model_type);
-        let config = ModelConfig::from_json(&text).expect(architecture.model_type);
-        assert_eq!((config.hidden_size(), config.num_layers(), config.vocab_size()), (2048, 24, 32_000));
-        let hybrid =
-            format!(r#"{{"model_type": "{}", "attn": {{"layers": [0], "num_heads": 16}}}}"#, architecture.model_type);
-        assert_eq!(ModelConfig::from_json(&hybrid).is_ok(), architecture.hybrid);
+        let name = architecture.model_type;
+        let with = |fields: &str| {
+            // A pattern of mixers is the one field that has no default.
+            let mixers = if name == HYBRID { r#", "mixers": ["gla"]"# } else { "" };
+            ModelConfig::from_json(&format!(r#"{{"model_type": "{name}"{mixers}{fields}}}"#))
+        };
+        let config = with("").expect(name);
+        let expected = match name {
+            "mamba" | "mamba2" => (2048, 48),
+            "samba" => (2304, 18),
+            "gated_deltanet" | "gated_deltaproduct" | "comba" => (2048, 21),
+            _ => (2048, 24),
+        };
+        assert_eq!((config.hidden_size(), config.num_layers()), expected, "{name}");
+        assert_eq!(config.vocab_size(), 32_000, "{name}");
+        let hybrid = with(r#", "attn": {"layers": [0], "num_heads": 16}"#);
+        assert_eq!(hybrid.is_ok(), architecture.hybrid, "{name}: {hybrid:?}");
     }
 }

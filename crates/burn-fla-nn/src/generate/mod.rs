@@ -46,7 +46,7 @@ pub fn generate(
     }
     // Without autodiff: a graph over all steps would grow with the text.
     let model = model.valid();
-    let device = model.model.norm.weight.device();
+    let device = model.device();
     let ids: Vec<i32> = prompt.iter().map(|id| *id as i32).collect();
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, prompt.len()]), &device);
     let (mut logits, mut state) = model.prefill(ids, compute)?;

@@ -141,9 +141,8 @@ struct Parameter {
     read: Box<dyn Fn() -> Result<TensorData, NnError>>,
 }
 
-/// The parameters of a module; only handles are copied.
-fn parameters<M: Module>(module: &M) -> Vec<Parameter> {
-    #[derive(Default)]
+/// The parameters of a model; only handles are copied.
+fn parameters(model: &CausalLm) -> Vec<Parameter> {
     struct Collect {
         path: ParamPath,
         found: Vec<Parameter>,
@@ -164,7 +163,7 @@ fn parameters<M: Module>(module: &M) -> Vec<Parameter> {
             self.path.exit(container_type);
         }
     }
-    let mut collect = Collect::default();
-    module.visit(&mut collect);
+    let mut collect = Collect { path: model.param_path(), found: Vec::new() };
+    model.visit(&mut collect);
     collect.found
 }

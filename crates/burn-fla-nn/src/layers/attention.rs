@@ -5,7 +5,8 @@ use burn::module::Module;
 use burn::tensor::{DType, Device, Tensor, activation};
 use burn_fla_ops as ops;
 
-use super::{LayerState, SequenceContext, check_groups};
+use super::{KeyValueState, SequenceContext, check_groups};
+use crate::models::Fields;
 use crate::modules::{Linear, RmsNorm, Rotary, merge_heads, split_heads};
 use crate::{NnError, ParamScope, ParamSource};
 
@@ -64,6 +65,26 @@ pub struct Attention {
 }
 
 impl AttentionConfig {
+    /// Reads the fields of a transformer's `config.json`.
+    pub(crate) fn from_fields(fields: &Fields<'_>, hidden_size: usize) -> Result<Self, NnError> {
+        let heads = fields.usize("num_heads", 32)?;
+        Ok(Self::of_hybrid(fields, hidden_size, heads)?.with_qk_norm(fields.bool("qk_norm", false)?))
+    }
+
+    /// Reads the fields that the object `attn` of a hybrid and the transformer have in common.
+    pub(crate) fn of_hybrid(fields: &Fields<'_>, hidden_size: usize, num_heads: usize) -> Result<Self, NnError> {
+        let config = Self::new(hidden_size, num_heads)
+            .with_num_kv_heads(fields.optional_usize("num_kv_heads")?)
+            .with_qkv_bias(fields.bool("qkv_bias", false)?)
+            .with_window_size(fields.optional_usize("window_size")?)
+            .with_rope_theta(fields.positive("rope_theta", 10_000.0)?);
+        config.check().map_err(|error| match error {
+            NnError::Config { field, message } => fields.error(&field, message),
+            other => other,
+        })?;
+        Ok(config)
+    }
+
     /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
     ///
     /// # Errors
@@ -128,15 +149,15 @@ impl Attention {
     /// - `x` and the output `[B, T, hidden]`
     ///
     /// # Errors
-    /// A state of another kind of layer; shapes that do not fit.
+    /// Shapes that do not fit.
     pub fn forward(
         &self,
         x: Tensor<3>,
-        past: Option<LayerState>,
+        past: Option<KeyValueState>,
         context: &SequenceContext,
-    ) -> Result<(Tensor<3>, Option<LayerState>), NnError> {
+    ) -> Result<(Tensor<3>, Option<KeyValueState>), NnError> {
         context.check_input(&x, self.q_proj.weight.dims()[1])?;
-        let engine = context.compute().engine;
+        let engine = context.engine();
         let rotate = |x: Tensor<3>, heads: usize, norm: Option<&RmsNorm>| {
             let x = split_heads(x, heads);
             let x = match norm {
@@ -150,23 +171,26 @@ impl Attention {
         let v = split_heads(self.v_proj.forward(x)?, self.num_kv_heads);
         let (k, v) = match past {
             None => (k, v),
-            Some(LayerState::KeyValue { k: k0, v: v0 }) => (Tensor::cat(vec![k0, k], 1), Tensor::cat(vec![v0, v], 1)),
-            Some(LayerState::Recurrent { .. }) => {
-                return Err(NnError::argument("state", "an attention layer was given the state of a recurrent layer"));
-            }
+            Some(past) => (Tensor::cat(vec![past.k, k], 1), Tensor::cat(vec![past.v, v], 1)),
         };
         let o = self.attend(q, k.clone(), v.clone(), context)?;
-        let state = context.keep_state().then(|| LayerState::KeyValue { k: self.keep(k), v: self.keep(v) });
+        let state = context.keep_state().then(|| KeyValueState { k: self.keep(k, context), v: self.keep(v, context) });
         Ok((self.o_proj.forward(merge_heads(o))?, state))
     }
 
     /// The keys or values that a later token may still see: all, or one less than the window.
-    fn keep(&self, x: Tensor<4>) -> Tensor<4> {
-        let length = x.dims()[1];
-        match self.window_size {
-            // One at least: not every device knows tensors without elements.
-            Some(window) if length >= window => last(x, (window - 1).max(1)),
-            _ => x,
+    fn keep(&self, x: Tensor<4>, context: &SequenceContext) -> Tensor<4> {
+        // One at least: not every device knows tensors without elements.
+        let reach = self.window_size.map_or(usize::MAX, |window| (window - 1).max(1));
+        match context.cu_seqlens() {
+            Some(cu) => {
+                let longest = cu.lengths().max().unwrap_or(0).max(1);
+                context.last_of_each(cu, &x, longest.min(reach))
+            }
+            None => {
+                let length = x.dims()[1];
+                last(x, length.min(reach))
+            }
         }
     }
 

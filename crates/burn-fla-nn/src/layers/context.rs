@@ -1,46 +1,27 @@
-//! What the layers of one forward pass share, and what they keep between passes.
+//! What the layers of one forward pass share.
 
 use std::cell::{OnceCell, RefCell};
 
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use burn_fla_ops::{CuSeqlens, SequenceOptions};
+use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData};
+use burn_fla_ops::{CuSeqlens, Engine, SequenceOptions};
 
 use crate::{Compute, NnError};
 
-/// What a layer keeps of the tokens it has seen.
-// A handful of handles a layer: no box is needed around them.
-#[allow(clippy::large_enum_variant)]
-#[derive(Clone, Debug)]
-pub enum LayerState {
-    /// A recurrent mixer: constant in the number of tokens.
-    Recurrent {
-        /// S, f32 `[B, H, K, V]`.
-        state: Tensor<4>,
-        /// The last inputs of the short convolutions of q, k and v, where the layer has them, `[B, channels, W]`.
-        conv: Option<[Tensor<3>; 3]>,
-    },
-    /// Softmax attention: the keys (already rotated) and values of the tokens seen, or of the window, `[B, S, G, K]`.
-    KeyValue {
-        /// Keys.
-        k: Tensor<4>,
-        /// Values.
-        v: Tensor<4>,
-    },
-}
-
-/// What the layers of one forward pass share: the shape of the input, how to compute, and the tensors that depend on
-/// positions alone, which are made once and only if a layer asks for them.
+/// What the layers of one forward pass share: the shape of the input, how to compute, the tensors that depend on
+/// positions alone, which are made once and only if a layer asks for them, and what one layer hands to another.
 #[derive(Debug)]
 pub struct SequenceContext {
     compute: Compute,
     cu_seqlens: Option<CuSeqlens>,
     batch: usize,
     tokens: usize,
-    seen: usize,
+    seen: Vec<usize>,
     keep_state: bool,
     device: Device,
     positions: OnceCell<Tensor<2, Int>>,
     biases: RefCell<Vec<((Option<usize>, usize), Tensor<4>)>>,
+    lower_bounds: Option<Tensor<2>>,
+    first_values: RefCell<Option<Tensor<3>>>,
 }
 
 /// Added to the scores of keys that a query must not see. Finite, so that no device has to be right about infinities.
@@ -73,23 +54,44 @@ impl SequenceContext {
                 ));
             }
         }
+        let sequences = cu_seqlens.map_or(batch, CuSeqlens::num_sequences);
         Ok(Self {
             compute,
             cu_seqlens: cu_seqlens.cloned(),
             batch,
             tokens,
-            seen: 0,
+            seen: vec![0; sequences],
             keep_state: false,
             device: device.clone().without_autodiff(),
             positions: OnceCell::new(),
             biases: RefCell::default(),
+            lower_bounds: None,
+            first_values: RefCell::default(),
         })
     }
 
-    /// Go on after `seen` tokens, and return what the layers keep. Not for packed input.
-    pub fn continuing(mut self, seen: usize) -> Self {
-        self.seen = seen;
+    /// Go on after `seen` tokens of each sequence, which may differ, and return what the layers keep.
+    ///
+    /// # Errors
+    /// Another number of sequences; packed input after tokens that were seen, which no layer takes.
+    pub fn continuing(mut self, seen: &[usize]) -> Result<Self, NnError> {
+        if seen.len() != self.seen.len() {
+            return Err(NnError::argument(
+                "state",
+                format!("it is of {} sequences, and the input has {}", seen.len(), self.seen.len()),
+            ));
+        }
+        if self.cu_seqlens.is_some() && seen.iter().any(|seen| *seen > 0) {
+            return Err(NnError::argument("cu_seqlens", "packed sequences begin at their first token"));
+        }
+        self.seen = seen.to_vec();
         self.keep_state = true;
+        Ok(self)
+    }
+
+    /// With the lower bounds of the layers' forget gates, `[layers, width]` (HGRN).
+    pub(crate) fn with_lower_bounds(mut self, bounds: Option<Tensor<2>>) -> Self {
+        self.lower_bounds = bounds;
         self
     }
 
@@ -98,14 +100,19 @@ impl SequenceContext {
         self.compute
     }
 
+    /// Which implementation of the operators runs.
+    pub(crate) fn engine(&self) -> Engine {
+        self.compute.engine
+    }
+
     /// Whether layers return their state.
     pub fn keep_state(&self) -> bool {
         self.keep_state
     }
 
-    /// The number of tokens before this input.
-    pub fn seen(&self) -> usize {
-        self.seen
+    /// The number of tokens of each sequence before this input.
+    pub fn seen(&self) -> &[usize] {
+        &self.seen
     }
 
     /// The packed sequences.
@@ -113,34 +120,79 @@ impl SequenceContext {
         self.cu_seqlens.as_ref()
     }
 
+    /// The lower bound of the forget gate of layer `layer`, `[width]`, where the model has them.
+    #[expect(dead_code, reason = "for HGRN and HGRN2")]
+    pub(crate) fn lower_bound(&self, layer: usize) -> Option<Tensor<1>> {
+        self.lower_bounds.as_ref().map(|bounds| bounds.clone().narrow(0, layer, 1).squeeze_dim(0))
+    }
+
+    /// The values of the first layer that calls this, which later layers mix with their own (RWKV7). `None` for that
+    /// first layer, whose `values` are kept.
+    #[expect(dead_code, reason = "for RWKV7")]
+    pub(crate) fn first_values(&self, values: &Tensor<3>) -> Option<Tensor<3>> {
+        let mut first = self.first_values.borrow_mut();
+        if first.is_none() {
+            *first = Some(values.clone());
+            return None;
+        }
+        first.clone()
+    }
+
+    /// The sequences of a packed row one after the other, of `[1, T, …]`: those of the last `count` tokens of each that
+    /// there are, behind zeros where there are fewer, `[N, count, …]`.
+    pub(crate) fn last_of_each<const D: usize>(&self, cu: &CuSeqlens, x: &Tensor<D>, count: usize) -> Tensor<D> {
+        let rows = cu.offsets().windows(2).map(|window| {
+            let (start, end) = (window[0], window[1]);
+            let length = (end - start).min(count);
+            let mut missing = x.dims();
+            missing[1] = count - length;
+            let kept = (length > 0).then(|| x.clone().narrow(1, end - length, length));
+            let zeros = (length < count).then(|| Tensor::zeros(missing, (&x.device(), x.dtype())));
+            let parts: Vec<_> = zeros.into_iter().chain(kept).collect();
+            Tensor::cat(parts, 1)
+        });
+        Tensor::cat(rows.collect(), 0)
+    }
+
     /// One more than the largest position of a token.
     pub fn position_end(&self) -> usize {
         match &self.cu_seqlens {
             Some(cu) => cu.lengths().max().unwrap_or(0),
-            None => self.seen + self.tokens,
+            None => self.seen.iter().max().unwrap_or(&0) + self.tokens,
         }
+    }
+
+    /// The number of tokens that every sequence has seen, where it is one number.
+    fn seen_by_all(&self) -> Option<usize> {
+        let first = *self.seen.first()?;
+        self.seen.iter().all(|seen| *seen == first).then_some(first)
     }
 
     /// The position of each token in its sequence, `[B, T]`.
     pub fn positions(&self) -> Tensor<2, Int> {
-        let make = || match &self.cu_seqlens {
-            Some(cu) => {
-                let positions: Vec<i32> = cu.lengths().flat_map(|length| 0..length as i32).collect();
-                Tensor::from_data(TensorData::new(positions, [1, self.tokens]), &self.device)
-            }
-            None => Tensor::<1, Int>::arange(self.seen as i64..(self.seen + self.tokens) as i64, &self.device)
+        let given = |positions: Vec<i32>| {
+            Tensor::from_data(TensorData::new(positions, [self.batch, self.tokens]), &self.device)
+        };
+        let make = || match (&self.cu_seqlens, self.seen_by_all()) {
+            (Some(cu), _) => given(cu.lengths().flat_map(|length| 0..length as i32).collect()),
+            (None, Some(seen)) => Tensor::<1, Int>::arange(seen as i64..(seen + self.tokens) as i64, &self.device)
                 .unsqueeze_dim::<2>(0)
                 .expand([self.batch, self.tokens]),
+            (None, None) => {
+                given(self.seen.iter().flat_map(|seen| *seen as i32..(seen + self.tokens) as i32).collect())
+            }
         };
         self.positions.get_or_init(make).clone()
     }
 
     /// What to add to the scores of the last `keys` keys up to the last token of this input: 0 where a query may see a
-    /// key (not later than itself, fewer than `window` tokens back, of the same sequence), −1e30 elsewhere; f32
-    /// `[1, 1, T, keys]`. `None` when every query sees every key.
+    /// key (not later than itself, fewer than `window` tokens back, of the same sequence, and not before its first
+    /// token), −1e30 elsewhere; f32 `[1 or B, 1, T, keys]`. `None` when every query sees every key.
     pub(crate) fn attention_bias(&self, window: Option<usize>, keys: usize) -> Option<Tensor<4>> {
         let in_window = window.is_none_or(|w| keys <= w);
-        if self.tokens == 1 && in_window {
+        // Rows that began later than the first of the keys stand behind zeros.
+        let padded = self.cu_seqlens.is_none() && self.seen.iter().any(|seen| seen + self.tokens < keys);
+        if self.tokens == 1 && in_window && !padded {
             return None;
         }
         let key = (window, keys);
@@ -151,7 +203,7 @@ impl SequenceContext {
         let column =
             |end: usize, length: usize| Tensor::<1, Int>::arange(end as i64 - length as i64..end as i64, &self.device);
         let distance = column(keys, self.tokens).unsqueeze_dim::<2>(1) - column(keys, keys).unsqueeze_dim::<2>(0);
-        let flag = |mask: Tensor<2, burn::tensor::Bool>| mask.float().cast(DType::F32);
+        let flag = |mask: Tensor<2, Bool>| mask.float().cast(DType::F32);
         let mut unseen = flag(distance.clone().lower_elem(0));
         if let (Some(window), false) = (window, in_window) {
             unseen = unseen + flag(distance.greater_elem(window as i64 - 1));
@@ -163,7 +215,17 @@ impl SequenceContext {
             let other = sequence.clone().unsqueeze_dim::<2>(1) - sequence.unsqueeze_dim::<2>(0);
             unseen = unseen + flag(other.not_equal_elem(0));
         }
-        let bias = (unseen * UNSEEN).unsqueeze_dims::<4>(&[0, 1]);
+        let mut unseen = unseen.unsqueeze_dims::<4>(&[0, 1]);
+        if padded {
+            let before = |seen: &usize| keys.saturating_sub(seen + self.tokens);
+            let absent: Vec<f32> = self
+                .seen
+                .iter()
+                .flat_map(|seen| (0..keys).map(move |key| if key < before(seen) { 1.0 } else { 0.0 }))
+                .collect();
+            unseen = unseen + Tensor::from_data(TensorData::new(absent, [self.batch, 1, 1, keys]), &self.device);
+        }
+        let bias = unseen * UNSEEN;
         biases.push((key, bias.clone()));
         Some(bias)
     }
@@ -185,18 +247,5 @@ impl SequenceContext {
             return Err(NnError::argument("x", format!("the shape is {:?}, and {expected:?} is expected", x.dims())));
         }
         Ok(())
-    }
-}
-
-/// The state and the convolution caches of a recurrent layer, or an error when the state is another layer's.
-pub(crate) fn recurrent_state(
-    past: Option<LayerState>,
-) -> Result<(Option<Tensor<4>>, Option<[Tensor<3>; 3]>), NnError> {
-    match past {
-        None => Ok((None, None)),
-        Some(LayerState::Recurrent { state, conv }) => Ok((Some(state), conv)),
-        Some(LayerState::KeyValue { .. }) => {
-            Err(NnError::argument("state", "a recurrent layer was given the keys and values of an attention layer"))
-        }
     }
 }

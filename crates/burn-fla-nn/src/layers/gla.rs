@@ -5,8 +5,8 @@ use burn::module::Module;
 use burn::tensor::{DType, Device, Tensor};
 use burn_fla_ops as ops;
 
-use super::context::recurrent_state;
-use super::{LayerState, MixerDims, SequenceContext};
+use super::{Convs, MixerDims, RecurrentState, SequenceContext};
+use crate::models::{CommonConfig, Fields};
 use crate::modules::{
     FeatureMap, Linear, RmsNorm, ShortConv, log_sigmoid, merge_heads, output_norm, repeat_heads, split_heads,
 };
@@ -97,6 +97,22 @@ pub struct Gla {
 }
 
 impl GlaConfig {
+    /// Reads the fields of a `config.json`.
+    pub(crate) fn from_fields(fields: &Fields<'_>, common: &CommonConfig) -> Result<Self, NnError> {
+        Ok(Self::new(common.hidden_size, fields.usize("num_heads", 4)?)
+            .with_num_kv_heads(fields.optional_usize("num_kv_heads")?)
+            .with_expand_k(fields.positive("expand_k", 0.5)?)
+            .with_expand_v(fields.positive("expand_v", 1.0)?)
+            .with_feature_map(FeatureMap::from_fields(fields)?)
+            .with_use_short_conv(fields.bool("use_short_conv", false)?)
+            .with_conv_size(fields.usize("conv_size", 4)?)
+            .with_use_output_gate(fields.bool("use_output_gate", true)?)
+            .with_elementwise_affine(common.elementwise_affine)
+            .with_fuse_norm(common.fuse_norm)
+            .with_norm_eps(common.norm_eps)
+            .with_clamp_min(fields.optional_f64("clamp_min")?))
+    }
+
     /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
     ///
     /// # Errors
@@ -171,26 +187,19 @@ impl Gla {
     /// - `x` and the output `[B, T, hidden]`
     ///
     /// # Errors
-    /// A state of another kind of layer; shapes that do not fit.
+    /// Shapes that do not fit.
     pub fn forward(
         &self,
         x: Tensor<3>,
-        past: Option<LayerState>,
+        past: Option<RecurrentState>,
         context: &SequenceContext,
-    ) -> Result<(Tensor<3>, Option<LayerState>), NnError> {
+    ) -> Result<(Tensor<3>, Option<RecurrentState>), NnError> {
         context.check_input(&x, self.q_proj.weight.dims()[1])?;
-        let engine = context.compute().engine;
-        let (state, caches) = recurrent_state(past)?;
-        let [q_cache, k_cache, v_cache] = caches.map_or([None, None, None], |caches| caches.map(Some));
-        let mix = |x: Tensor<3>, conv: &Option<ShortConv>, cache| match conv {
-            Some(conv) => {
-                conv.forward(x, cache, context.cu_seqlens().cloned(), engine).map(|(x, cache)| (x, Some(cache)))
-            }
-            None => Ok((x, None)),
-        };
-        let (q, q_cache) = mix(self.q_proj.forward(x.clone())?, &self.q_conv1d, q_cache)?;
-        let (k, k_cache) = mix(self.k_proj.forward(x.clone())?, &self.k_conv1d, k_cache)?;
-        let (v, v_cache) = mix(self.v_proj.forward(x.clone())?, &self.v_conv1d, v_cache)?;
+        let (state, conv) = past.map_or((None, Vec::new()), |past| (Some(past.state), past.conv));
+        let mut convs = Convs::new(context, conv);
+        let q = convs.run(&self.q_conv1d, self.q_proj.forward(x.clone())?)?;
+        let k = convs.run(&self.k_conv1d, self.k_proj.forward(x.clone())?)?;
+        let v = convs.run(&self.v_conv1d, self.v_proj.forward(x.clone())?)?;
         let map = |x: Tensor<4>| match self.feature_map {
             Some(map) => map.apply(x),
             None => x,
@@ -206,13 +215,9 @@ impl Gla {
             None => None,
         };
         let norm = self.g_norm_swish_gate.as_ref().or(self.g_norm.as_ref());
-        let o = output_norm(o, gate, norm, self.norm_eps, engine)?;
+        let o = output_norm(o, gate, norm, self.norm_eps, context.engine())?;
         let y = self.o_proj.forward(merge_heads(o))?;
-        let conv = match (q_cache, k_cache, v_cache) {
-            (Some(q), Some(k), Some(v)) => Some([q, k, v]),
-            _ => None,
-        };
-        let state = context.keep_state().then_some(LayerState::Recurrent { state, conv });
+        let state = context.keep_state().then(|| RecurrentState { state, conv: convs.finish() });
         Ok((y, state))
     }
 

@@ -1,7 +1,7 @@
 //! Token mixers, one file each.
 //!
 //! A mixer maps `[batch, tokens, width]` to the same shape. Its `forward` takes a whole sequence, or, given the
-//! [`LayerState`] of the tokens before, goes on from there; one token at a time it runs the recurrent form of its
+//! state of the tokens before, goes on from there; one token at a time it runs the recurrent form of its
 //! operator, at constant memory for the recurrent mixers.
 //!
 //! Shape letters: B batch, T tokens, H heads, G key and value heads (H a multiple of G), K width of a key head,
@@ -10,12 +10,17 @@
 mod attention;
 mod context;
 mod gla;
+mod mixer;
 mod retention;
+mod state;
 
 pub use attention::{Attention, AttentionConfig};
-pub use context::{LayerState, SequenceContext};
+pub use context::SequenceContext;
 pub use gla::{Gla, GlaConfig};
+pub use mixer::{LayerState, Mixer, MixerConfig};
 pub use retention::{Retention, RetentionConfig};
+pub(crate) use state::Convs;
+pub use state::{KeyValueState, MixerState, RecurrentState};
 
 use crate::NnError;
 

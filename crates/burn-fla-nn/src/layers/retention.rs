@@ -5,8 +5,8 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_fla_ops::{self as ops, ScalarDecay};
 
-use super::context::recurrent_state;
-use super::{LayerState, MixerDims, SequenceContext};
+use super::{MixerDims, RecurrentState, SequenceContext};
+use crate::models::{CommonConfig, Fields};
 use crate::modules::{FeatureMap, Linear, RmsNorm, Rotary, merge_heads, output_norm, repeat_heads, split_heads};
 use crate::per_device::PerDevice;
 use crate::{NnError, ParamScope, ParamSource};
@@ -75,6 +75,20 @@ pub struct Retention {
 }
 
 impl RetentionConfig {
+    /// Reads the fields of a `config.json`. `use_short_conv` is not read: the format has no place for the convolutions
+    /// of this architecture.
+    pub(crate) fn from_fields(fields: &Fields<'_>, common: &CommonConfig) -> Result<Self, NnError> {
+        Ok(Self::new(common.hidden_size, fields.usize("num_heads", 8)?)
+            .with_num_kv_heads(fields.optional_usize("num_kv_heads")?)
+            .with_expand_k(fields.positive("expand_k", 1.0)?)
+            .with_expand_v(fields.positive("expand_v", 2.0)?)
+            .with_feature_map(FeatureMap::from_fields(fields)?)
+            .with_use_output_gate(fields.bool("use_output_gate", true)?)
+            .with_elementwise_affine(common.elementwise_affine)
+            .with_fuse_norm(common.fuse_norm)
+            .with_norm_eps(common.norm_eps))
+    }
+
     /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
     ///
     /// # Errors
@@ -138,16 +152,15 @@ impl Retention {
     /// - `x` and the output `[B, T, hidden]`
     ///
     /// # Errors
-    /// A state of another kind of layer; shapes that do not fit.
+    /// Shapes that do not fit.
     pub fn forward(
         &self,
         x: Tensor<3>,
-        past: Option<LayerState>,
+        past: Option<RecurrentState>,
         context: &SequenceContext,
-    ) -> Result<(Tensor<3>, Option<LayerState>), NnError> {
+    ) -> Result<(Tensor<3>, Option<RecurrentState>), NnError> {
         context.check_input(&x, self.q_proj.weight.dims()[1])?;
-        let engine = context.compute().engine;
-        let (state, _) = recurrent_state(past)?;
+        let engine = context.engine();
         let rotate = |x: Tensor<3>, heads: usize| {
             let x = split_heads(x, heads);
             let x = match self.feature_map {
@@ -170,7 +183,7 @@ impl Retention {
             repeat_heads(k, repeat),
             repeat_heads(v, repeat),
             ScalarDecay::PerHead(decay),
-            context.options(state),
+            context.options(past.map(|past| past.state)),
         )?;
         let gate = match &self.g_proj {
             Some(g_proj) => Some(split_heads(g_proj.forward(x)?, self.num_heads)),
@@ -179,7 +192,7 @@ impl Retention {
         let norm = self.g_norm_swish_gate.as_ref().or(self.g_norm.as_ref());
         let o = output_norm(o, gate, norm, self.norm_eps, engine)?;
         let y = self.o_proj.forward(merge_heads(o))?;
-        let state = context.keep_state().then_some(LayerState::Recurrent { state, conv: None });
+        let state = context.keep_state().then_some(RecurrentState { state, conv: Vec::new() });
         Ok((y, state))
     }
 }

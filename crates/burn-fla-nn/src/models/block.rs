@@ -1,139 +1,120 @@
 //! One layer of a model: a mixer and a feed-forward network, each behind a norm.
 
 use burn::module::Module;
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
-use super::config::CommonConfig;
-use crate::layers::{
-    Attention, AttentionConfig, Gla, GlaConfig, LayerState, Retention, RetentionConfig, SequenceContext,
-};
-use crate::modules::{GatedMlp, RmsNorm};
+use super::config::{CommonConfig, LayerConfig};
+use crate::layers::{LayerState, Mixer, SequenceContext};
+use crate::modules::{FeedForward, Norm};
 use crate::{NnError, ParamScope};
 
-/// Configuration of a [`Mixer`]: which token mixer a layer has.
-#[derive(Clone, Debug)]
-pub enum MixerConfig {
-    /// Softmax attention.
-    Attention(AttentionConfig),
-    /// Multi-scale retention.
-    Retention(RetentionConfig),
-    /// Gated linear attention.
-    Gla(GlaConfig),
-}
-
-/// The token mixer of a layer.
-// A model has a few dozen of them, beside gigabytes of weights: no box is needed around the larger ones.
-#[allow(clippy::large_enum_variant)]
-#[derive(Module, Debug)]
-pub enum Mixer {
-    /// Softmax attention.
-    Attention(Attention),
-    /// Multi-scale retention.
-    Retention(Retention),
-    /// Gated linear attention.
-    Gla(Gla),
-}
-
-impl MixerConfig {
-    /// An error for values that no layer can be built from.
-    pub(crate) fn check(&self) -> Result<(), NnError> {
-        match self {
-            Self::Attention(config) => config.check(),
-            Self::Retention(config) => config.check().map(drop),
-            Self::Gla(config) => config.check().map(drop),
-        }
-    }
-
-    fn build(&self, scope: &ParamScope<'_, '_>) -> Result<Mixer, NnError> {
-        Ok(match self {
-            Self::Attention(config) => Mixer::Attention(config.build(scope)?),
-            Self::Retention(config) => Mixer::Retention(config.build(scope)?),
-            Self::Gla(config) => Mixer::Gla(config.build(scope)?),
-        })
-    }
-}
-
-impl Mixer {
-    /// The mixed sequence, and what to go on from when the context keeps states.
-    ///
-    /// # Shapes
-    /// - `x` and the output `[B, T, hidden]`
-    ///
-    /// # Errors
-    /// A state of another kind of layer; shapes that do not fit.
-    pub fn forward(
-        &self,
-        x: Tensor<3>,
-        past: Option<LayerState>,
-        context: &SequenceContext,
-    ) -> Result<(Tensor<3>, Option<LayerState>), NnError> {
-        match self {
-            Self::Attention(layer) => layer.forward(x, past, context),
-            Self::Retention(layer) => layer.forward(x, past, context),
-            Self::Gla(layer) => layer.forward(x, past, context),
-        }
-    }
-}
-
-/// h ← h + mixer(norm(h)), then h ← h + mlp(norm(h)).
+/// h ← h + mixer(norm(h)), then h ← h + mlp(norm(h)) where there is a feed-forward network.
 #[derive(Module, Debug)]
 pub struct Block {
+    /// A norm of the embedding, in the first layer of some architectures: the residual stream begins with its output.
+    pub pre_norm: Option<Norm>,
     /// Norm before the mixer.
-    pub attn_norm: RmsNorm,
+    pub attn_norm: Norm,
     /// The mixer.
     pub attn: Mixer,
     /// Norm before the feed-forward network.
-    pub mlp_norm: RmsNorm,
+    pub mlp_norm: Option<Norm>,
     /// The feed-forward network.
-    pub mlp: GatedMlp,
+    pub mlp: Option<FeedForward>,
+}
+
+/// What a layer keeps of the tokens it has seen.
+#[derive(Clone, Debug)]
+pub struct BlockState {
+    /// What the mixer keeps.
+    pub mixer: LayerState,
+    /// The last input of a feed-forward network that shifts tokens, `[N, hidden]`.
+    pub mlp: Option<Tensor<2>>,
+}
+
+impl BlockState {
+    /// How many numbers it holds.
+    pub fn elements(&self) -> usize {
+        self.mixer.elements() + self.mlp.as_ref().map_or(0, |last| last.shape().num_elements())
+    }
 }
 
 /// The residual stream between two blocks, with what the last network gave not yet added: the addition belongs to the
 /// next norm, which makes one pass of both.
 #[derive(Debug)]
 pub(crate) struct Stream {
-    pub residual: Tensor<3>,
-    pub update: Option<Tensor<3>>,
+    residual: Tensor<3>,
+    update: Option<Tensor<3>>,
+    /// The type of the activations; the residual may be wider.
+    dtype: DType,
 }
 
 impl Stream {
+    /// A stream that begins with `h`, kept in f32 where the model says so.
+    pub fn new(h: Tensor<3>, in_f32: bool) -> Self {
+        let dtype = h.dtype();
+        let residual = if in_f32 { h.cast(DType::F32) } else { h };
+        Self { residual, update: None, dtype }
+    }
+
     /// (norm(h), h) of the stream with the update added.
-    pub fn normed(self, norm: &RmsNorm, context: &SequenceContext) -> Result<(Tensor<3>, Tensor<3>), NnError> {
-        let engine = context.compute().engine;
-        match self.update {
-            Some(update) => norm.forward_add(update, self.residual, engine),
-            None => Ok((norm.forward(self.residual.clone(), engine)?, self.residual)),
-        }
+    fn normed(self, norm: &Norm, context: &SequenceContext) -> Result<(Tensor<3>, Self), NnError> {
+        let (dtype, wide) = (self.dtype, self.residual.dtype());
+        let (x, residual) = match self.update {
+            Some(update) => norm.forward_add(update.cast(wide), self.residual, context.engine())?,
+            None => (norm.forward(self.residual.clone(), context.engine())?, self.residual),
+        };
+        Ok((x.cast(dtype), Self { residual, update: None, dtype }))
+    }
+
+    /// norm(h) of the whole stream.
+    pub fn finish(self, norm: &Norm, context: &SequenceContext) -> Result<Tensor<3>, NnError> {
+        Ok(self.normed(norm, context)?.0)
     }
 }
 
 impl Block {
     pub(crate) fn build(
         common: &CommonConfig,
-        mixer: &MixerConfig,
+        layer: &LayerConfig,
+        first: bool,
         scope: &ParamScope<'_, '_>,
     ) -> Result<Self, NnError> {
-        let width = common.hidden_size;
-        let norm = |name| RmsNorm::new(&scope.at(name), width, common.norm_eps);
+        let names = common.names;
+        let norm = |name| common.norm.build(&scope.at(name), common.hidden_size, common.norm_eps);
         Ok(Self {
-            attn_norm: norm("attn_norm"),
-            attn: mixer.build(&scope.at("attn"))?,
-            mlp_norm: norm("mlp_norm"),
-            mlp: GatedMlp::new(&scope.at("mlp"), width, common.intermediate_size),
+            pre_norm: (first && common.norm_first).then(|| norm("pre_norm")),
+            attn_norm: norm(names.attn_norm),
+            attn: layer.mixer.build(&scope.at(names.attn))?,
+            mlp_norm: layer.feed_forward.is_some().then(|| norm(names.mlp_norm)),
+            mlp: layer.feed_forward.as_ref().map(|config| config.build(&scope.at(names.mlp), common.hidden_size)),
         })
     }
 
     pub(crate) fn forward(
         &self,
         stream: Stream,
-        past: Option<LayerState>,
+        past: Option<BlockState>,
         context: &SequenceContext,
-    ) -> Result<(Stream, Option<LayerState>), NnError> {
-        let (x, residual) = stream.normed(&self.attn_norm, context)?;
-        let (mixed, state) = self.attn.forward(x, past, context)?;
-        let stream = Stream { residual, update: Some(mixed) };
-        let (x, residual) = stream.normed(&self.mlp_norm, context)?;
-        let stream = Stream { residual, update: Some(self.mlp.forward(x, context.compute().engine)?) };
-        Ok((stream, state))
+    ) -> Result<(Stream, Option<BlockState>), NnError> {
+        let (mixer, mlp) = past.map_or((None, None), |past| (Some(past.mixer), past.mlp));
+        let stream = match &self.pre_norm {
+            Some(norm) => {
+                let (x, stream) = stream.normed(norm, context)?;
+                Stream { residual: x.cast(stream.residual.dtype()), ..stream }
+            }
+            None => stream,
+        };
+        let (x, mut stream) = stream.normed(&self.attn_norm, context)?;
+        let (mixed, mixer) = self.attn.forward(x, mixer, context)?;
+        stream.update = Some(mixed);
+        let mut last = None;
+        if let (Some(norm), Some(network)) = (&self.mlp_norm, &self.mlp) {
+            let (x, normed) = stream.normed(norm, context)?;
+            let (y, shifted) = network.forward(x, mlp, context)?;
+            stream = Stream { update: Some(y), ..normed };
+            last = shifted;
+        }
+        Ok((stream, mixer.map(|mixer| BlockState { mixer, mlp: last })))
     }
 }

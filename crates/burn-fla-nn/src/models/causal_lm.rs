@@ -2,15 +2,16 @@
 
 use std::sync::Arc;
 
-use burn::module::Module;
-use burn::tensor::{DType, Device, Int, Tensor};
+use burn::module::{Module, Param};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation};
 use burn_fla_ops::{self as ops, CuSeqlens};
 
-use super::block::{Block, Stream};
+use super::block::{Block, BlockState, Stream};
 use super::{ModelConfig, State};
-use crate::layers::{LayerState, SequenceContext};
-use crate::modules::{Embedding, Linear, LossOutput, RmsNorm, cross_entropy};
-use crate::{Compute, NnError, ParamScope, ParamSource};
+use crate::layers::SequenceContext;
+use crate::modules::{Embedding, Linear, LossOutput, Norm, cross_entropy, l2_warp};
+use crate::params::parameters_from;
+use crate::{Compute, NamedParam, NnError, ParamPath, ParamScope, ParamSource};
 
 /// Embedding, blocks and last norm.
 #[derive(Module, Debug)]
@@ -20,7 +21,10 @@ pub struct Backbone {
     /// The blocks, first to last.
     pub layers: Vec<Block>,
     /// The norm after the last block.
-    pub norm: RmsNorm,
+    pub norm: Norm,
+    /// `[layers, width]`: where the lower bounds of the layers' forget gates come from, for the architectures that have
+    /// them.
+    pub lower_bounds: Option<Param<Tensor<2>>>,
 }
 
 /// A causal language model: logits of the next token from the tokens before.
@@ -51,25 +55,38 @@ impl CausalLm {
     /// Widths and head counts that do not fit.
     pub fn build(config: &ModelConfig, scope: &ParamScope<'_, '_>) -> Result<Self, NnError> {
         let common = config.common();
-        let (vocabulary, width) = (common.vocab_size, common.hidden_size);
-        let inner = scope.at("model");
+        let (vocabulary, width, names) = (common.vocab_size, common.hidden_size, common.names);
+        let inner = scope.at(names.model);
         let layers = inner.at("layers");
+        let padding = common.pad_token_id.map(|id| id as usize);
+        let lower_bounds = config.layers().iter().find_map(|layer| layer.mixer.lower_bounds());
         Ok(Self {
             model: Backbone {
-                embeddings: Embedding::new(
-                    &inner.at("embeddings"),
-                    vocabulary,
-                    width,
-                    common.pad_token_id.map(|id| id as usize),
-                ),
-                layers: (0..common.num_hidden_layers)
-                    .map(|i| Block::build(common, &config.mixer(i), &layers.at(i)))
+                embeddings: Embedding::new(&inner.at("embeddings"), vocabulary, width, padding),
+                layers: (config.layers().iter().enumerate())
+                    .map(|(i, layer)| Block::build(common, layer, i == 0, &layers.at(i)))
                     .collect::<Result<_, _>>()?,
-                norm: RmsNorm::new(&inner.at("norm"), width, common.norm_eps),
+                norm: common.norm.build(&inner.at(names.norm), width, common.norm_eps),
+                lower_bounds: lower_bounds.map(|width| inner.zeros("lower_bounds", [config.num_layers(), width])),
             },
             lm_head: (!common.tie_word_embeddings).then(|| Linear::new(&scope.at("lm_head"), width, vocabulary, false)),
             config: Arc::new(config.clone()),
         })
+    }
+
+    /// Every parameter by its Hugging Face name.
+    pub fn named_parameters(&self) -> Vec<NamedParam> {
+        parameters_from(self, self.param_path())
+    }
+
+    /// For a visitor of this model that wants to know the Hugging Face name of where it stands.
+    pub fn param_path(&self) -> ParamPath {
+        ParamPath::named(self.config.common().names)
+    }
+
+    /// The device of the parameters.
+    pub fn device(&self) -> Device {
+        self.model.norm.device()
     }
 
     /// The model's config.
@@ -89,7 +106,7 @@ impl CausalLm {
     /// Packed sequences that do not cover the row; a type that is not computed in.
     pub fn forward(&self, ids: Tensor<2, Int>, cu: Option<&CuSeqlens>, compute: Compute) -> Result<Tensor<3>, NnError> {
         let context = SequenceContext::new(ids.dims(), cu, compute, &ids.device())?;
-        let (h, _) = self.hidden(ids, None, &context)?;
+        let (h, _) = self.hidden(ids, None, context)?;
         self.logits(h)
     }
 
@@ -118,8 +135,12 @@ impl CausalLm {
             let [b, t] = ids.dims();
             [b, t, self.config.vocab_size()]
         };
-        let logits = self.forward(ids, cu, compute)?;
-        Ok(cross_entropy(logits.reshape([b * t, v]), labels.reshape([b * t])))
+        let logits = self.forward(ids, cu, compute)?.reshape([b * t, v]);
+        let mut loss = cross_entropy(logits.clone(), labels.reshape([b * t]));
+        if self.config.common().use_l2warp {
+            loss.sum = loss.sum + l2_warp(logits) * loss.count.clone();
+        }
+        Ok(loss)
     }
 
     /// Runs a whole prompt through the chunked form: the logits of its last position, and the state to go on from.
@@ -164,23 +185,70 @@ impl CausalLm {
         if t == 0 || b == 0 {
             return Err(NnError::argument("ids", "there is no token to go on by"));
         }
-        let seen = state.as_ref().map_or(0, State::seen);
-        let context = SequenceContext::new([b, t], None, compute, &ids.device())?.continuing(seen);
-        let (h, layers) = self.hidden(ids, state.map(|s| s.layers), &context)?;
+        let (layers, seen) = match state {
+            Some(state) => (Some(state.layers), state.seen),
+            None => (None, vec![0; b]),
+        };
+        let context = SequenceContext::new([b, t], None, compute, &ids.device())?.continuing(&seen)?;
+        let (h, layers) = self.hidden(ids, layers, context)?;
         let logits = self.logits(h.narrow(1, t - 1, 1))?;
-        let state = State { layers, seen: seen + t };
+        let state = State { layers, seen: seen.into_iter().map(|seen| seen + t).collect() };
         Ok((logits.squeeze_dim(1), state))
+    }
+
+    /// Runs prompts of different lengths through the chunked form, each as if it were alone: the logits of the last
+    /// position of each, and the state to go on from, one row a prompt.
+    ///
+    /// # Shapes
+    /// - `ids` `[B, T]`, padded on the left: the last `lengths[i]` tokens of row i are its prompt
+    /// - output `[B, vocabulary]`, f32
+    ///
+    /// # Errors
+    /// A length of 0 or above T; another number of lengths than rows.
+    pub fn prefill_padded(
+        &self,
+        ids: Tensor<2, Int>,
+        lengths: &[usize],
+        compute: Compute,
+    ) -> Result<(Tensor<2>, State), NnError> {
+        let [b, t] = ids.dims();
+        if lengths.len() != b {
+            return Err(NnError::argument("lengths", format!("there are {}, for {b} rows", lengths.len())));
+        }
+        if let Some(row) = lengths.iter().position(|length| *length == 0 || *length > t) {
+            let length = lengths[row];
+            return Err(NnError::argument("lengths", format!("that of row {row} is {length}, not from 1 to {t}")));
+        }
+        let mut offsets = vec![0];
+        offsets.extend(lengths.iter().scan(0, |end, length| {
+            *end += length;
+            Some(*end)
+        }));
+        let total = offsets[b];
+        let device = ids.device();
+        let index = |places: Vec<i32>| {
+            let count = places.len();
+            Tensor::<1, Int>::from_data(TensorData::new(places, [count]), &device)
+        };
+        let places = lengths.iter().enumerate().flat_map(|(row, length)| (row + 1) * t - length..(row + 1) * t);
+        let packed = ids.reshape([b * t]).select(0, index(places.map(|place| place as i32).collect()));
+        let ends = index(offsets[1..].iter().map(|end| *end as i32 - 1).collect());
+        let cu = CuSeqlens::new(offsets)?;
+        let context = SequenceContext::new([1, total], Some(&cu), compute, &device)?.continuing(&vec![0; b])?;
+        let (h, layers) = self.hidden(packed.unsqueeze_dim(0), None, context)?;
+        let logits = self.logits(h.select(1, ends))?;
+        Ok((logits.squeeze_dim(0), State { layers, seen: lengths.to_vec() }))
     }
 
     /// The normed output of the last block, `[B, T, hidden]`, and the states if the context keeps them.
     fn hidden(
         &self,
         ids: Tensor<2, Int>,
-        past: Option<Vec<LayerState>>,
-        context: &SequenceContext,
-    ) -> Result<(Tensor<3>, Vec<LayerState>), NnError> {
+        past: Option<Vec<BlockState>>,
+        context: SequenceContext,
+    ) -> Result<(Tensor<3>, Vec<BlockState>), NnError> {
         let blocks = &self.model.layers;
-        let past: Vec<Option<LayerState>> = match past {
+        let past: Vec<Option<BlockState>> = match past {
             None => vec![None; blocks.len()],
             Some(past) if past.len() == blocks.len() => past.into_iter().map(Some).collect(),
             Some(past) => {
@@ -190,15 +258,24 @@ impl CausalLm {
                 ));
             }
         };
-        let mut stream = Stream { residual: self.model.embeddings.forward(ids, context.compute().dtype), update: None };
+        let context = &context.with_lower_bounds(self.lower_bounds());
+        let h = self.model.embeddings.forward(ids, context.compute().dtype);
+        let mut stream = Stream::new(h, self.config.common().residual_in_fp32);
         let mut states = Vec::with_capacity(blocks.len());
         for (block, past) in blocks.iter().zip(past) {
             let (next, state) = block.forward(stream, past, context)?;
             stream = next;
             states.extend(state);
         }
-        let (h, _) = stream.normed(&self.model.norm, context)?;
-        Ok((h, states))
+        Ok((stream.finish(&self.model.norm, context)?, states))
+    }
+
+    /// With P the softmax over the layers, the bound of layer l is Σ P_m over the m from 1 to l: 0 in the first layer,
+    /// and rising (Qin et al. 2023). `[layers, width]`, f32.
+    fn lower_bounds(&self) -> Option<Tensor<2>> {
+        let p = activation::softmax(self.model.lower_bounds.as_ref()?.val(), 0);
+        let first = p.clone().narrow(0, 0, 1);
+        Some(p.cumsum(0) - first)
     }
 
     fn logits(&self, h: Tensor<3>) -> Result<Tensor<3>, NnError> {

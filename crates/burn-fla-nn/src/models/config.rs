@@ -4,11 +4,14 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::block::MixerConfig;
 use super::fields::Fields;
 use super::hybrid::{self, HybridAttention};
-use super::registry;
+use super::json::with_named_floats;
+use super::names::Names;
+use super::registry::{self, Architecture};
 use crate::NnError;
+use crate::layers::MixerConfig;
+use crate::modules::{FeedForwardConfig, NormKind};
 
 /// The config of a [`CausalLm`](crate::CausalLm), read from and written as a Hugging Face `config.json`.
 ///
@@ -18,9 +21,21 @@ use crate::NnError;
 pub struct ModelConfig {
     raw: Map<String, Value>,
     common: CommonConfig,
-    mixer: MixerConfig,
+    layers: Vec<LayerConfig>,
     attn: Vec<HybridAttention>,
 }
+
+/// What one layer is made of.
+#[derive(Clone, Debug)]
+pub struct LayerConfig {
+    /// Its mixer.
+    pub mixer: MixerConfig,
+    /// Its feed-forward network; `None` for the architectures whose layers have none.
+    pub feed_forward: Option<FeedForwardConfig>,
+}
+
+/// No model has more layers; a config that says so is damaged.
+const MOST_LAYERS: usize = 10_000;
 
 /// The fields that every architecture has.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,8 +44,6 @@ pub struct CommonConfig {
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of the feed-forward network.
-    pub intermediate_size: usize,
     /// Number of layers.
     pub num_hidden_layers: usize,
     /// The longest sequence the model is meant for. A note: nothing is cut off there.
@@ -43,6 +56,17 @@ pub struct CommonConfig {
     pub fuse_norm: bool,
     /// Whether the output map is the embedding.
     pub tie_word_embeddings: bool,
+    /// Whether the loss draws the largest logit of each position towards zero: its gradient there is the logit times
+    /// 1e-4 over the number of positions, its value unchanged.
+    pub use_l2warp: bool,
+    /// Whether the residual stream is f32 whatever the activations are.
+    pub residual_in_fp32: bool,
+    /// Whether the residual stream begins with a norm of the embedding.
+    pub norm_first: bool,
+    /// The norm around the mixers.
+    pub norm: NormKind,
+    /// What the parts of the model are called.
+    pub names: &'static Names,
     /// Standard deviation of the weights at the start.
     pub initializer_range: f64,
     /// The id whose embedding never receives a gradient.
@@ -73,7 +97,7 @@ impl ModelConfig {
     /// Text that is not a JSON object; an architecture that is not in the registry; a field with a value that is not
     /// supported or contradicts another.
     pub fn from_json(text: &str) -> Result<Self, NnError> {
-        match serde_json::from_str(text) {
+        match serde_json::from_str(&with_named_floats(text)) {
             Ok(Value::Object(map)) => Self::from_map(map),
             Ok(other) => Err(NnError::Json(format!("found {other}"))),
             Err(error) => Err(NnError::Json(error.to_string())),
@@ -89,8 +113,6 @@ impl ModelConfig {
         let model_type = fields.optional_str("model_type")?.ok_or_else(|| fields.error("model_type", "is missing"))?;
         let architecture = registry::find(model_type)?;
         let common = common(&fields, architecture)?;
-        let mixer = (architecture.parse)(&fields, &common)?;
-        mixer.check()?;
         let attn = if architecture.hybrid {
             hybrid::parse(&fields, &common)?
         } else if fields.get("attn").is_some() {
@@ -98,11 +120,22 @@ impl ModelConfig {
         } else {
             Vec::new()
         };
+        let feed_forward = (architecture.feed_forward)(&fields, &architecture.defaults, common.hidden_size)?;
+        let layer = |index: usize| {
+            let mixer = match attn.iter().find(|entry| entry.layers.contains(&index)) {
+                Some(entry) => MixerConfig::Attention(entry.attention.clone()),
+                None => (architecture.mixer)(&fields, &common, index)?,
+            };
+            mixer.check()?;
+            Ok(LayerConfig { mixer, feed_forward: feed_forward.clone() })
+        };
+        let layers = (0..common.num_hidden_layers).map(layer).collect::<Result<_, NnError>>()?;
         warn_of_near_misses(&raw);
-        Ok(Self { raw, common, mixer, attn })
+        Ok(Self { raw, common, layers, attn })
     }
 
-    /// The same config with the fields of `overrides` in place of its own.
+    /// The same config with the fields of `overrides` in place of its own. With `mixers` among them the model becomes a
+    /// [hybrid](registry::HYBRID) of these.
     ///
     /// # Errors
     /// As [`from_json`](Self::from_json).
@@ -110,6 +143,9 @@ impl ModelConfig {
         let mut raw = self.raw.clone();
         for (field, value) in overrides {
             raw.insert(field.clone(), value.clone());
+        }
+        if overrides.contains_key("mixers") && !overrides.contains_key("model_type") {
+            raw.insert("model_type".into(), registry::HYBRID.into());
         }
         Self::from_map(raw)
     }
@@ -162,36 +198,20 @@ impl ModelConfig {
         &self.attn
     }
 
-    /// The mixer of layer `index`.
-    pub fn mixer(&self, index: usize) -> MixerConfig {
-        self.attn
-            .iter()
-            .find(|entry| entry.layers.contains(&index))
-            .map_or_else(|| self.mixer.clone(), |entry| MixerConfig::Attention(entry.attention.clone()))
+    /// What each layer is made of.
+    pub fn layers(&self) -> &[LayerConfig] {
+        &self.layers
     }
 }
 
-fn common(fields: &Fields<'_>, architecture: &registry::Architecture) -> Result<CommonConfig, NnError> {
-    refuse_unsupported(fields)?;
-    let hidden_size = fields.usize("hidden_size", 2048)?;
-    let intermediate_size = match fields.optional_usize("intermediate_size")? {
-        Some(size) => size,
-        None => {
-            let ratio = match fields.optional_f64("hidden_ratio")? {
-                Some(ratio) if ratio > 0.0 && ratio <= 1024.0 => ratio,
-                Some(_) => return Err(fields.error("hidden_ratio", "must be above 0")),
-                None if fields.is_null("hidden_ratio") => 4.0,
-                None => architecture.hidden_ratio,
-            };
-            let size = (hidden_size as f64 * ratio * 2.0 / 3.0) as usize;
-            256 * size.max(1).div_ceil(256)
-        }
-    };
+fn common(fields: &Fields<'_>, architecture: &Architecture) -> Result<CommonConfig, NnError> {
+    let defaults = &architecture.defaults;
+    refuse_unsupported(fields, defaults.hidden_act)?;
     let vocab_size = fields.usize("vocab_size", 32_000)?;
     let id = |field: &str, default: Option<u32>| {
         if fields.is_absent(field) { Ok(default) } else { fields.optional_id(field) }
     };
-    let pad_token_id = id("pad_token_id", None)?;
+    let pad_token_id = id("pad_token_id", defaults.pad_token_id)?;
     if let Some(id) = pad_token_id
         && id as usize >= vocab_size
     {
@@ -199,14 +219,21 @@ fn common(fields: &Fields<'_>, architecture: &registry::Architecture) -> Result<
     }
     Ok(CommonConfig {
         vocab_size,
-        hidden_size,
-        intermediate_size,
-        num_hidden_layers: fields.usize("num_hidden_layers", 24)?,
+        hidden_size: fields.usize("hidden_size", defaults.hidden_size)?,
+        num_hidden_layers: match fields.usize("num_hidden_layers", defaults.num_hidden_layers)? {
+            count @ ..=MOST_LAYERS => count,
+            count => return Err(fields.error("num_hidden_layers", format!("{count} is more than {MOST_LAYERS}"))),
+        },
         max_position_embeddings: fields.usize("max_position_embeddings", 2048)?,
         elementwise_affine: fields.bool("elementwise_affine", true)?,
-        norm_eps: fields.positive("norm_eps", 1e-6)?,
+        norm_eps: fields.positive("norm_eps", defaults.norm_eps)?,
         fuse_norm: fields.bool("fuse_norm", true)?,
         tie_word_embeddings: fields.bool("tie_word_embeddings", false)?,
+        use_l2warp: fields.bool("use_l2warp", defaults.use_l2warp)?,
+        residual_in_fp32: fields.bool("residual_in_fp32", defaults.residual_in_fp32)?,
+        norm_first: defaults.norm_first && fields.bool("norm_first", true)?,
+        norm: architecture.norm,
+        names: architecture.names,
         initializer_range: fields.positive("initializer_range", 0.02)?,
         pad_token_id,
         bos_token_id: id("bos_token_id", Some(1))?,
@@ -215,20 +242,17 @@ fn common(fields: &Fields<'_>, architecture: &registry::Architecture) -> Result<
 }
 
 /// Fields that change a model's numbers, at values that are not implemented.
-fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), NnError> {
-    match fields.optional_str("hidden_act")? {
-        None | Some("swish") => {}
-        Some(other) => {
-            return Err(fields.error("hidden_act", format!("`{other}` is not supported; supported is `swish`")));
-        }
+fn refuse_unsupported(fields: &Fields<'_>, hidden_act: &[&str]) -> Result<(), NnError> {
+    if let Some(found) = fields.optional_str("hidden_act")?
+        && !hidden_act.contains(&found)
+    {
+        let supported = hidden_act.join(", ");
+        return Err(fields.error("hidden_act", format!("`{found}` is not supported; supported: {supported}")));
     }
     for field in ["attnres_block_size", "rope_scaling"] {
         if let Some(value) = fields.get(field) {
             return Err(fields.error(field, format!("{value} is not supported; it must be null")));
         }
-    }
-    if fields.bool("use_l2warp", false)? {
-        return Err(fields.error("use_l2warp", "true is not supported; it must be false"));
     }
     if fields.bool("fuse_cross_entropy", true)? && fields.bool("fuse_linear_cross_entropy", false)? {
         return Err(fields.error("fuse_linear_cross_entropy", "excludes fuse_cross_entropy, which is true"));
@@ -268,13 +292,13 @@ mod tests {
     fn defaults_follow_the_format() {
         let config = gla("").expect("a valid config");
         let common = config.common();
-        assert_eq!(common.intermediate_size, 256);
+        assert_eq!(config.layers()[0].feed_forward, Some(FeedForwardConfig::Gated { intermediate_size: 256 }));
         assert_eq!(common.eos_token_id, Some(2));
         assert_eq!(gla(r#", "eos_token_id": null"#).expect("valid").eos_token_id(), None);
         let retnet =
             ModelConfig::from_json(r#"{"model_type": "retnet", "num_hidden_layers": 2}"#).expect("a valid config");
         // int(2048 · 2 · 2 / 3) = 2730, rounded up to a multiple of 256.
-        assert_eq!(retnet.common().intermediate_size, 2816);
+        assert_eq!(retnet.layers()[1].feed_forward, Some(FeedForwardConfig::Gated { intermediate_size: 2816 }));
     }
 
     #[test]
@@ -290,7 +314,7 @@ mod tests {
         for (extra, words) in [
             (r#", "hidden_act": "powlu""#, ["hidden_act", "powlu"]),
             (r#", "attnres_block_size": 2"#, ["attnres_block_size", "null"]),
-            (r#", "use_l2warp": true"#, ["use_l2warp", "false"]),
+            (r#", "use_l2warp": 1"#, ["use_l2warp", "false"]),
             (r#", "num_heads": 3"#, ["expand_k", "num_heads"]),
             (r#", "num_kv_heads": 3"#, ["num_kv_heads", "multiple"]),
             (r#", "expand_k": 0.3"#, ["expand_k", "whole"]),
@@ -329,8 +353,8 @@ mod tests {
     fn hybrids_are_checked() {
         let one = r#"{"layers": [1, 3], "num_heads": 4, "num_kv_heads": 2, "window_size": 16, "mine": 1}"#;
         let config = gla(&format!(r#", "attn": {one}"#)).expect("valid");
-        assert!(matches!(config.mixer(1), MixerConfig::Attention(_)));
-        assert!(matches!(config.mixer(2), MixerConfig::Gla(_)));
+        assert!(matches!(config.layers()[1].mixer, MixerConfig::Attention(_)));
+        assert!(matches!(config.layers()[2].mixer, MixerConfig::Gla(_)));
         let two =
             gla(r#", "attn": [{"layers": [0], "num_heads": 2}, {"layers": [2], "num_heads": 4}]"#).expect("valid");
         assert_eq!(two.hybrid().len(), 2);
@@ -347,5 +371,38 @@ mod tests {
             let message = message(&format!(r#", "attn": {attn}"#));
             assert!(message.contains(word), "{attn}: {message}");
         }
+    }
+
+    #[test]
+    fn patterns_of_mixers_are_checked() {
+        let stack = |mixers: &str| {
+            let overrides = serde_json::from_str(&format!(r#"{{"mixers": {mixers}}}"#)).expect("an object");
+            gla("").expect("valid").with_overrides(&overrides)
+        };
+        let config = stack(r#"["gla", "retnet", {"model_type": "transformer", "num_heads": 4, "window_size": 8}]"#)
+            .expect("valid");
+        assert_eq!(config.model_type(), "hybrid");
+        let kinds = config.layers().iter().map(|layer| match &layer.mixer {
+            MixerConfig::Gla(_) => "gla",
+            MixerConfig::Retention(_) => "retnet",
+            MixerConfig::Attention(attention) if attention.window_size == Some(8) => "window of 8",
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(kinds.collect::<Vec<_>>(), ["gla", "retnet", "window of 8", "gla"]);
+        for (mixers, words) in [
+            ("[]", ["mixers", "list"]),
+            ("3", ["mixers", "list"]),
+            (r#"["glo"]"#, ["model_type", "did you mean `gla`"]),
+            (r#"[{"num_heads": 4}]"#, ["mixers[0].model_type", "missing"]),
+            (r#"["gla", {"model_type": "hybrid"}]"#, ["mixers[1].model_type", "pattern"]),
+            (r#"["gla", {"model_type": "gla", "expand_k": "x"}]"#, ["mixers[1].expand_k", "number"]),
+        ] {
+            let message = stack(mixers).expect_err(mixers).to_string();
+            for word in words {
+                assert!(message.contains(word), "{mixers}: {message}");
+            }
+        }
+        let bare = ModelConfig::from_json(r#"{"model_type": "hybrid"}"#).expect_err("no mixers");
+        assert!(bare.to_string().contains("mixers"), "{bare}");
     }
 }

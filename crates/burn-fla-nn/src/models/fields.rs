@@ -18,6 +18,11 @@ impl<'a> Fields<'a> {
         Self { map, prefix: prefix.into() }
     }
 
+    /// All fields.
+    pub fn map(&self) -> &'a Map<String, Value> {
+        self.map
+    }
+
     /// The full name of a field.
     pub fn name(&self, field: &str) -> String {
         format!("{}{field}", self.prefix)

@@ -51,22 +51,9 @@ pub(crate) fn parse(fields: &Fields<'_>, common: &CommonConfig) -> Result<Vec<Hy
                 }
             }
         }
-        let attention = attention(&fields, common.hidden_size, fields.required_usize("num_heads")?)?;
+        let heads = fields.required_usize("num_heads")?;
+        let attention = AttentionConfig::of_hybrid(&fields, common.hidden_size, heads)?;
         parsed.push(HybridAttention { layers, attention });
     }
     Ok(parsed)
-}
-
-/// The fields of softmax attention that a hybrid's object and the transformer have in common.
-pub(crate) fn attention(fields: &Fields<'_>, hidden_size: usize, num_heads: usize) -> Result<AttentionConfig, NnError> {
-    let config = AttentionConfig::new(hidden_size, num_heads)
-        .with_num_kv_heads(fields.optional_usize("num_kv_heads")?)
-        .with_qkv_bias(fields.bool("qkv_bias", false)?)
-        .with_window_size(fields.optional_usize("window_size")?)
-        .with_rope_theta(fields.positive("rope_theta", 10_000.0)?);
-    config.check().map_err(|error| match error {
-        NnError::Config { field, message } => fields.error(&field, message),
-        other => other,
-    })?;
-    Ok(config)
 }

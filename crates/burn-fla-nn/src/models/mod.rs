@@ -5,12 +5,16 @@ mod causal_lm;
 mod config;
 mod fields;
 mod hybrid;
+mod json;
+mod names;
 pub mod registry;
 mod state;
 
 pub use crate::modules::LossOutput;
-pub use block::{Block, Mixer, MixerConfig};
+pub use block::{Block, BlockState};
 pub use causal_lm::{Backbone, CausalLm};
-pub use config::{CommonConfig, ModelConfig};
+pub use config::{CommonConfig, LayerConfig, ModelConfig};
+pub(crate) use fields::Fields;
 pub use hybrid::HybridAttention;
+pub use names::Names;
 pub use state::State;

@@ -3,13 +3,14 @@
 //! One entry an architecture: how its part of `config.json` is read. Import, recipes, suites and documentation all read
 //! this list, so an architecture that is in it is everywhere.
 
-use super::block::MixerConfig;
+use serde_json::Value;
+
 use super::config::CommonConfig;
 use super::fields::Fields;
-use super::hybrid;
+use super::names::Names;
 use crate::NnError;
-use crate::layers::{GlaConfig, RetentionConfig};
-use crate::modules::FeatureMap;
+use crate::layers::{AttentionConfig, GlaConfig, MixerConfig, RetentionConfig};
+use crate::modules::{FeedForwardConfig, NormKind};
 
 /// An architecture.
 #[derive(Debug)]
@@ -22,11 +23,58 @@ pub struct Architecture {
     pub paper: &'static str,
     /// Whether `attn` may give some layers softmax attention.
     pub hybrid: bool,
-    /// Default of `hidden_ratio`.
-    pub(crate) hidden_ratio: f64,
-    /// Reads the fields of the mixer.
-    pub(crate) parse: fn(&Fields<'_>, &CommonConfig) -> Result<MixerConfig, NnError>,
+    /// What its parts are called.
+    pub(crate) names: &'static Names,
+    /// The norm around its mixers.
+    pub(crate) norm: NormKind,
+    /// What fields are that are not given.
+    pub(crate) defaults: Defaults,
+    /// Reads the fields of the feed-forward networks.
+    pub(crate) feed_forward: fn(&Fields<'_>, &Defaults, usize) -> Result<Option<FeedForwardConfig>, NnError>,
+    /// Reads the fields of the mixer of a layer, counted from 0.
+    pub(crate) mixer: fn(&Fields<'_>, &CommonConfig, usize) -> Result<MixerConfig, NnError>,
 }
+
+/// What the fields that every architecture has are when they are not given.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Defaults {
+    pub hidden_size: usize,
+    pub hidden_ratio: f64,
+    pub num_hidden_layers: usize,
+    pub norm_eps: f64,
+    pub pad_token_id: Option<u32>,
+    pub use_l2warp: bool,
+    pub residual_in_fp32: bool,
+    /// The first layer normalises the embedding.
+    pub norm_first: bool,
+    /// The values of `hidden_act` that are supported; the first is the default.
+    pub hidden_act: &'static [&'static str],
+}
+
+const DEFAULTS: Defaults = Defaults {
+    hidden_size: 2048,
+    hidden_ratio: 4.0,
+    num_hidden_layers: 24,
+    norm_eps: 1e-6,
+    pad_token_id: None,
+    use_l2warp: false,
+    residual_in_fp32: false,
+    norm_first: false,
+    hidden_act: &["swish"],
+};
+
+/// What most architectures have in common; an entry says the rest.
+const COMMON: Architecture = Architecture {
+    model_type: "",
+    title: "",
+    paper: "",
+    hybrid: true,
+    names: &Names::COMMON,
+    norm: NormKind::Rms,
+    defaults: DEFAULTS,
+    feed_forward: gated,
+    mixer: |fields, _, _| Err(fields.error("model_type", "has no mixer")),
+};
 
 /// Every architecture.
 pub const ARCHITECTURES: &[Architecture] = &[
@@ -35,26 +83,35 @@ pub const ARCHITECTURES: &[Architecture] = &[
         title: "Transformer",
         paper: "Attention Is All You Need, arXiv:1706.03762, with rotary positions, RMS norm and SwiGLU",
         hybrid: false,
-        hidden_ratio: 4.0,
-        parse: transformer,
+        mixer: |fields, common, _| AttentionConfig::from_fields(fields, common.hidden_size).map(MixerConfig::Attention),
+        ..COMMON
     },
     Architecture {
         model_type: "retnet",
         title: "RetNet",
         paper: "Retentive Network: A Successor to Transformer for Large Language Models, arXiv:2307.08621",
-        hybrid: true,
-        hidden_ratio: 2.0,
-        parse: retnet,
+        defaults: Defaults { hidden_ratio: 2.0, ..DEFAULTS },
+        mixer: |fields, common, _| RetentionConfig::from_fields(fields, common).map(MixerConfig::Retention),
+        ..COMMON
     },
     Architecture {
         model_type: "gla",
         title: "GLA",
         paper: "Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635",
-        hybrid: true,
-        hidden_ratio: 4.0,
-        parse: gla,
+        mixer: |fields, common, _| GlaConfig::from_fields(fields, common).map(MixerConfig::Gla),
+        ..COMMON
+    },
+    Architecture {
+        model_type: HYBRID,
+        title: "Hybrid of any mixers",
+        paper: "the papers of its mixers",
+        mixer: mixer_of_pattern,
+        ..COMMON
     },
 ];
+
+/// The `model_type` of a stack of any mixers, said by the field `mixers`.
+pub const HYBRID: &str = "hybrid";
 
 /// The architecture called `model_type`.
 ///
@@ -74,57 +131,60 @@ pub fn find(model_type: &str) -> Result<&'static Architecture, NnError> {
     Err(NnError::ModelType { found: model_type.to_string(), hint, supported: names().collect::<Vec<_>>().join(", ") })
 }
 
-fn transformer(fields: &Fields<'_>, common: &CommonConfig) -> Result<MixerConfig, NnError> {
-    let heads = fields.usize("num_heads", 32)?;
-    let config = hybrid::attention(fields, common.hidden_size, heads)?.with_qk_norm(fields.bool("qk_norm", false)?);
-    Ok(MixerConfig::Attention(config))
-}
-
-fn retnet(fields: &Fields<'_>, common: &CommonConfig) -> Result<MixerConfig, NnError> {
-    // use_short_conv is not read: the format has no place for the convolutions of this architecture.
-    Ok(MixerConfig::Retention(
-        RetentionConfig::new(common.hidden_size, fields.usize("num_heads", 8)?)
-            .with_num_kv_heads(fields.optional_usize("num_kv_heads")?)
-            .with_expand_k(fields.positive("expand_k", 1.0)?)
-            .with_expand_v(fields.positive("expand_v", 2.0)?)
-            .with_feature_map(feature_map(fields)?)
-            .with_use_output_gate(fields.bool("use_output_gate", true)?)
-            .with_elementwise_affine(common.elementwise_affine)
-            .with_fuse_norm(common.fuse_norm)
-            .with_norm_eps(common.norm_eps),
-    ))
-}
-
-fn gla(fields: &Fields<'_>, common: &CommonConfig) -> Result<MixerConfig, NnError> {
-    Ok(MixerConfig::Gla(
-        GlaConfig::new(common.hidden_size, fields.usize("num_heads", 4)?)
-            .with_num_kv_heads(fields.optional_usize("num_kv_heads")?)
-            .with_expand_k(fields.positive("expand_k", 0.5)?)
-            .with_expand_v(fields.positive("expand_v", 1.0)?)
-            .with_feature_map(feature_map(fields)?)
-            .with_use_short_conv(fields.bool("use_short_conv", false)?)
-            .with_conv_size(fields.usize("conv_size", 4)?)
-            .with_use_output_gate(fields.bool("use_output_gate", true)?)
-            .with_elementwise_affine(common.elementwise_affine)
-            .with_fuse_norm(common.fuse_norm)
-            .with_norm_eps(common.norm_eps)
-            .with_clamp_min(fields.optional_f64("clamp_min")?),
-    ))
-}
-
-fn feature_map(fields: &Fields<'_>) -> Result<Option<FeatureMap>, NnError> {
-    let Some(name) = fields.optional_str("feature_map")? else {
-        return Ok(None);
+/// The field `mixers`: a list of architectures, repeated over the layers. An entry is a `model_type`, or an object with
+/// `model_type` and fields that stand before those of the model.
+fn mixer_of_pattern(fields: &Fields<'_>, common: &CommonConfig, layer: usize) -> Result<MixerConfig, NnError> {
+    let list = match fields.get("mixers") {
+        Some(Value::Array(list)) if !list.is_empty() => list,
+        Some(other) => return Err(fields.error("mixers", format!("expected a list of architectures, found {other}"))),
+        None => return Err(fields.error("mixers", "is missing: a list of architectures, repeated over the layers")),
     };
-    match FeatureMap::from_name(name) {
-        Some(map) => Ok(Some(map)),
-        None => {
-            let names: Vec<_> = FeatureMap::NAMES.iter().map(|(name, _)| *name).collect();
-            Err(fields.error(
-                "feature_map",
-                format!("`{name}` is not supported; supported are {} and null", names.join(", ")),
-            ))
+    let index = layer % list.len();
+    let name = format!("mixers[{index}]");
+    let (model_type, own) = match &list[index] {
+        Value::String(model_type) => (model_type.as_str(), None),
+        Value::Object(own) => match own.get("model_type") {
+            Some(Value::String(model_type)) => (model_type.as_str(), Some(own)),
+            _ => return Err(fields.error(&format!("{name}.model_type"), "is missing")),
+        },
+        other => {
+            return Err(fields.error(&name, format!("expected a model_type or an object with one, found {other}")));
         }
+    };
+    if model_type == HYBRID {
+        return Err(fields.error(&format!("{name}.model_type"), "a pattern cannot have a pattern in it"));
+    }
+    let mut merged = fields.map().clone();
+    for (field, value) in own.into_iter().flatten() {
+        merged.insert(field.clone(), value.clone());
+    }
+    let merged = Fields::new(&merged, format!("{name}."));
+    (find(model_type)?.mixer)(&merged, common, layer)
+}
+
+/// SwiGLU of `intermediate_size` features, or of 2/3 · `hidden_ratio` times the width, rounded up to a multiple of 256.
+pub(crate) fn gated(
+    fields: &Fields<'_>,
+    defaults: &Defaults,
+    hidden_size: usize,
+) -> Result<Option<FeedForwardConfig>, NnError> {
+    let intermediate_size = match fields.optional_usize("intermediate_size")? {
+        Some(size) => size,
+        None => {
+            let size = (hidden_size as f64 * hidden_ratio(fields, defaults)? * 2.0 / 3.0) as usize;
+            256 * size.max(1).div_ceil(256)
+        }
+    };
+    Ok(Some(FeedForwardConfig::Gated { intermediate_size }))
+}
+
+/// The field `hidden_ratio`; null means 4.
+pub(crate) fn hidden_ratio(fields: &Fields<'_>, defaults: &Defaults) -> Result<f64, NnError> {
+    match fields.optional_f64("hidden_ratio")? {
+        Some(ratio) if ratio > 0.0 && ratio <= 1024.0 => Ok(ratio),
+        Some(_) => Err(fields.error("hidden_ratio", "must be above 0")),
+        None if fields.is_null("hidden_ratio") => Ok(4.0),
+        None => Ok(defaults.hidden_ratio),
     }
 }
 
@@ -153,14 +213,17 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "initializer_range",
     "intermediate_size",
     "max_position_embeddings",
+    "mixers",
     "model_type",
     "norm_eps",
     "num_heads",
     "num_hidden_layers",
+    "norm_first",
     "num_kv_heads",
     "pad_token_id",
     "qk_norm",
     "qkv_bias",
+    "residual_in_fp32",
     "rope_scaling",
     "rope_theta",
     "tie_word_embeddings",

@@ -3,6 +3,9 @@
 use burn::tensor::{DType, Tensor, activation};
 use serde::{Deserialize, Serialize};
 
+use crate::NnError;
+use crate::models::Fields;
+
 /// ln σ(x) = min(x, 0) − ln(1 + e^−|x|), to 1e-7 absolute.
 ///
 /// This form neither overflows nor loses the answer far below zero, where it is x itself. The sum inside the logarithm
@@ -48,6 +51,23 @@ impl FeatureMap {
     /// The map called `name` in config.json.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::NAMES.iter().find(|(known, _)| *known == name).map(|(_, map)| *map)
+    }
+
+    /// The field `feature_map` of a config.
+    pub(crate) fn from_fields(fields: &Fields<'_>) -> Result<Option<Self>, NnError> {
+        let Some(name) = fields.optional_str("feature_map")? else {
+            return Ok(None);
+        };
+        match Self::from_name(name) {
+            Some(map) => Ok(Some(map)),
+            None => {
+                let names: Vec<_> = Self::NAMES.iter().map(|(name, _)| *name).collect();
+                Err(fields.error(
+                    "feature_map",
+                    format!("`{name}` is not supported; supported are {} and null", names.join(", ")),
+                ))
+            }
+        }
     }
 
     /// Applies the map to each element; the output has the input's type.

@@ -5,6 +5,7 @@
 
 mod activation;
 mod embedding;
+mod feed_forward;
 mod heads;
 mod linear;
 mod loss;
@@ -15,11 +16,12 @@ mod short_conv;
 
 pub use activation::{FeatureMap, log_sigmoid};
 pub use embedding::Embedding;
+pub use feed_forward::{FeedForward, FeedForwardConfig};
 pub use heads::{merge_heads, repeat_heads, split_heads};
 pub use linear::Linear;
-pub use loss::{IGNORED_LABEL, LossOutput, cross_entropy};
+pub use loss::{IGNORED_LABEL, LossOutput, cross_entropy, l2_warp};
 pub use mlp::GatedMlp;
-pub use norm::RmsNorm;
 pub(crate) use norm::output_norm;
+pub use norm::{Norm, NormKind, RmsNorm};
 pub use rotary::{Rotary, RotaryTables};
 pub use short_conv::ShortConv;

@@ -44,6 +44,64 @@ impl RmsNorm {
     }
 }
 
+/// Which norm a model has around its mixers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// [`RmsNorm`].
+    Rms,
+}
+
+/// A norm around the mixers.
+#[derive(Module, Debug)]
+pub enum Norm {
+    /// Root mean square norm.
+    Rms(RmsNorm),
+}
+
+impl NormKind {
+    /// A norm over `width` features that starts as the identity.
+    pub(crate) fn build(self, scope: &ParamScope<'_, '_>, width: usize, eps: f64) -> Norm {
+        match self {
+            Self::Rms => Norm::Rms(RmsNorm::new(scope, width, eps)),
+        }
+    }
+}
+
+impl Norm {
+    /// # Shapes
+    /// - input and output `[B, T, width]`
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn forward(&self, x: Tensor<3>, engine: Engine) -> Result<Tensor<3>, NnError> {
+        match self {
+            Self::Rms(norm) => norm.forward(x, engine),
+        }
+    }
+
+    /// With s = `x` + `residual`: (norm(s), s), both in the type of `x`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn forward_add(
+        &self,
+        x: Tensor<3>,
+        residual: Tensor<3>,
+        engine: Engine,
+    ) -> Result<(Tensor<3>, Tensor<3>), NnError> {
+        match self {
+            Self::Rms(norm) => norm.forward_add(x, residual, engine),
+        }
+    }
+
+    /// A device the norm is on.
+    pub(crate) fn device(&self) -> burn::tensor::Device {
+        match self {
+            Self::Rms(norm) => norm.weight.device(),
+        }
+    }
+}
+
 /// The norm on the output of a mixer: norm(o), times silu(gate) when there is a gate.
 ///
 /// `norm` is `None` for a norm without a weight.

@@ -243,7 +243,7 @@ fn collect(model: &CausalLm, gradients: &mut Gradients) -> Result<Vec<(String, O
             self.path.exit(container_type);
         }
     }
-    let mut collect = Collect { path: ParamPath::default(), gradients, found: Vec::new() };
+    let mut collect = Collect { path: model.param_path(), gradients, found: Vec::new() };
     model.visit(&mut collect);
     collect.found.into_iter().map(|(name, gradient)| Ok((name, gradient?))).collect()
 }

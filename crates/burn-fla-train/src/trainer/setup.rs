@@ -7,7 +7,7 @@ use std::sync::Arc;
 use burn::module::Module;
 use burn::tensor::{DType, Device};
 use burn_fla_nn::device::open_device_for;
-use burn_fla_nn::{CausalLm, Compute, ModelConfig, hub, named_parameters};
+use burn_fla_nn::{CausalLm, Compute, ModelConfig, hub};
 
 use super::compute::Computer;
 use super::pool::Pool;
@@ -57,7 +57,8 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
     };
 
     let model = initial_model(&recipe, &config, weights, resume.as_deref(), &device)?;
-    let entries = named_parameters(&model)
+    let entries = model
+        .named_parameters()
         .into_iter()
         .map(|param| ParamEntry { name: param.name, id: param.id, shape: param.shape })
         .collect();

@@ -1,0 +1,172 @@
+//! How parameters start.
+
+use rand::{RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// How a parameter starts. The fans of a matrix `[out, in]` are its sizes, as in PyTorch.
+#[derive(Clone, Copy)]
+pub enum Init<'a> {
+    /// N(0, σ²) with the model's `initializer_range` as σ.
+    Normal,
+    /// N(0, σ²) with this σ.
+    NormalOf(f64),
+    /// The same number everywhere.
+    Constant(f64),
+    /// Evenly from \[−bound, bound).
+    Uniform(f64),
+    /// Evenly from ±gain·√(6 / (in + out)) (Glorot and Bengio 2010).
+    XavierUniform(f64),
+    /// A matrix with orthonormal rows or columns, whichever are fewer, times this gain (Saxe et al. 2013).
+    Orthogonal(f64),
+    /// The number for each element, counted row-major.
+    Values(&'a dyn Fn(usize) -> f64),
+    /// Each element from draws of its own.
+    Drawn(&'a dyn Fn(&mut Draws) -> f64),
+}
+
+/// The random numbers of one parameter: a ChaCha stream that depends on the seed and on the parameter's path alone.
+#[derive(Debug)]
+pub struct Draws(ChaCha8Rng);
+
+impl Draws {
+    /// The stream of (`seed`, `path`).
+    pub fn new(seed: u64, path: &str) -> Self {
+        let mut key = [0u8; 32];
+        key[..8].copy_from_slice(&seed.to_le_bytes());
+        key[8..16].copy_from_slice(&fnv1a(0xcbf2_9ce4_8422_2325, path).to_le_bytes());
+        // A second hash from another start, so that two paths would have to collide twice to share a stream.
+        key[16..24].copy_from_slice(&fnv1a(0x9e37_79b9_7f4a_7c15, path).to_le_bytes());
+        Self(ChaCha8Rng::from_seed(key))
+    }
+
+    /// Evenly from (0, 1], with 53 random bits: its logarithm is finite.
+    pub fn uniform(&mut self) -> f64 {
+        ((self.0.next_u64() >> 11) + 1) as f64 / (1u64 << 53) as f64
+    }
+
+    /// `count` draws of N(0, std²), by the Box–Muller transform.
+    fn normals(&mut self, count: usize, std: f64) -> Vec<f64> {
+        let mut values = Vec::with_capacity(count + 1);
+        while values.len() < count {
+            let radius = std * (-2.0 * self.uniform().ln()).sqrt();
+            let (sin, cos) = (std::f64::consts::TAU * self.uniform()).sin_cos();
+            values.push(radius * cos);
+            values.push(radius * sin);
+        }
+        values.truncate(count);
+        values
+    }
+}
+
+fn fnv1a(start: u64, text: &str) -> u64 {
+    text.bytes().fold(start, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
+}
+
+impl Init<'_> {
+    /// The numbers of a parameter; `std` is the model's `initializer_range`.
+    pub(crate) fn draw(&self, draws: &mut Draws, shape: &[usize], std: f64) -> Vec<f32> {
+        let count = shape.iter().product();
+        // The taps of a convolution [channels, 1, W] have the fan of one channel.
+        let rows = shape.first().copied().unwrap_or(1);
+        let columns = count / rows.max(1);
+        let mut even = |bound: f64| (0..count).map(|_| (bound * (2.0 * draws.uniform() - 1.0)) as f32).collect();
+        match *self {
+            Self::Normal => narrow(draws.normals(count, std)),
+            Self::NormalOf(std) => narrow(draws.normals(count, std)),
+            Self::Constant(value) => vec![value as f32; count],
+            Self::Uniform(bound) => even(bound),
+            Self::XavierUniform(gain) => even(gain * (6.0 / (rows + columns) as f64).sqrt()),
+            Self::Orthogonal(gain) => {
+                let short = rows.min(columns);
+                let mut vectors = draws.normals(count, 1.0);
+                orthonormalize(&mut vectors, short, rows.max(columns));
+                let at = |i: usize| {
+                    let (row, column) = (i / columns, i % columns);
+                    let index = if rows <= columns { i } else { column * rows + row };
+                    (gain * vectors[index]) as f32
+                };
+                (0..count).map(at).collect()
+            }
+            Self::Values(of) => (0..count).map(|i| of(i) as f32).collect(),
+            Self::Drawn(of) => (0..count).map(|_| of(draws) as f32).collect(),
+        }
+    }
+}
+
+fn narrow(values: Vec<f64>) -> Vec<f32> {
+    values.into_iter().map(|x| x as f32).collect()
+}
+
+/// Makes the `rows` vectors of `width` numbers orthonormal, by Gram–Schmidt, each one twice: once leaves the rounding of
+/// the first differences in.
+fn orthonormalize(vectors: &mut [f64], rows: usize, width: usize) {
+    for i in 0..rows {
+        let (done, rest) = vectors.split_at_mut(i * width);
+        let vector = &mut rest[..width];
+        for _ in 0..2 {
+            for other in done.chunks_exact(width) {
+                let dot: f64 = other.iter().zip(vector.iter()).map(|(a, b)| a * b).sum();
+                vector.iter_mut().zip(other).for_each(|(x, y)| *x -= dot * y);
+            }
+        }
+        let norm = vector.iter().map(|x| x * x).sum::<f64>().sqrt();
+        vector.iter_mut().for_each(|x| *x /= norm);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn normal(seed: u64, path: &str, std: f64, count: usize) -> Vec<f32> {
+        Init::NormalOf(std).draw(&mut Draws::new(seed, path), &[count], 1.0)
+    }
+
+    #[test]
+    fn draws_depend_on_seed_and_path_alone() {
+        assert_eq!(normal(1, "a", 0.02, 7), normal(1, "a", 0.02, 7));
+        assert_ne!(normal(1, "a", 0.02, 7), normal(1, "b", 0.02, 7));
+        assert_ne!(normal(1, "a", 0.02, 7), normal(2, "a", 0.02, 7));
+        assert_eq!(normal(1, "a", 0.02, 4), normal(1, "a", 0.02, 8)[..4]);
+    }
+
+    #[test]
+    fn draws_are_normal() {
+        let draws = normal(3, "x", 0.5, 100_001);
+        let mean = draws.iter().map(|x| f64::from(*x)).sum::<f64>() / draws.len() as f64;
+        let moment = |p: i32| draws.iter().map(|x| f64::from(*x).powi(p)).sum::<f64>() / draws.len() as f64;
+        assert!(mean.abs() < 0.01, "{mean}");
+        assert!((moment(2).sqrt() - 0.5).abs() < 0.01);
+        // Kurtosis of a normal distribution is 3.
+        assert!((moment(4) / moment(2).powi(2) - 3.0).abs() < 0.1);
+    }
+
+    #[test]
+    fn even_draws_reach_their_bounds_and_no_further() {
+        let draws = Init::XavierUniform(2.0).draw(&mut Draws::new(1, "x"), &[300, 100], 1.0);
+        let bound = 2.0 * (6.0f64 / 400.0).sqrt() as f32;
+        let largest = draws.iter().fold(0f32, |a, x| a.max(x.abs()));
+        assert!(largest <= bound && largest > 0.999 * bound, "{largest} {bound}");
+        let variance = draws.iter().map(|x| x * x).sum::<f32>() / draws.len() as f32;
+        assert!((variance / (bound * bound / 3.0) - 1.0).abs() < 0.03);
+    }
+
+    #[test]
+    fn orthogonal_matrices_are() {
+        for [rows, columns] in [[5, 9], [9, 5], [6, 6]] {
+            let matrix = Init::Orthogonal(0.5).draw(&mut Draws::new(1, "x"), &[rows, columns], 1.0);
+            let short = rows.min(columns);
+            for i in 0..short {
+                for j in 0..short {
+                    let product = |k: usize| match rows <= columns {
+                        true => matrix[i * columns + k] * matrix[j * columns + k],
+                        false => matrix[k * columns + i] * matrix[k * columns + j],
+                    };
+                    let dot: f32 = (0..rows.max(columns)).map(product).sum();
+                    let expected = if i == j { 0.25 } else { 0.0 };
+                    assert!((dot - expected).abs() < 1e-6, "{rows} x {columns}: {i} {j} {dot}");
+                }
+            }
+        }
+    }
+}

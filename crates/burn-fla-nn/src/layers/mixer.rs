@@ -1,0 +1,102 @@
+//! THE list of mixers: each with its layer, its configuration and its state.
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+
+use super::*;
+use crate::ParamScope;
+
+/// Makes the enums over all mixers from one line each.
+macro_rules! mixers {
+    ($($(#[$doc:meta])* $name:ident: $layer:ident, $config:ident, $state:ident;)*) => {
+        /// Configuration of a [`Mixer`]: which token mixer a layer has.
+        #[derive(Clone, Debug)]
+        pub enum MixerConfig {
+            $($(#[$doc])* $name($config),)*
+        }
+
+        /// The token mixer of a layer.
+        // A model has a few dozen of them, beside gigabytes of weights: no box is needed around the larger ones.
+        #[allow(clippy::large_enum_variant)]
+        #[derive(Module, Debug)]
+        pub enum Mixer {
+            $($(#[$doc])* $name($layer),)*
+        }
+
+        /// What the mixer of a layer keeps of the tokens it has seen.
+        // A handful of handles a layer.
+        #[allow(clippy::large_enum_variant)]
+        #[derive(Clone, Debug)]
+        pub enum LayerState {
+            $($(#[$doc])* $name($state),)*
+        }
+
+        impl MixerConfig {
+            /// An error for values that no layer can be built from.
+            pub(crate) fn check(&self) -> Result<(), NnError> {
+                match self { $(Self::$name(config) => config.check().map(drop),)* }
+            }
+
+            pub(crate) fn build(&self, scope: &ParamScope<'_, '_>) -> Result<Mixer, NnError> {
+                Ok(match self { $(Self::$name(config) => Mixer::$name(config.build(scope)?),)* })
+            }
+        }
+
+        impl Mixer {
+            /// The mixed sequence, and what to go on from when the context keeps states.
+            ///
+            /// # Shapes
+            /// - `x` and the output `[B, T, hidden]`
+            ///
+            /// # Errors
+            /// A state of another kind of layer; shapes that do not fit.
+            pub fn forward(
+                &self,
+                x: Tensor<3>,
+                past: Option<LayerState>,
+                context: &SequenceContext,
+            ) -> Result<(Tensor<3>, Option<LayerState>), NnError> {
+                match self {
+                    $(Self::$name(layer) => {
+                        let past = match past {
+                            None => None,
+                            Some(LayerState::$name(state)) => Some(state),
+                            Some(other) => return Err(other.is_not(stringify!($name))),
+                        };
+                        let (y, state) = layer.forward(x, past, context)?;
+                        Ok((y, state.map(LayerState::$name)))
+                    })*
+                }
+            }
+        }
+
+        impl LayerState {
+            /// How many numbers it holds.
+            pub fn elements(&self) -> usize {
+                match self { $(Self::$name(state) => state.elements(),)* }
+            }
+
+            fn is_not(&self, expected: &str) -> NnError {
+                let found = match self { $(Self::$name(_) => stringify!($name),)* };
+                NnError::argument("state", format!("it is of a layer of kind {found}, and the layer is {expected}"))
+            }
+        }
+    };
+}
+
+mixers! {
+    /// Softmax attention.
+    Attention: Attention, AttentionConfig, KeyValueState;
+    /// Gated linear attention.
+    Gla: Gla, GlaConfig, RecurrentState;
+    /// Multi-scale retention.
+    Retention: Retention, RetentionConfig, RecurrentState;
+}
+
+impl MixerConfig {
+    /// The width of the lower bounds of the forget gates, for the mixers that have a row in the model's
+    /// `lower_bounds`.
+    pub(crate) fn lower_bounds(&self) -> Option<usize> {
+        None
+    }
+}

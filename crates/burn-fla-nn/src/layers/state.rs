@@ -1,0 +1,77 @@
+//! What mixers keep of the tokens they have seen.
+
+use burn::tensor::Tensor;
+
+use super::SequenceContext;
+use crate::NnError;
+use crate::modules::ShortConv;
+
+/// What a mixer keeps of the tokens it has seen.
+pub trait MixerState: Clone + std::fmt::Debug {
+    /// How many numbers it holds.
+    fn elements(&self) -> usize;
+}
+
+/// The state of a recurrent mixer: constant in the number of tokens.
+#[derive(Clone, Debug)]
+pub struct RecurrentState {
+    /// S, f32 `[N, H, K, V]`.
+    pub state: Tensor<4>,
+    /// The last inputs of the layer's short convolutions, in the order of its fields, each `[N, channels, W]`.
+    pub conv: Vec<Tensor<3>>,
+}
+
+impl MixerState for RecurrentState {
+    fn elements(&self) -> usize {
+        self.state.shape().num_elements() + conv_elements(&self.conv)
+    }
+}
+
+/// How many numbers convolution histories hold.
+pub(crate) fn conv_elements(conv: &[Tensor<3>]) -> usize {
+    conv.iter().map(|c| c.shape().num_elements()).sum()
+}
+
+/// The keys (already rotated) and values of the tokens seen, or of those in the window, `[N, S, G, K]`. A sequence of
+/// fewer than S tokens stands at the end, behind zeros.
+#[derive(Clone, Debug)]
+pub struct KeyValueState {
+    /// Keys.
+    pub k: Tensor<4>,
+    /// Values.
+    pub v: Tensor<4>,
+}
+
+impl MixerState for KeyValueState {
+    fn elements(&self) -> usize {
+        self.k.shape().num_elements() + self.v.shape().num_elements()
+    }
+}
+
+/// Runs the short convolutions of a layer one after the other, each from its history, and collects the new ones.
+pub(crate) struct Convs<'a> {
+    context: &'a SequenceContext,
+    past: std::vec::IntoIter<Tensor<3>>,
+    next: Vec<Tensor<3>>,
+}
+
+impl<'a> Convs<'a> {
+    /// `past` are the histories in the order in which the convolutions will run; none at the beginning of a sequence.
+    pub fn new(context: &'a SequenceContext, past: Vec<Tensor<3>>) -> Self {
+        Self { context, past: past.into_iter(), next: Vec::new() }
+    }
+
+    /// `x` convolved, or as it is where the layer has no convolution.
+    pub fn run(&mut self, conv: &Option<ShortConv>, x: Tensor<3>) -> Result<Tensor<3>, NnError> {
+        let Some(conv) = conv else { return Ok(x) };
+        let context = self.context;
+        let (x, history) = conv.forward(x, self.past.next(), context.cu_seqlens().cloned(), context.engine())?;
+        self.next.push(history);
+        Ok(x)
+    }
+
+    /// The new histories.
+    pub fn finish(self) -> Vec<Tensor<3>> {
+        self.next
+    }
+}
