@@ -2,8 +2,8 @@
 
 use burn::tensor::{DType, Device, Tensor};
 
-use crate::bridge::{has_kernels, same_device, same_shape};
-use crate::{Engine, OpError};
+use crate::bridge::{has_kernels, same_device, same_dtype, same_shape};
+use crate::{CuSeqlens, Engine, OpError};
 
 /// Checks that an activation is of a dtype that operators take.
 pub(crate) fn activation<const D: usize>(
@@ -15,6 +15,49 @@ pub(crate) fn activation<const D: usize>(
         return Ok(());
     }
     Err(OpError::DType { op, argument, found: tensor.dtype(), expected: "F32, BF16 or F64".into() })
+}
+
+/// Checks the three inputs of a recurrence: `q`, `k` `[B, T, H, K]` and `v` `[B, T, H, V]`, of one dtype and device, with
+/// at least one row, head and channel.
+pub(crate) fn query_key_value(op: &'static str, q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>) -> Result<(), OpError> {
+    let [b, t, h, dk] = q.dims();
+    let dv = v.dims()[3];
+    activation(op, "q", q)?;
+    same_shape(op, "k", k, [b, t, h, dk], "[B, T, H, K]")?;
+    same_shape(op, "v", v, [b, t, h, dv], "[B, T, H, V]")?;
+    for (name, x) in [("k", k), ("v", v)] {
+        same_dtype(op, name, x, q.dtype())?;
+        same_device(op, name, x, &q.device())?;
+    }
+    if [b, h, dk, dv].contains(&0) {
+        return Err(OpError::Shape {
+            op,
+            argument: "q",
+            found: q.dims().to_vec(),
+            expected: "at least one row, head, key and value channel".into(),
+        });
+    }
+    Ok(())
+}
+
+/// The sequences of an input of `batch` rows of `tokens`: one a row, or those packed into the one row.
+pub(crate) fn sequences(packed: Option<CuSeqlens>, batch: usize, tokens: usize) -> Result<CuSeqlens, OpError> {
+    match packed {
+        Some(packed) => {
+            packed.check(batch, tokens)?;
+            Ok(packed)
+        }
+        None => Ok(CuSeqlens::dense(batch, tokens)),
+    }
+}
+
+/// Checks the option `chunk`.
+pub(crate) fn chunk(op: &'static str, chunk: Option<usize>) -> Result<(), OpError> {
+    if chunk == Some(0) {
+        let reason = "is 0, but a chunk has at least one token".into();
+        return Err(OpError::Option { op, option: "chunk", reason });
+    }
+    Ok(())
 }
 
 /// Checks a parameter (a weight, a bias, a table): its shape and device. Its dtype is free among those of activations,

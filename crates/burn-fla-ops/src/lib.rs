@@ -15,13 +15,17 @@ mod options;
 mod recurrence;
 mod sequences;
 
+pub mod based;
 pub mod bridge;
 pub mod cases;
 pub mod gated_rms_norm;
 pub mod gla;
+pub mod linear_attn;
 #[cfg(feature = "cube")]
 mod linear_walk;
 pub mod matmul;
+mod polynomial;
+pub mod rebased;
 pub mod rms_norm;
 pub mod rotary;
 #[cfg(feature = "cube")]
@@ -30,11 +34,14 @@ pub mod short_conv;
 pub mod simple_gla;
 pub mod swiglu;
 
+pub use based::based;
 pub use error::OpError;
 pub use gated_rms_norm::{GateActivation, gated_rms_norm};
 pub use gla::gla;
+pub use linear_attn::linear_attn;
 pub use matmul::{linear, matmul};
 pub use options::{Engine, SequenceOptions};
+pub use rebased::rebased;
 pub use rms_norm::{add_rms_norm, rms_norm};
 pub use rotary::rotary;
 pub use sequences::CuSeqlens;

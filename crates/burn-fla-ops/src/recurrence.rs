@@ -3,7 +3,8 @@
 
 use burn::tensor::{DType, Device, Tensor};
 
-use crate::bridge::{has_kernels, same_device, same_dtype, same_shape};
+use crate::arguments::{self, query_key_value};
+use crate::bridge::{has_kernels, same_device, same_shape};
 use crate::sequences::by_sequence;
 use crate::{CuSeqlens, Engine, OpError, SequenceOptions};
 
@@ -73,19 +74,10 @@ impl Problem {
         decay: Decay,
         options: SequenceOptions,
     ) -> Result<Self, OpError> {
+        query_key_value(op, &q, &k, &v)?;
         let [b, t, h, dk] = q.dims();
         let dv = v.dims()[3];
         let device = q.device();
-        let dtype = q.dtype();
-        if !matches!(dtype, DType::F32 | DType::BF16 | DType::F64) {
-            return Err(OpError::DType { op, argument: "q", found: dtype, expected: "F32, BF16 or F64".into() });
-        }
-        same_shape(op, "k", &k, [b, t, h, dk], "[B, T, H, K]")?;
-        same_shape(op, "v", &v, [b, t, h, dv], "[B, T, H, V]")?;
-        same_dtype(op, "k", &k, dtype)?;
-        same_dtype(op, "v", &v, dtype)?;
-        same_device(op, "k", &k, &device)?;
-        same_device(op, "v", &v, &device)?;
         match &decay {
             Decay::None => {}
             Decay::Head(g) => {
@@ -101,34 +93,14 @@ impl Problem {
                 same_device(op, "log_decay", g, &device)?;
             }
         }
-        if [b, h, dk, dv].contains(&0) {
-            return Err(OpError::Shape {
-                op,
-                argument: "q",
-                found: q.dims().to_vec(),
-                expected: "at least one row, head, key and value channel".into(),
-            });
-        }
         let packed = options.cu_seqlens.is_some();
-        let sequences = match options.cu_seqlens {
-            Some(packed) => {
-                packed.check(b, t)?;
-                packed
-            }
-            None => CuSeqlens::dense(b, t),
-        };
+        let sequences = arguments::sequences(options.cu_seqlens, b, t)?;
         if let Some(state) = &options.initial_state {
             let n = sequences.num_sequences();
             same_shape(op, "initial_state", state, [n, h, dk, dv], "[N, H, K, V]")?;
             same_device(op, "initial_state", state, &device)?;
         }
-        if options.chunk.is_some_and(|c| c == 0) {
-            return Err(OpError::Option {
-                op,
-                option: "chunk",
-                reason: "is 0, but a chunk has at least one token".into(),
-            });
-        }
+        arguments::chunk(op, options.chunk)?;
         let scale = options.scale.unwrap_or_else(|| (dk as f64).powf(-0.5));
         Ok(Self {
             op,

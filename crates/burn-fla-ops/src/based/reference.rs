@@ -1,0 +1,27 @@
+//! The two oracles of [`based`](crate::based()).
+
+use burn::tensor::Tensor;
+
+use super::KERNEL;
+use crate::OpError;
+use crate::polynomial::reference::{Problem, zero_state};
+
+/// The quadratic form over the whole sequence, as the equation stands. Shapes as [`based`](crate::based()).
+///
+/// # Errors
+/// [`OpError`] where shapes do not fit together.
+pub fn parallel(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64) -> Result<Tensor<4>, OpError> {
+    Problem { polynomial: KERNEL, scale, chunk: 1 }.parallel(q, k, v)
+}
+
+/// Token by token from `state` `[B, H, F, V + 1]`, zeros where there is none. Shapes as [`based`](crate::based()).
+pub fn recurrent(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    scale: f64,
+    state: Option<Tensor<4>>,
+) -> (Tensor<4>, Tensor<4>) {
+    let state = state.unwrap_or_else(|| zero_state(KERNEL, &q, v.dims()[3]));
+    Problem { polynomial: KERNEL, scale, chunk: 1 }.recurrent(q, k, v, state)
+}
