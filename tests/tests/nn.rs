@@ -8,6 +8,8 @@ mod files;
 mod generation;
 #[path = "nn/golden.rs"]
 mod golden;
+#[path = "nn/lengths.rs"]
+mod lengths;
 #[path = "nn/models.rs"]
 mod models;
 #[path = "nn/parts.rs"]

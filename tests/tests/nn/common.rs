@@ -1,9 +1,13 @@
 //! Models small enough to run everywhere, one for each way a layer can be put together.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_fla_nn::{CausalLm, ModelConfig};
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Device, Gradients, Int, Tensor, TensorData};
+use burn_fla_nn::models::registry::{ARCHITECTURES, Architecture};
+use burn_fla_nn::{CausalLm, ModelConfig, ParamPath};
+use burn_fla_tests::numbers;
 
 /// The folder of an expected case.
 pub fn golden(case: &str) -> PathBuf {
@@ -25,10 +29,18 @@ pub fn config(model_type: &str, fields: &str) -> ModelConfig {
     .expect("a valid config")
 }
 
-/// One config for each way a layer can be put together, with a name.
+/// The small config of every architecture, and one for each other way a layer can be put together, with a name.
 pub fn configs() -> Vec<(&'static str, ModelConfig)> {
+    let tiny = |architecture: &'static Architecture| {
+        let name = architecture.model_type;
+        (name, architecture.tiny_config().unwrap_or_else(|error| panic!("{name}: {error}")))
+    };
+    ARCHITECTURES.iter().map(tiny).chain(variants()).collect()
+}
+
+/// Configs that use the fields which the small ones leave alone.
+fn variants() -> Vec<(&'static str, ModelConfig)> {
     vec![
-        ("retnet", config("retnet", r#", "num_heads": 2"#)),
         (
             "retnet, grouped, mapped, without gate",
             config(
@@ -36,7 +48,6 @@ pub fn configs() -> Vec<(&'static str, ModelConfig)> {
                 r#", "num_heads": 4, "num_kv_heads": 2, "feature_map": "swish", "use_output_gate": false"#,
             ),
         ),
-        ("gla", config("gla", r#", "num_heads": 2"#)),
         (
             "gla, convolutions, grouped, mapped, clamped, tied",
             config(
@@ -54,14 +65,6 @@ pub fn configs() -> Vec<(&'static str, ModelConfig)> {
             config(
                 "gla",
                 r#", "num_heads": 2, "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 5}"#,
-            ),
-        ),
-        (
-            "mixers of three kinds",
-            config(
-                "hybrid",
-                r#", "num_heads": 2, "num_hidden_layers": 3, "mixers": ["retnet", {"model_type": "gla", "expand_k": 1.0},
-                    {"model_type": "transformer", "num_heads": 4, "window_size": 3}]"#,
             ),
         ),
         ("transformer, norms, biases", config("transformer", r#", "num_heads": 4, "qk_norm": true, "qkv_bias": true"#)),
@@ -82,4 +85,24 @@ pub fn ids(rows: usize, tokens: usize, device: &Device) -> Tensor<2, Int> {
     let ids: Vec<i32> =
         (0..rows * tokens).map(|i| 1 + (i * i * 7 + i * 13 + 5) as i32 % (VOCABULARY as i32 - 1)).collect();
     Tensor::from_data(TensorData::new(ids, [rows, tokens]), device)
+}
+
+/// The gradient of every parameter by its name; empty where the loss does not depend on it.
+pub fn parameter_gradients(model: &CausalLm, gradients: Gradients) -> BTreeMap<String, Vec<f64>> {
+    struct Collect(Gradients, ParamPath, BTreeMap<String, Vec<f64>>);
+    impl ModuleVisitor for Collect {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let gradient = param.val().grad(&self.0).map(numbers).unwrap_or_default();
+            self.2.insert(self.1.name(), gradient);
+        }
+        fn enter_module(&mut self, name: &str, container_type: &str) {
+            self.1.enter(name, container_type);
+        }
+        fn exit_module(&mut self, _: &str, container_type: &str) {
+            self.1.exit(container_type);
+        }
+    }
+    let mut collect = Collect(gradients, model.param_path(), BTreeMap::new());
+    model.visit(&mut collect);
+    collect.2
 }

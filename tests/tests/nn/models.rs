@@ -9,7 +9,7 @@ use burn_fla_nn::{CausalLm, Compute, ParamPath};
 use burn_fla_ops::{CuSeqlens, Engine};
 use burn_fla_tests::{assert_close, kernel_devices, numbers, reference_device};
 
-use crate::common::{VOCABULARY, config, configs, ids, model};
+use crate::common::{VOCABULARY, config, configs, ids, model, parameter_gradients};
 
 const F32: Compute = Compute::f32();
 
@@ -97,23 +97,8 @@ fn gradients(
     cu: Option<&CuSeqlens>,
     compute: Compute,
 ) -> BTreeMap<String, Vec<f64>> {
-    struct Collect(burn::tensor::Gradients, ParamPath, BTreeMap<String, Vec<f64>>);
-    impl ModuleVisitor for Collect {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let gradient = param.val().grad(&self.0).expect("every parameter has a gradient");
-            self.2.insert(self.1.name(), numbers(gradient));
-        }
-        fn enter_module(&mut self, name: &str, container_type: &str) {
-            self.1.enter(name, container_type);
-        }
-        fn exit_module(&mut self, _: &str, container_type: &str) {
-            self.1.exit(container_type);
-        }
-    }
     let loss = model.loss(ids.clone(), ids, cu, compute).expect("a loss").sum;
-    let mut collect = Collect(loss.backward(), model.param_path(), BTreeMap::new());
-    model.visit(&mut collect);
-    collect.2
+    parameter_gradients(model, loss.backward())
 }
 
 #[test]

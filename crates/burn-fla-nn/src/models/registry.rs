@@ -5,7 +5,7 @@
 
 use serde_json::Value;
 
-use super::config::CommonConfig;
+use super::config::{CommonConfig, ModelConfig};
 use super::fields::Fields;
 use super::names::Names;
 use crate::NnError;
@@ -23,6 +23,8 @@ pub struct Architecture {
     pub paper: &'static str,
     /// Whether `attn` may give some layers softmax attention.
     pub hybrid: bool,
+    /// The fields that make a small model of it, as JSON: what the suites run on, and what is checked before a release.
+    pub(crate) tiny: &'static str,
     /// What its parts are called.
     pub(crate) names: &'static Names,
     /// The norm around its mixers.
@@ -69,6 +71,7 @@ const COMMON: Architecture = Architecture {
     title: "",
     paper: "",
     hybrid: true,
+    tiny: r#"{"num_heads": 2}"#,
     names: &Names::COMMON,
     norm: NormKind::Rms,
     defaults: DEFAULTS,
@@ -83,6 +86,7 @@ pub const ARCHITECTURES: &[Architecture] = &[
         title: "Transformer",
         paper: "Attention Is All You Need, arXiv:1706.03762, with rotary positions, RMS norm and SwiGLU",
         hybrid: false,
+        tiny: r#"{"num_heads": 4, "num_kv_heads": 2, "window_size": 7}"#,
         mixer: |fields, common, _| AttentionConfig::from_fields(fields, common.hidden_size).map(MixerConfig::Attention),
         ..COMMON
     },
@@ -105,6 +109,8 @@ pub const ARCHITECTURES: &[Architecture] = &[
         model_type: HYBRID,
         title: "Hybrid of any mixers",
         paper: "the papers of its mixers",
+        tiny: r#"{"num_heads": 2, "num_hidden_layers": 3, "mixers": ["retnet", {"model_type": "gla", "expand_k": 1.0},
+            {"model_type": "transformer", "num_heads": 4, "window_size": 3}]}"#,
         mixer: mixer_of_pattern,
         ..COMMON
     },
@@ -112,6 +118,27 @@ pub const ARCHITECTURES: &[Architecture] = &[
 
 /// The `model_type` of a stack of any mixers, said by the field `mixers`.
 pub const HYBRID: &str = "hybrid";
+
+/// What small models have in common: the fields of [`Architecture::tiny`] stand before these.
+const TINY: &str = r#"{"vocab_size": 61, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+    "initializer_range": 0.15, "pad_token_id": 0}"#;
+
+impl Architecture {
+    /// The config of a model of a few thousand parameters.
+    ///
+    /// # Errors
+    /// None for the entries of [`ARCHITECTURES`]: a test reads them all.
+    pub fn tiny_config(&self) -> Result<ModelConfig, NnError> {
+        let object = |text: &str| match serde_json::from_str(text) {
+            Ok(Value::Object(map)) => Ok(map),
+            _ => Err(NnError::Json(text.to_string())),
+        };
+        let mut fields = object(TINY)?;
+        fields.insert("model_type".into(), self.model_type.into());
+        fields.extend(object(self.tiny)?);
+        ModelConfig::from_map(fields)
+    }
+}
 
 /// The architecture called `model_type`.
 ///
