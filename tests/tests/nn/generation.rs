@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use burn::tensor::{Int, Tensor, TensorData};
-use burn_fla_nn::generate::{SamplingConfig, generate};
+use burn_fla_nn::generate::{SamplingConfig, generate, generate_batch};
 use burn_fla_nn::{CausalLm, Compute, NnError, State};
 use burn_fla_tests::{numbers, reference_device};
 
@@ -55,6 +55,31 @@ fn text_stops_where_it_is_told_to() {
     });
     assert_eq!(stopped.expect("a text"), whole[..3]);
     assert_eq!(seen, whole[..3]);
+}
+
+#[test]
+fn prompts_together_have_the_texts_they_have_alone() {
+    let device = reference_device();
+    let prompts = [vec![3, 1, 4], vec![1, 5, 9, 2, 6, 5], vec![8], vec![3, 1, 4]];
+    let sampling = SamplingConfig { seed: 5, ..Default::default() };
+    for (name, config) in configs() {
+        let model = model(&config, &device);
+        let mut seen = vec![Vec::new(); prompts.len()];
+        let texts = generate_batch(&model, &prompts, 9, &sampling, Some(7), Compute::f32(), |row, token| {
+            seen[row].push(token);
+            if row == 1 && seen[row].len() == 4 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+        .expect(name);
+        assert_eq!(texts, seen, "{name}");
+        for (row, prompt) in prompts.iter().enumerate() {
+            let sampling = SamplingConfig { seed: 5 + row as u64, ..sampling };
+            let count = if row == 1 { 4 } else { 9 };
+            let alone =
+                generate(&model, prompt, count, &sampling, Some(7), Compute::f32(), |_| ControlFlow::Continue(()))
+                    .expect(name);
+            assert_eq!(texts[row], alone, "{name}, row {row}");
+        }
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! `cu_seqlens`. What is not there is not checked.
 
 mod adamw;
+mod architectures;
 mod report;
 
 use std::collections::HashMap;
@@ -16,6 +17,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Gradients, Int, Tensor, TensorData};
 use burn_fla_ops::{CuSeqlens, Engine};
 
+pub use architectures::{ArchitectureRow, ArchitectureTable, Golden};
 pub use report::{Check, VerifyReport};
 
 use crate::generate::{SamplingConfig, generate};

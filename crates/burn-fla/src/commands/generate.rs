@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use burn_fla::nn::generate::{SamplingConfig, generate};
+use burn_fla::nn::generate::{SamplingConfig, generate_batch};
 use burn_fla::nn::hub;
 use burn_fla::nn::tokenizer::Tokenizer;
 use burn_fla::ops::Engine;
@@ -22,9 +22,9 @@ pub struct GenerateArgs {
     /// A checkpoint, a run folder (its newest whole checkpoint is taken) or a Hugging Face folder
     folder: PathBuf,
 
-    /// The text to go on from; empty is the start of a document
-    #[arg(long, value_name = "TEXT")]
-    prompt: String,
+    /// The text to go on from; empty is the start of a document. Given more than once, all texts are made together
+    #[arg(long, value_name = "TEXT", required = true)]
+    prompt: Vec<String>,
 
     /// Stop after this many tokens
     #[arg(long, value_name = "N", default_value_t = 256)]
@@ -58,6 +58,7 @@ const EXAMPLES: &str = "\
 Examples:
   burn-fla generate runs/quickstart --prompt 'pub fn '
   burn-fla generate runs/quickstart/checkpoints/step_00000500 --prompt 'impl ' --temperature 0
+  burn-fla generate runs/quickstart --prompt 'pub fn ' --prompt 'struct ' --max-new-tokens 100
   burn-fla generate path/to/hf-folder --prompt 'Once' --top-k 50 --top-p 0.95 --seed 1 --device cuda --dtype bf16";
 
 pub fn run(args: GenerateArgs) -> Result<Outcome, Failure> {
@@ -66,29 +67,41 @@ pub fn run(args: GenerateArgs) -> Result<Outcome, Failure> {
     let (tokenizer, eos) = tokenizer(&folder, args.tokenizer.as_deref())?;
     let eos = eos.or(config.eos_token_id());
     tokenizer.check_vocab(config.vocab_size())?;
-    let mut prompt = tokenizer.encode(&args.prompt)?;
-    if prompt.is_empty() {
-        // What stands between the documents that models are trained on.
-        let start = config.common().bos_token_id.or(eos).ok_or_else(|| Failure::Folder {
-            path: folder.clone(),
-            message: "the model names no token that starts a document; give a prompt that is not empty".to_string(),
-        })?;
-        prompt.push(start);
-    }
+    let encode = |text: &String| {
+        let mut prompt = tokenizer.encode(text)?;
+        if prompt.is_empty() {
+            // What stands between the documents that models are trained on.
+            prompt.push(config.common().bos_token_id.or(eos).ok_or_else(|| Failure::Folder {
+                path: folder.clone(),
+                message: "the model names no token that starts a document; give a prompt that is not empty".to_string(),
+            })?);
+        }
+        Ok(prompt)
+    };
+    let prompts = args.prompt.iter().map(encode).collect::<Result<Vec<_>, Failure>>()?;
     let (device, compute) = args.device.open(Engine::Auto)?;
     let model = hub::load_model(&folder, &device)?;
 
     let sampling =
         SamplingConfig { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     let mut out = io::stdout().lock();
-    out.write_all(args.prompt.as_bytes())?;
-    out.flush()?;
-    let mut stream = tokenizer.stream();
+    // One text is shown as it comes; of several, each when all are there.
+    let shown = prompts.len() == 1;
+    if shown {
+        out.write_all(args.prompt[0].as_bytes())?;
+        out.flush()?;
+    }
+    let mut streams: Vec<_> = prompts.iter().map(|_| (tokenizer.stream(), String::new())).collect();
     let mut failed = None;
-    generate(&model, &prompt, args.max_new_tokens, &sampling, eos, compute, |token| {
-        let written = stream.push(token).map_err(Failure::from).and_then(|text| {
-            out.write_all(text.as_bytes())?;
-            Ok(out.flush()?)
+    generate_batch(&model, &prompts, args.max_new_tokens, &sampling, eos, compute, |row, token| {
+        let (stream, text) = &mut streams[row];
+        let written = stream.push(token).map_err(Failure::from).and_then(|piece| {
+            if shown {
+                out.write_all(piece.as_bytes())?;
+                return Ok(out.flush()?);
+            }
+            text.push_str(&piece);
+            Ok(())
         });
         match written {
             Ok(()) => ControlFlow::Continue(()),
@@ -101,8 +114,17 @@ pub fn run(args: GenerateArgs) -> Result<Outcome, Failure> {
     if let Some(failure) = failed {
         return Err(failure);
     }
-    out.write_all(stream.finish()?.as_bytes())?;
-    out.write_all(b"\n")?;
+    for (row, (stream, text)) in streams.into_iter().enumerate() {
+        if !shown {
+            if row > 0 {
+                out.write_all(b"\n")?;
+            }
+            out.write_all(args.prompt[row].as_bytes())?;
+            out.write_all(text.as_bytes())?;
+        }
+        out.write_all(stream.finish()?.as_bytes())?;
+        out.write_all(b"\n")?;
+    }
     out.flush()?;
     Ok(Outcome::Done)
 }

@@ -1,5 +1,6 @@
 //! The command line: one file a command.
 
+mod architectures;
 mod generate;
 mod train;
 mod verify;
@@ -35,6 +36,7 @@ enum Command {
     Train(train::TrainArgs),
     Generate(generate::GenerateArgs),
     Verify(verify::VerifyArgs),
+    Architectures(architectures::ArchitecturesArgs),
 }
 
 /// How a command that ran to its end ended.
@@ -53,6 +55,7 @@ impl Cli {
             Command::Train(args) => train::run(args),
             Command::Generate(args) => generate::run(args),
             Command::Verify(args) => verify::run(args),
+            Command::Architectures(args) => architectures::run(args),
         }
     }
 }
