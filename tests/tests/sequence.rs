@@ -7,6 +7,8 @@ use burn_fla_tests::agree::{Input, assert_finite_differences};
 
 #[path = "sequence/linear.rs"]
 mod linear;
+#[path = "sequence/delta.rs"]
+mod delta;
 
 /// A flat input in its shape.
 fn view<const D: usize>(x: &Tensor<1>, shape: [usize; D]) -> Tensor<D> {
