@@ -5,10 +5,10 @@ use burn::tensor::Tensor;
 use burn_fla_ops::{ScalarDecay, SequenceOptions, simple_gla};
 use burn_fla_tests::agree::{Input, assert_finite_differences};
 
-#[path = "sequence/linear.rs"]
-mod linear;
 #[path = "sequence/delta.rs"]
 mod delta;
+#[path = "sequence/linear.rs"]
+mod linear;
 
 /// A flat input in its shape.
 fn view<const D: usize>(x: &Tensor<1>, shape: [usize; D]) -> Tensor<D> {
