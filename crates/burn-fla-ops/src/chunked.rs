@@ -5,6 +5,8 @@
 
 use burn::tensor::{DType, Device, Int, Tensor};
 
+use crate::matmul::product;
+
 /// The dtype in which a reference computes: f64 for f64 inputs, f32 for everything else.
 pub(crate) fn compute_dtype(dtype: DType) -> DType {
     if dtype == DType::F64 { DType::F64 } else { DType::F32 }
@@ -45,9 +47,9 @@ pub(crate) fn lower(size: usize, device: &Device, dtype: DType) -> Tensor<2> {
 /// The running sum `G` of log decays inside each chunk, by a product with a triangle: it is faster than a cumulative sum
 /// wherever products are fast, and so is its gradient.
 pub(crate) fn running_sum(g: Tensor<4>) -> Tensor<4> {
-    let [bh, n, c, d] = g.dims();
+    let [bh, n, c, _] = g.dims();
     let triangle = lower(c, &g.device(), g.dtype()).reshape([1, 1, c, c]);
-    triangle.expand([bh, n, c, c]).matmul(g).reshape([bh, n, c, d])
+    product(triangle.expand([bh, n, c, c]), g)
 }
 
 /// Passes the state from chunk to chunk: `S_{m+1} = decay_m ∘ S_m + local_m`.

@@ -15,7 +15,18 @@ pub fn golden(case: &str) -> PathBuf {
 }
 
 /// The folders of all expected cases.
-pub const GOLDEN: [&str; 4] = ["retnet", "gla", "gla_hybrid", "transformer"];
+pub const GOLDEN: [&str; 10] = [
+    "retnet",
+    "gla",
+    "gla_hybrid",
+    "transformer",
+    "delta_net",
+    "gated_deltanet",
+    "gated_deltanet_varlen",
+    "gated_deltaproduct",
+    "kda",
+    "comba",
+];
 
 /// Vocabulary of the small models.
 pub const VOCABULARY: usize = 61;
@@ -65,6 +76,86 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
             config(
                 "gla",
                 r#", "num_heads": 2, "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 5}"#,
+            ),
+        ),
+        ("delta_net", config("delta_net", r#", "num_heads": 2"#)),
+        (
+            "delta_net, gated, summed, elu, narrow keys",
+            config(
+                "delta_net",
+                r#", "num_heads": 3, "expand_k": 0.5, "use_gate": true, "qk_norm": "sum", "qk_activation": "elu",
+                    "use_beta": false"#,
+            ),
+        ),
+        (
+            "delta_net, relu",
+            config("delta_net", r#", "num_heads": 2, "conv_size": 3, "qk_norm": "sum", "qk_activation": "relu""#),
+        ),
+        (
+            "delta_net, without convolutions, doubled, one layer of attention",
+            config(
+                "delta_net",
+                r#", "num_heads": 2, "use_short_conv": false, "allow_neg_eigval": true, "qk_activation": "identity",
+                    "attn": {"layers": [0], "num_heads": 4, "window_size": 4}"#,
+            ),
+        ),
+        (
+            "delta_net, silu without convolutions, doubled ones",
+            config(
+                "delta_net",
+                r#", "num_heads": 2, "use_short_conv": false, "allow_neg_eigval": true, "use_beta": false"#,
+            ),
+        ),
+        ("gated_deltanet", config("gated_deltanet", r#", "num_heads": 2, "head_dim": 12"#)),
+        (
+            "gated_deltanet, grouped, doubled, sigmoid gate",
+            config(
+                "gated_deltanet",
+                r#", "num_heads": 2, "num_v_heads": 6, "head_dim": 8, "expand_v": 1.5, "allow_neg_eigval": true,
+                    "output_gate_activation": "sigmoid""#,
+            ),
+        ),
+        (
+            "gated_deltanet, without gate and convolutions",
+            config("gated_deltanet", r#", "num_heads": 2, "head_dim": 12, "use_gate": false, "use_short_conv": false"#),
+        ),
+        ("gated_deltaproduct", config("gated_deltaproduct", r#", "num_heads": 2, "head_dim": 12"#)),
+        (
+            "gated_deltaproduct, three steps, forgetting, doubled",
+            config(
+                "gated_deltaproduct",
+                r#", "num_heads": 2, "head_dim": 8, "num_householder": 3, "use_forget_gate": true,
+                    "allow_neg_eigval": true, "use_output_gate": false"#,
+            ),
+        ),
+        ("kda", config("kda", r#", "num_heads": 2, "head_dim": 12"#)),
+        (
+            "kda, grouped, bounded, doubled",
+            config(
+                "kda",
+                r#", "num_heads": 2, "num_v_heads": 4, "head_dim": 8, "expand_v": 1.5, "safe_gate": true,
+                    "lower_bound": -5.0, "allow_neg_eigval": true"#,
+            ),
+        ),
+        (
+            "kda, bounded, without convolutions",
+            config("kda", r#", "num_heads": 2, "head_dim": 12, "lower_bound": -7, "use_short_conv": false"#),
+        ),
+        ("comba", config("comba", r#", "num_heads": 2, "head_dim": 12"#)),
+        (
+            "comba, grouped, without gate and convolutions",
+            config(
+                "comba",
+                r#", "num_heads": 2, "num_v_heads": 4, "head_dim": 8, "use_output_gate": false,
+                    "use_short_conv": false"#,
+            ),
+        ),
+        (
+            "mixers of three kinds",
+            config(
+                "hybrid",
+                r#", "num_heads": 2, "num_hidden_layers": 3, "mixers": ["retnet", {"model_type": "gla", "expand_k": 1.0},
+                    {"model_type": "transformer", "num_heads": 4, "window_size": 3}]"#,
             ),
         ),
         ("transformer, norms, biases", config("transformer", r#", "num_heads": 4, "qk_norm": true, "qkv_bias": true"#)),

@@ -203,7 +203,14 @@ fn weights_start_as_they_should() {
         model.visit(&mut statistics);
         for (parameter, count, mean, std) in statistics.1 {
             let what = format!("{name}, {parameter}: mean {mean}, std {std}");
-            if parameter.ends_with("bias") {
+            // Logarithms of draws up to 16 for A, from 0 or 1 on; inverses of softplus at steps from 0.001 to 0.1.
+            if parameter.ends_with("A_log") {
+                assert!(mean < 16f64.ln() && (mean > -3.0), "{what}");
+            } else if parameter.ends_with("dt_bias") {
+                assert!((-6.91..-2.25).contains(&mean), "{what}");
+            } else if parameter.ends_with(".D") || parameter.ends_with(".decay") {
+                assert_eq!((mean, std), (1.0, 0.0), "{what}");
+            } else if parameter.ends_with("bias") {
                 assert_eq!((mean, std), (0.0, 0.0), "{what}");
             } else if parameter.contains("norm") {
                 assert_eq!((mean, std), (1.0, 0.0), "{what}");

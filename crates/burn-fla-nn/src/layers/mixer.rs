@@ -87,8 +87,18 @@ macro_rules! mixers {
 mixers! {
     /// Softmax attention.
     Attention: Attention, AttentionConfig, KeyValueState;
+    /// Gated delta rule with feedback.
+    Comba: Comba, CombaConfig, RecurrentState;
+    /// Delta rule.
+    DeltaNet: DeltaNet, DeltaNetConfig, RecurrentState;
+    /// Gated delta rule.
+    GatedDeltaNet: GatedDeltaNet, GatedDeltaNetConfig, RecurrentState;
+    /// Several steps of the delta rule a token.
+    GatedDeltaProduct: GatedDeltaProduct, GatedDeltaProductConfig, RecurrentState;
     /// Gated linear attention.
     Gla: Gla, GlaConfig, RecurrentState;
+    /// Gated delta rule with a decay by key.
+    Kda: Kda, KdaConfig, RecurrentState;
     /// Multi-scale retention.
     Retention: Retention, RetentionConfig, RecurrentState;
 }

@@ -8,15 +8,26 @@
 //! V width of a value head.
 
 mod attention;
+mod comba;
 mod context;
+mod delta;
+mod delta_net;
+mod gated_deltanet;
+mod gated_deltaproduct;
 mod gla;
+mod kda;
 mod mixer;
 mod retention;
 mod state;
 
 pub use attention::{Attention, AttentionConfig};
+pub use comba::{Comba, CombaConfig};
 pub use context::SequenceContext;
+pub use delta_net::{DeltaNet, DeltaNetConfig, QkActivation, QkNorm};
+pub use gated_deltanet::{GatedDeltaNet, GatedDeltaNetConfig};
+pub use gated_deltaproduct::{GatedDeltaProduct, GatedDeltaProductConfig};
 pub use gla::{Gla, GlaConfig};
+pub use kda::{Kda, KdaConfig};
 pub use mixer::{LayerState, Mixer, MixerConfig};
 pub use retention::{Retention, RetentionConfig};
 pub(crate) use state::Convs;

@@ -9,7 +9,10 @@ use super::config::{CommonConfig, ModelConfig};
 use super::fields::Fields;
 use super::names::Names;
 use crate::NnError;
-use crate::layers::{AttentionConfig, GlaConfig, MixerConfig, RetentionConfig};
+use crate::layers::{
+    AttentionConfig, CombaConfig, DeltaNetConfig, GatedDeltaNetConfig, GatedDeltaProductConfig, GlaConfig, KdaConfig,
+    MixerConfig, RetentionConfig,
+};
 use crate::modules::{FeedForwardConfig, NormKind};
 
 /// An architecture.
@@ -103,6 +106,46 @@ pub const ARCHITECTURES: &[Architecture] = &[
         title: "GLA",
         paper: "Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635",
         mixer: |fields, common, _| GlaConfig::from_fields(fields, common).map(MixerConfig::Gla),
+        ..COMMON
+    },
+    Architecture {
+        model_type: "delta_net",
+        title: "DeltaNet",
+        paper: "Parallelizing Linear Transformers with the Delta Rule over Sequence Length, arXiv:2406.06484",
+        mixer: |fields, common, _| DeltaNetConfig::from_fields(fields, common).map(MixerConfig::DeltaNet),
+        ..COMMON
+    },
+    Architecture {
+        model_type: "gated_deltanet",
+        title: "Gated DeltaNet",
+        paper: "Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464",
+        defaults: Defaults { num_hidden_layers: 21, ..DEFAULTS },
+        mixer: |fields, common, _| GatedDeltaNetConfig::from_fields(fields, common).map(MixerConfig::GatedDeltaNet),
+        ..COMMON
+    },
+    Architecture {
+        model_type: "gated_deltaproduct",
+        title: "Gated DeltaProduct",
+        paper: "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products, arXiv:2502.10297",
+        defaults: Defaults { num_hidden_layers: 21, ..DEFAULTS },
+        mixer: |fields, common, _| {
+            GatedDeltaProductConfig::from_fields(fields, common).map(MixerConfig::GatedDeltaProduct)
+        },
+        ..COMMON
+    },
+    Architecture {
+        model_type: "kda",
+        title: "Kimi Delta Attention",
+        paper: "Kimi Linear: An Expressive, Efficient Attention Architecture, arXiv:2510.26692",
+        mixer: |fields, common, _| KdaConfig::from_fields(fields, common).map(MixerConfig::Kda),
+        ..COMMON
+    },
+    Architecture {
+        model_type: "comba",
+        title: "Comba",
+        paper: "Comba: Improving Bilinear RNNs with Closed-loop Control, arXiv:2506.02475",
+        defaults: Defaults { num_hidden_layers: 21, ..DEFAULTS },
+        mixer: |fields, common, _| CombaConfig::from_fields(fields, common).map(MixerConfig::Comba),
         ..COMMON
     },
     Architecture {
@@ -217,6 +260,7 @@ pub(crate) fn hidden_ratio(fields: &Fields<'_>, defaults: &Defaults) -> Result<f
 
 /// Fields that have a meaning for some architecture, or are common in files of this format.
 pub(crate) const KNOWN_FIELDS: &[&str] = &[
+    "allow_neg_eigval",
     "architectures",
     "attn",
     "attn_mode",
@@ -224,6 +268,7 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "bos_token_id",
     "clamp_min",
     "conv_size",
+    "correction_factor",
     "dtype",
     "elementwise_affine",
     "eos_token_id",
@@ -234,33 +279,46 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "fuse_linear_cross_entropy",
     "fuse_norm",
     "fuse_swiglu",
+    "head_dim",
     "hidden_act",
     "hidden_ratio",
     "hidden_size",
     "initializer_range",
     "intermediate_size",
+    "lower_bound",
     "max_position_embeddings",
     "mixers",
     "model_type",
     "norm_eps",
+    "norm_first",
     "num_heads",
     "num_hidden_layers",
-    "norm_first",
+    "num_householder",
     "num_kv_heads",
+    "num_v_heads",
+    "output_gate_activation",
     "pad_token_id",
+    "qk_activation",
     "qk_norm",
     "qkv_bias",
     "residual_in_fp32",
     "rope_scaling",
     "rope_theta",
+    "safe_gate",
     "tie_word_embeddings",
     "torch_dtype",
     "transformers_version",
+    "use_beta",
     "use_cache",
+    "use_forget_gate",
+    "use_gate",
     "use_gk",
     "use_gv",
+    "use_inner_decay",
     "use_l2warp",
+    "use_output_correction",
     "use_output_gate",
+    "use_output_norm",
     "use_short_conv",
     "vocab_size",
     "window_size",

@@ -17,6 +17,14 @@ pub fn log_sigmoid<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     x.clamp_max(0.0) - tail
 }
 
+/// ln(1 + e^x), to the last digits everywhere.
+///
+/// Far below zero the answer is e^x, which `log1p` keeps where the logarithm of a rounded sum would lose it; above 20 it
+/// is x.
+pub fn softplus<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    x.clone().clamp_max(20.0).exp().log1p() + x.sub_scalar(20.0).clamp_min(0.0)
+}
+
 /// An elementwise map of queries and keys (`feature_map` in config.json), computed in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -14,7 +14,7 @@ mod norm;
 mod rotary;
 mod short_conv;
 
-pub use activation::{FeatureMap, log_sigmoid};
+pub use activation::{FeatureMap, log_sigmoid, softplus};
 pub use embedding::Embedding;
 pub use feed_forward::{FeedForward, FeedForwardConfig};
 pub use heads::{merge_heads, repeat_heads, split_heads};

@@ -11,12 +11,19 @@ use crate::{NnError, ParamScope};
 pub struct ShortConv {
     /// w, `[channels, 1, W]`: the layout of PyTorch's depthwise Conv1d.
     pub weight: Param<Tensor<3>>,
+    /// Whether silu follows.
+    pub silu: bool,
 }
 
 impl ShortConv {
     /// A convolution over `size` tokens, taps from N(0, std).
     pub fn new(scope: &ParamScope<'_, '_>, channels: usize, size: usize) -> Self {
-        Self { weight: scope.normal("weight", [channels, 1, size]) }
+        Self { weight: scope.normal("weight", [channels, 1, size]), silu: true }
+    }
+
+    /// Without silu.
+    pub fn linear(self) -> Self {
+        Self { silu: false, ..self }
     }
 
     /// The convolved sequence, and the last W inputs of each sequence to go on from.
@@ -37,6 +44,6 @@ impl ShortConv {
         let weight = self.weight.val();
         let [channels, _, size] = weight.dims();
         let weight = weight.reshape([channels, size]).cast(x.dtype());
-        Ok(ops::short_conv(x, weight, None, ShortConvOptions { silu: true, initial: cache, cu_seqlens, engine })?)
+        Ok(ops::short_conv(x, weight, None, ShortConvOptions { silu: self.silu, initial: cache, cu_seqlens, engine })?)
     }
 }

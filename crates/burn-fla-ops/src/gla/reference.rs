@@ -4,6 +4,7 @@
 use burn::tensor::{Int, Tensor};
 
 use crate::chunked::{compute_dtype, lower, merge, pass_states, running_sum, split};
+use crate::matmul::product;
 
 /// Rows of a sub-block whose decays are taken pair by pair in the exact form.
 const SUB_BLOCK: usize = 16;
@@ -65,19 +66,21 @@ pub fn chunked(
     let sum = running_sum(split(log_decay.cast(dtype), chunk));
     let last = sum.clone().narrow(2, chunk - 1, 1);
 
-    // A look at the data, not at the clock: it costs a read of one number, and both forms give the same answer.
-    let lowest = last.clone().inner().min().into_scalar::<f64>();
-    let scores = if lowest >= FACTORED_DOWN_TO {
-        factored_scores(q.clone(), k.clone(), sum.clone())
-    } else {
-        exact_scores(q.clone(), k.clone(), sum.clone())
-    };
+    let scores = scores(q.clone(), k.clone(), sum.clone());
     let decayed_k = k * (last.clone() - sum.clone()).exp();
     let local = decayed_k.swap_dims(2, 3).matmul(v.clone());
     let first = state.cast(dtype).reshape([b * h, 1, dk, dv]);
     let (starts, end) = pass_states(local, last.exp().swap_dims(2, 3), first);
     let o = (q * sum.exp()).matmul(starts) + scores.matmul(v);
     (merge(o, b, t).cast(out_dtype), end.reshape([b, h, dk, dv]))
+}
+
+/// `A_ij = Σ_c q_ic k_jc e^{G_ic − G_jc}` for `i ≥ j`, zero above the diagonal, from the running sum `G` in each chunk.
+pub(crate) fn scores(q: Tensor<4>, k: Tensor<4>, sum: Tensor<4>) -> Tensor<4> {
+    let last = sum.clone().narrow(2, sum.dims()[2] - 1, 1);
+    // A look at the data, not at the clock: it costs a read of one number, and both forms give the same answer.
+    let lowest = last.inner().min().into_scalar::<f64>();
+    if lowest >= FACTORED_DOWN_TO { factored_scores(q, k, sum) } else { exact_scores(q, k, sum) }
 }
 
 /// `A` as one product of factors around the middle of the chunk.
@@ -88,7 +91,7 @@ fn factored_scores(q: Tensor<4>, k: Tensor<4>, sum: Tensor<4>) -> Tensor<4> {
     let relative = sum - middle;
     let rows = q * relative.clone().exp();
     let columns = k * relative.neg().exp();
-    masked(rows.matmul(columns.swap_dims(2, 3)))
+    masked(product(rows, columns.swap_dims(2, 3)))
 }
 
 /// Zero above the diagonal, by selection: what stands there may be huge.
@@ -117,7 +120,7 @@ fn exact_scores(q: Tensor<4>, k: Tensor<4>, sum: Tensor<4>) -> Tensor<4> {
             let before = sum.clone().narrow(2, 0, start);
             let columns = k.clone().narrow(2, 0, start) * (reference.clone() - before).exp();
             let block = q_a.clone() * (g_a.clone() - reference).exp();
-            parts.push(block.matmul(columns.swap_dims(2, 3)));
+            parts.push(product(block, columns.swap_dims(2, 3)));
         }
         let pairs = [bh, n * size, size, d];
         let g_i = g_a.clone().reshape([bh, n * size, 1, d]).expand(pairs);

@@ -28,11 +28,16 @@ pub fn matmul<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> Result<Tensor<D>, O
     crate::bridge::same_shape("matmul", "b", &b, expected, "[…, K, N]")?;
     same_dtype("matmul", "b", &b, a.dtype())?;
     same_device("matmul", "b", &b, &a.device())?;
+    Ok(product(a, b))
+}
+
+/// [`matmul`] of operands that are known to fit.
+pub(crate) fn product<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> Tensor<D> {
     #[cfg(feature = "cube")]
     if a.dtype() == DType::F32 && crate::bridge::is_cuda(&a.device()) {
-        return Ok(exact::product(a, b));
+        return exact::product(a, b);
     }
-    Ok(a.matmul(b))
+    a.matmul(b)
 }
 
 /// A linear layer, `y = x Wᵀ + bias`.

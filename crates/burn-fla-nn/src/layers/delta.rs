@@ -1,0 +1,147 @@
+//! What the layers of the delta rule share.
+
+use burn::module::Param;
+use burn::tensor::{DType, Tensor, activation};
+use burn_fla_ops::{self as ops, DeltaOptions, Engine, GateActivation};
+
+use super::{Convs, SequenceContext};
+use crate::init::Init;
+use crate::modules::{Linear, RmsNorm, ShortConv, softplus};
+use crate::{NnError, ParamScope};
+
+/// The widest short convolution that the operator takes.
+const LARGEST_CONV: usize = 16;
+
+/// The heads of a layer whose heads have a width of their own, whatever the width of the model is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Heads {
+    /// H, heads of queries and keys.
+    pub keys: usize,
+    /// HV, heads of values: a multiple of H.
+    pub values: usize,
+    /// K
+    pub key_width: usize,
+    /// V
+    pub value_width: usize,
+}
+
+impl Heads {
+    pub fn new(heads: usize, value_heads: Option<usize>, head_dim: usize, expand_v: f64) -> Result<Self, NnError> {
+        let value_heads = value_heads.unwrap_or(heads);
+        if heads == 0 {
+            return Err(NnError::config("num_heads", "must be at least 1"));
+        }
+        if head_dim == 0 {
+            return Err(NnError::config("head_dim", "must be at least 1"));
+        }
+        if value_heads == 0 || !value_heads.is_multiple_of(heads) {
+            let message = format!("must be a multiple of num_heads {heads}, and it is {value_heads}");
+            return Err(NnError::config("num_v_heads", message));
+        }
+        let width = head_dim as f64 * expand_v;
+        if !width.is_finite() || width < 1.0 || width.fract() != 0.0 {
+            let message = format!("head_dim {head_dim} times {expand_v} is not a whole number of features");
+            return Err(NnError::config("expand_v", message));
+        }
+        Ok(Self { keys: heads, values: value_heads, key_width: head_dim, value_width: width as usize })
+    }
+
+    /// H · K
+    pub fn all_keys(&self) -> usize {
+        self.keys * self.key_width
+    }
+
+    /// HV · V
+    pub fn all_values(&self) -> usize {
+        self.values * self.value_width
+    }
+}
+
+/// Checks the width of the short convolutions.
+pub(crate) fn check_conv(conv_size: Option<usize>) -> Result<(), NnError> {
+    match conv_size {
+        Some(size) if !(1..=LARGEST_CONV).contains(&size) => {
+            Err(NnError::config("conv_size", format!("must be from 1 to {LARGEST_CONV}, and it is {size}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// silu of `x`, after the convolution where the layer has one.
+pub(crate) fn convolved(convs: &mut Convs<'_>, conv: &Option<ShortConv>, x: Tensor<3>) -> Result<Tensor<3>, NnError> {
+    match conv {
+        Some(_) => convs.run(conv, x),
+        None => Ok(activation::silu(x)),
+    }
+}
+
+/// A: its logarithm starts as that of even draws between `low` and 16, one for each of `heads`.
+pub(crate) fn a_log(scope: &ParamScope<'_, '_>, heads: usize, low: f64) -> Param<Tensor<1>> {
+    scope.start("A_log", [heads], &Init::Drawn(&|draws| (low + (16.0 - low) * draws.uniform()).ln()))
+}
+
+/// The bias of a step size before the softplus: step sizes start between 0.001 and 0.1, evenly in their logarithm.
+pub(crate) fn dt_bias(scope: &ParamScope<'_, '_>, count: usize) -> Param<Tensor<1>> {
+    let (low, high) = (0.001f64.ln(), 0.1f64.ln());
+    let inverse_softplus = |dt: f64| dt + (-(-dt).exp_m1()).ln();
+    scope.start(
+        "dt_bias",
+        [count],
+        &Init::Drawn(&|draws| inverse_softplus((low + (high - low) * draws.uniform()).exp())),
+    )
+}
+
+/// The log decays −A softplus(a + dt_bias), f32 `[B, T, HV]`.
+pub(crate) fn log_decay(a: Tensor<3>, a_log: &Param<Tensor<1>>, dt_bias: &Param<Tensor<1>>) -> Tensor<3> {
+    let step = softplus(a.cast(DType::F32) + dt_bias.val().unsqueeze());
+    (step * a_log.val().exp().unsqueeze()).neg()
+}
+
+/// The writing strengths σ(b), f32; twice that where eigenvalues may be negative.
+pub(crate) fn strength(b: Tensor<3>, allow_neg_eigval: bool) -> Tensor<3> {
+    let beta = activation::sigmoid(b.cast(DType::F32));
+    if allow_neg_eigval { beta.mul_scalar(2.0) } else { beta }
+}
+
+/// Options of an operator that normalises queries and keys and goes on from `state`.
+pub(crate) fn normalised(context: &SequenceContext, state: Option<Tensor<4>>) -> DeltaOptions {
+    DeltaOptions { sequence: context.options(state), l2_norm: true }
+}
+
+/// The norm on the output of each head, times act(gate) where there is a gate.
+pub(crate) fn gated_norm(
+    o: Tensor<4>,
+    gate: Option<Tensor<4>>,
+    norm: &RmsNorm,
+    act: GateActivation,
+    engine: Engine,
+) -> Result<Tensor<4>, NnError> {
+    Ok(match gate {
+        Some(gate) => ops::gated_rms_norm(o, gate, Some(norm.weight.val()), norm.eps, act, engine)?,
+        None => norm.forward(o, engine)?,
+    })
+}
+
+/// Makes the maps of a layer: their names, widths and places.
+pub(crate) struct Maps<'a, 's, 'p> {
+    pub scope: &'a ParamScope<'s, 'p>,
+    pub hidden: usize,
+    /// `None`: the layer has no convolutions.
+    pub conv_size: Option<usize>,
+}
+
+impl Maps<'_, '_, '_> {
+    /// From the width of the model, without bias.
+    pub fn linear(&self, name: &str, output: usize) -> Linear {
+        Linear::new(&self.scope.at(name), self.hidden, output, false)
+    }
+
+    /// To the width of the model, without bias.
+    pub fn output(&self, input: usize) -> Linear {
+        Linear::new(&self.scope.at("o_proj"), input, self.hidden, false)
+    }
+
+    pub fn conv(&self, name: &str, channels: usize) -> Option<ShortConv> {
+        self.conv_size.map(|size| ShortConv::new(&self.scope.at(name), channels, size))
+    }
+}

@@ -1,0 +1,512 @@
+//! The family of the delta rule.
+
+use burn::tensor::{DType, Tensor};
+use burn_fla_ops::{
+    CuSeqlens, DeltaOptions, OpError, SequenceOptions, comba, delta, delta_rule, gated_delta_product, gated_delta_rule,
+    kda, l2_norm, triangular,
+};
+use burn_fla_tests::agree::{Input, assert_agree, assert_evaluations, assert_finite_differences, evaluate};
+use burn_fla_tests::{assert_close, numbers, reference_device, tensor};
+
+use super::{flat, view};
+
+/// Which operator.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Op {
+    Delta,
+    Gated,
+    Kda,
+    Comba,
+    /// With this many steps a token, gated.
+    Product(usize),
+    /// With this many steps a token, not gated.
+    ProductUngated(usize),
+}
+
+const OPS: [Op; 6] = [Op::Delta, Op::Gated, Op::Kda, Op::Comba, Op::Product(3), Op::ProductUngated(2)];
+
+/// A problem; its inputs are, in this order, q, k, v, p, log decay, beta, initial state.
+#[derive(Clone, Debug)]
+struct Problem {
+    op: Op,
+    batch: usize,
+    tokens: usize,
+    heads: usize,
+    /// Value heads a key head.
+    groups: usize,
+    keys: usize,
+    values: usize,
+    /// Log decays are drawn from this range.
+    decay: (f64, f64),
+    packed: Option<Vec<usize>>,
+    l2_norm: bool,
+    scale: Option<f64>,
+    chunk: Option<usize>,
+}
+
+impl Problem {
+    fn new(op: Op, tokens: usize) -> Self {
+        Self {
+            op,
+            batch: 2,
+            tokens,
+            heads: 1,
+            groups: 2,
+            keys: 5,
+            values: 7,
+            decay: (-0.3, 0.0),
+            packed: None,
+            l2_norm: true,
+            scale: None,
+            chunk: None,
+        }
+    }
+
+    fn steps(&self) -> usize {
+        match self.op {
+            Op::Product(n) | Op::ProductUngated(n) => n,
+            _ => 1,
+        }
+    }
+
+    fn sequences(&self) -> usize {
+        self.packed.as_ref().map_or(self.batch, |offsets| offsets.len() - 1)
+    }
+
+    /// Keys of norm at most 1 where they are not normalised, so that the recurrence is stable; β up to 2.
+    fn inputs(&self) -> Vec<Input> {
+        let Self { batch: b, tokens: t, heads: h, keys, values, .. } = *self;
+        let (n, heads) = (self.steps(), h * self.groups);
+        let unit = 1.0 / (keys as f64).sqrt();
+        let range = if self.l2_norm { (-1.0, 1.0) } else { (-unit, unit) };
+        let width = if self.op == Op::Kda { keys } else { 1 };
+        vec![
+            Input::new("q", &[b, t, h, keys], range),
+            Input::new("k", &[b, t * n, h, keys], range),
+            Input::new("v", &[b, t * n, heads, values], (-1.0, 1.0)),
+            Input::new("p", &[b, t, h, keys], range),
+            Input::new("g", &[b, t, heads, width], self.decay),
+            Input::new("beta", &[b, t * n, heads], (0.0, 2.0)),
+            Input::new("state", &[self.sequences(), heads, keys, values], (-1.0, 1.0)),
+        ]
+    }
+
+    /// The tensors of flat inputs.
+    fn views(&self, x: &[Tensor<1>]) -> Views {
+        let Self { batch: b, tokens: t, heads: h, keys, values, .. } = *self;
+        let (n, heads) = (self.steps(), h * self.groups);
+        let width = if self.op == Op::Kda { keys } else { 1 };
+        Views {
+            q: view(&x[0], [b, t, h, keys]),
+            k: view(&x[1], [b, t * n, h, keys]),
+            v: view(&x[2], [b, t * n, heads, values]),
+            p: view(&x[3], [b, t, h, keys]),
+            g: view(&x[4], [b, t, heads, width]),
+            beta: view(&x[5], [b, t * n, heads]),
+            state: view(&x[6], [self.sequences(), heads, keys, values]),
+        }
+    }
+
+    /// The public function.
+    fn public(&self, x: &Views) -> Result<(Tensor<4>, Tensor<4>), OpError> {
+        let sequence = SequenceOptions {
+            scale: self.scale,
+            initial_state: Some(x.state.clone()),
+            cu_seqlens: self.packed.clone().map(|offsets| CuSeqlens::new(offsets).unwrap()),
+            chunk: self.chunk,
+            ..Default::default()
+        };
+        let options = DeltaOptions { sequence, l2_norm: self.l2_norm };
+        let Views { q, k, v, p, g, beta, .. } = x.clone();
+        let by_token = |g: Tensor<4>| g.squeeze_dim::<3>(3);
+        match self.op {
+            Op::Delta => delta_rule(q, k, v, beta, options),
+            Op::Gated => gated_delta_rule(q, k, v, by_token(g), beta, options),
+            Op::Kda => kda(q, k, v, g, beta, options),
+            Op::Comba => comba(q, k, p, v, by_token(g), beta, options),
+            Op::Product(n) => gated_delta_product(q, k, v, Some(by_token(g)), beta, n, options),
+            Op::ProductUngated(n) => gated_delta_product(q, k, v, None, beta, n, options),
+        }
+    }
+
+    /// The same by the token recurrence, one step at a time and one sequence at a time; what the operators do inside
+    /// (norms, repeated heads, steps without a query) is done here by other means.
+    fn oracle(&self, x: &Views) -> (Tensor<4>, Tensor<4>) {
+        let n = self.steps();
+        let norm = |x: Tensor<4>| {
+            if self.l2_norm { x.clone() / (x.powi_scalar(2).sum_dim(3) + 1e-6).sqrt() } else { x }
+        };
+        let heads = |x: Tensor<4>| {
+            let copies = (0..self.heads * self.groups).map(|i| x.clone().narrow(2, i / self.groups, 1)).collect();
+            Tensor::cat(copies, 2)
+        };
+        let [q, k, p] = [&x.q, &x.k, &x.p].map(|x| heads(norm(x.clone())));
+        let scale = self.scale.unwrap_or(1.0 / (self.keys as f64).sqrt());
+        let offsets = self.packed.clone().unwrap_or_else(|| vec![0, self.tokens]);
+        let mut outputs = Vec::new();
+        let mut states = Vec::new();
+        for (i, pair) in offsets.windows(2).enumerate() {
+            let mut state = if self.packed.is_some() { x.state.clone().narrow(0, i, 1) } else { x.state.clone() };
+            for t in pair[0]..pair[1] {
+                for j in 0..n {
+                    let at = |x: &Tensor<4>| x.clone().narrow(1, t * n + j, 1);
+                    let beta = x.beta.clone().narrow(1, t * n + j, 1).unsqueeze_dim::<4>(3);
+                    let decay = match self.op {
+                        Op::Delta | Op::ProductUngated(_) => None,
+                        _ if j > 0 => None,
+                        _ => Some(x.g.clone().narrow(1, t, 1)),
+                    };
+                    let p = (self.op == Op::Comba).then(|| at(&p));
+                    let query = q.clone().narrow(1, t, 1);
+                    let (o, next) = delta::reference::recurrent(query, at(&k), at(&x.v), p, decay, beta, scale, state);
+                    state = next;
+                    if j == n - 1 {
+                        outputs.push(o);
+                    }
+                }
+            }
+            states.push(state);
+        }
+        (Tensor::cat(outputs, 1), Tensor::cat(states, 0))
+    }
+
+    fn assert_chunked_is_recurrent(&self, bound: f64) {
+        let both = |(o, state)| vec![flat::<4>(o), flat::<4>(state)];
+        assert_agree(
+            &format!("{self:?}"),
+            &self.inputs(),
+            bound,
+            |x| both(self.public(&self.views(x)).unwrap()),
+            |x| both(self.oracle(&self.views(x))),
+        );
+    }
+}
+
+#[derive(Clone)]
+struct Views {
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    p: Tensor<4>,
+    g: Tensor<4>,
+    beta: Tensor<3>,
+    state: Tensor<4>,
+}
+
+/// The oracle itself, against sums and products written out.
+#[test]
+fn the_recurrence_is_the_equation() {
+    let [b, t, h, dk, dv] = [1usize, 3, 1, 2, 2];
+    let device = reference_device();
+    let make = |seed: u64, width: usize| burn_fla_tests::uniform(seed, b * t * h * width, (-1.0, 1.0));
+    let [q, k, p, g] = [1, 2, 3, 4].map(|seed| make(seed, dk));
+    let (v, beta) = (make(5, dv), make(6, 1));
+    let first = make(7, dk * dv)[..dk * dv].to_vec();
+    let as4 = |x: &[f64], width: usize| tensor::<4>(x, [b, t, h, width], &device, DType::F64);
+    for before in [false, true] {
+        let (o, end) = delta::reference::recurrent(
+            as4(&q, dk),
+            as4(&k, dk),
+            as4(&v, dv),
+            before.then(|| as4(&p, dk)),
+            Some(as4(&g, dk)),
+            as4(&beta, 1),
+            0.7,
+            tensor(&first, [b, h, dk, dv], &device, DType::F64),
+        );
+        let mut s = first.clone();
+        let mut expected = Vec::new();
+        for i in 0..t {
+            let decayed: Vec<f64> = (0..dk * dv).map(|at| g[i * dk + at / dv].exp() * s[at]).collect();
+            let (reader, from) = if before { (&p, &s) } else { (&k, &decayed) };
+            let rest: Vec<f64> = (0..dv)
+                .map(|c| v[i * dv + c] - (0..dk).map(|r| from[r * dv + c] * reader[i * dk + r]).sum::<f64>())
+                .collect();
+            s = (0..dk * dv).map(|at| decayed[at] + beta[i] * k[i * dk + at / dv] * rest[at % dv]).collect();
+            expected.extend((0..dv).map(|c| 0.7 * (0..dk).map(|r| s[r * dv + c] * q[i * dk + r]).sum::<f64>()));
+        }
+        assert_close("o", &numbers(o), &expected, 1e-15);
+        assert_close("state", &numbers(end), &s, 1e-15);
+    }
+}
+
+#[test]
+fn chunked_is_recurrent() {
+    for op in OPS {
+        for tokens in [1, 63, 64, 65, 131] {
+            Problem::new(op, tokens).assert_chunked_is_recurrent(1e-12);
+        }
+    }
+}
+
+#[test]
+fn chunked_is_recurrent_in_other_shapes() {
+    for op in OPS {
+        let base = Problem::new(op, 40);
+        Problem { heads: 3, groups: 1, keys: 48, values: 100, batch: 1, ..base.clone() }
+            .assert_chunked_is_recurrent(1e-12);
+        Problem { keys: 100, values: 48, batch: 1, l2_norm: false, scale: Some(1.0), ..base.clone() }
+            .assert_chunked_is_recurrent(1e-12);
+        Problem { heads: 2, groups: 3, chunk: Some(12), keys: 1, values: 1, ..base.clone() }
+            .assert_chunked_is_recurrent(1e-12);
+        Problem { chunk: Some(1), tokens: 3, ..base }.assert_chunked_is_recurrent(1e-12);
+    }
+}
+
+#[test]
+fn extreme_decays_stay_exact() {
+    for op in [Op::Gated, Op::Kda, Op::Comba, Op::Product(2)] {
+        // No decay at all, and sums over a chunk far below what an exponential holds.
+        // The sums reach 1e4, and an exponential is off by as much as its exponent: 1e4 roundings of 1e-16.
+        for (decay, bound) in [((0.0, 0.0), 1e-12), ((-30.0, 0.0), 1e-12), ((-300.0, 0.0), 1e-11)] {
+            Problem { decay, ..Problem::new(op, 70) }.assert_chunked_is_recurrent(bound);
+        }
+    }
+}
+
+#[test]
+fn a_decay_that_forgets_everything_has_no_gradient() {
+    let device = reference_device();
+    for op in [Op::Gated, Op::Kda, Op::Comba, Op::Product(2)] {
+        let problem = Problem { decay: (-300.0, -200.0), ..Problem::new(op, 70) };
+        let both = |(o, state)| vec![flat::<4>(o), flat::<4>(state)];
+        let run = |public: bool| {
+            let mut found = evaluate(&problem.inputs(), &device, DType::F64, |x| {
+                let x = problem.views(x);
+                both(if public { problem.public(&x).unwrap() } else { problem.oracle(&x) })
+            });
+            // The gradient of the decay is of order e^-200. The chunked form takes it as a difference of terms of order
+            // 1, so that it is zero up to their rounding and no relative bound can hold.
+            let largest = found.gradients[4].iter().fold(0.0, |a: f64, x| a.max(x.abs()));
+            assert!(largest < 1e-13, "{op:?}: {largest}");
+            found.gradients[4].clear();
+            found
+        };
+        let (found, expected) = (run(true), run(false));
+        assert_evaluations(&format!("{op:?}"), &problem.inputs(), 1e-12, &found, &expected);
+    }
+}
+
+#[test]
+fn packed_is_separate() {
+    for op in OPS {
+        let packed = Some(vec![0, 0, 1, 1, 34, 70, 70]);
+        Problem { packed, batch: 1, ..Problem::new(op, 70) }.assert_chunked_is_recurrent(1e-12);
+        Problem { packed: Some(vec![0, 1, 2]), batch: 1, ..Problem::new(op, 2) }.assert_chunked_is_recurrent(1e-12);
+    }
+}
+
+#[test]
+fn a_continued_sequence_is_the_whole() {
+    for op in OPS {
+        let problem = Problem::new(op, 70);
+        let whole = |x: &[Tensor<1>]| {
+            let (o, state) = problem.public(&problem.views(x)).unwrap();
+            vec![flat(o), flat(state)]
+        };
+        let pieces = |x: &[Tensor<1>]| {
+            let mut x = problem.views(x);
+            let all = x.clone();
+            let n = problem.steps();
+            let mut outputs = Vec::new();
+            // By chunks, by one token, and by what is left.
+            for (start, length) in [(0, 33), (33, 1), (34, 36)] {
+                let part = |x: &Tensor<4>, n: usize| x.clone().narrow(1, start * n, length * n);
+                x.q = part(&all.q, 1);
+                x.k = part(&all.k, n);
+                x.v = part(&all.v, n);
+                x.p = part(&all.p, 1);
+                x.g = part(&all.g, 1);
+                x.beta = all.beta.clone().narrow(1, start * n, length * n);
+                let (o, state) = problem.public(&x).unwrap();
+                outputs.push(o);
+                x.state = state;
+            }
+            vec![flat(Tensor::cat(outputs, 1)), flat(x.state)]
+        };
+        assert_agree(&format!("{op:?} continued"), &problem.inputs(), 1e-12, whole, pieces);
+    }
+}
+
+#[test]
+fn without_a_token_the_state_is_kept() {
+    for op in OPS {
+        let problem = Problem::new(op, 0);
+        let device = reference_device();
+        let state = Input::new("state", &[2, 2, 5, 7], (-1.0, 1.0)).values;
+        let width = if op == Op::Kda { 5 } else { 1 };
+        let [q, k, p] = [0; 3].map(|_| Tensor::zeros([2, 0, 1, 5], &device));
+        let x = Views {
+            q,
+            k,
+            v: Tensor::zeros([2, 0, 2, 7], &device),
+            p,
+            g: Tensor::zeros([2, 0, 2, width], &device),
+            beta: Tensor::zeros([2, 0, 2], &device),
+            state: tensor(&state, [2, 2, 5, 7], &device, DType::F32),
+        };
+        let (o, end) = problem.public(&x).unwrap();
+        assert_eq!(o.dims(), [2, 0, 2, 7], "{op:?}");
+        assert_eq!(numbers(end), numbers(x.state), "{op:?}");
+    }
+}
+
+#[test]
+fn gradients_are_finite_differences() {
+    for op in OPS {
+        // The last one goes on in a second chunk.
+        let problem = Problem { batch: 1, chunk: Some(4), ..Problem::new(op, 6) };
+        // Central differences of step 1e-5 are off by 1e-10, and by what rounding leaves of 1e-16 over 1e-5.
+        assert_finite_differences(&format!("{op:?}"), &problem.inputs(), 12, 1e-8, |x| {
+            let (o, state) = problem.public(&problem.views(x)).unwrap();
+            vec![flat(o), flat(state)]
+        });
+    }
+}
+
+/// What a number is after it has been stored in `dtype`.
+fn rounded<const D: usize>(x: Tensor<D>, dtype: DType, wide: DType) -> Tensor<D> {
+    let stored: Tensor<D> = x.cast(dtype);
+    stored.cast(wide)
+}
+
+#[test]
+fn f32_and_bf16_stay_near_f64() {
+    let device = reference_device();
+    for op in OPS {
+        let problem = Problem { keys: 48, values: 32, ..Problem::new(op, 131) };
+        let run = |dtype, bound, what: &str| {
+            let wide = evaluate(&problem.inputs(), &device, DType::F64, |x| {
+                // What bf16 makes of the operands, so that the arithmetic alone differs.
+                let x: Vec<_> = x.iter().map(|x| rounded(x.clone().cast(DType::F32), dtype, DType::F64)).collect();
+                let (o, state) = problem.oracle(&problem.views(&x));
+                vec![flat(o), flat(state)]
+            });
+            let found = evaluate(&problem.inputs(), &device, DType::F32, |x| {
+                let mut x = problem.views(x);
+                for operand in [&mut x.q, &mut x.k, &mut x.v, &mut x.p] {
+                    *operand = operand.clone().cast(dtype);
+                }
+                for wide in [&mut x.g, &mut x.state] {
+                    *wide = rounded(wide.clone(), dtype, DType::F32);
+                }
+                x.beta = rounded(x.beta, dtype, DType::F32);
+                let (o, state) = problem.public(&x).unwrap();
+                assert_eq!((o.dtype(), state.dtype()), (dtype, DType::F32));
+                vec![flat(o), flat(state)]
+            });
+            for (i, (a, b)) in found.outputs.iter().zip(&wide.outputs).enumerate() {
+                // The output is rounded to bf16, the state is not.
+                let bound = if i == 1 { 3e-6 } else { bound };
+                assert_close(&format!("{op:?} in {what}, output {i}"), a, b, bound);
+            }
+            for (input, (a, b)) in problem.inputs().iter().zip(found.gradients.iter().zip(&wide.gradients)) {
+                assert_close(&format!("{op:?} in {what}, gradient of {}", input.name), a, b, bound);
+            }
+        };
+        run(DType::F32, 3e-6, "f32");
+        // Half a unit in the last place of bf16 is 2e-3.
+        run(DType::BF16, 3e-3, "bf16");
+    }
+}
+
+#[test]
+fn wrong_arguments_are_named() {
+    let device = reference_device();
+    let problem = Problem::new(Op::Kda, 4);
+    let views = || {
+        let inputs = problem.inputs();
+        let x: Vec<Tensor<1>> =
+            inputs.iter().map(|i| tensor(&i.values, [i.values.len()], &device, DType::F32)).collect();
+        problem.views(&x)
+    };
+    let message = |change: &dyn Fn(&mut Views)| {
+        let mut x = views();
+        change(&mut x);
+        problem.public(&x).unwrap_err().to_string()
+    };
+    let says = |message: String, words: &[&str]| {
+        for word in words {
+            assert!(message.contains(word), "{message}");
+        }
+    };
+    says(message(&|x| x.k = x.k.clone().narrow(1, 0, 3)), &["kda", "`k`", "[2, 4, 1, 5]"]);
+    says(message(&|x| x.v = x.v.clone().cast(DType::BF16)), &["`v`", "F32"]);
+    says(message(&|x| x.v = Tensor::zeros([2, 4, 2, 0], &x.v.device())), &["`v`", "at least one"]);
+    says(message(&|x| x.g = x.g.clone().narrow(3, 0, 1)), &["`log_decay`", "HV, K"]);
+    says(message(&|x| x.beta = x.beta.clone().narrow(2, 0, 1)), &["`beta`", "HV"]);
+    says(message(&|x| x.state = x.state.clone().narrow(0, 0, 1)), &["`initial_state`", "[2, 2, 5, 7]"]);
+    says(message(&|x| x.q = x.q.clone().repeat_dim(2, 3)), &["`v`", "multiple of the 3"]);
+    let of = |problem: Problem| problem.public(&views()).unwrap_err().to_string();
+    says(of(Problem { chunk: Some(0), ..problem.clone() }), &["chunk", "at least one token"]);
+    says(of(Problem { packed: Some(vec![0, 4]), ..problem.clone() }), &["batch of 1"]);
+
+    let x = views();
+    let product =
+        |n| gated_delta_product(x.q.clone(), x.k.clone(), x.v.clone(), None, x.beta.clone(), n, Default::default());
+    says(product(0).unwrap_err().to_string(), &["gated_delta_product", "`n`", "at least one step"]);
+    says(product(2).unwrap_err().to_string(), &["`k`", "n·T"]);
+    let ints = x.q.clone().cast(DType::F16);
+    says(l2_norm(ints, 1e-6).unwrap_err().to_string(), &["l2_norm", "F16"]);
+    says(l2_norm(x.q.clone(), 0.0).unwrap_err().to_string(), &["eps", "positive"]);
+    says(triangular::inverse(x.q).unwrap_err().to_string(), &["square", "[2, 4, 1, 5]"]);
+}
+
+#[test]
+fn l2_norm_is_the_equation() {
+    let shape = [3, 5, 2, 7];
+    let inputs = [Input::new("x", &shape, (-1.0, 1.0))];
+    assert_agree(
+        "l2_norm",
+        &inputs,
+        1e-14,
+        |x| vec![flat(l2_norm(view(&x[0], shape), 1e-2).unwrap())],
+        |x| {
+            let x: Tensor<2> = view(&x[0], [30, 7]);
+            vec![flat(x.clone() / (x.powi_scalar(2).sum_dim(1) + 1e-2).sqrt())]
+        },
+    );
+    let zero = Tensor::<2>::zeros([2, 3], (&reference_device(), DType::BF16));
+    let y = l2_norm(zero, 1e-6).unwrap();
+    assert_eq!((y.dtype(), numbers(y)), (DType::BF16, vec![0.0; 6]));
+}
+
+/// `(I + A)⁻¹` by substitution row by row.
+fn substitution(a: &[f64], size: usize) -> Vec<f64> {
+    let mut inverse = vec![0.0; size * size];
+    for i in 0..size {
+        for j in 0..=i {
+            let known: f64 = (j..i).map(|m| a[i * size + m] * inverse[m * size + j]).sum();
+            inverse[i * size + j] = f64::from(u8::from(i == j)) - known;
+        }
+    }
+    inverse
+}
+
+#[test]
+fn the_triangular_inverse_is_substitution() {
+    let device = reference_device();
+    for size in [1, 2, 3, 16, 31, 64, 100] {
+        // Random entries; all keys the same, with β = 1 and 2, where powers of A reach 1e18 and 1e30.
+        let lower = |value: &dyn Fn(usize) -> f64| -> Vec<f64> {
+            (0..size * size).map(|at| if at / size > at % size { value(at) } else { f64::NAN }).collect()
+        };
+        let random = burn_fla_tests::uniform(3, size * size, (-0.3, 0.3));
+        for (what, a) in [("random", lower(&|at| random[at])), ("ones", lower(&|_| 1.0)), ("twos", lower(&|_| 2.0))] {
+            let strict: Vec<f64> = a.iter().map(|x| if x.is_nan() { 0.0 } else { *x }).collect();
+            let expected = substitution(&strict, size);
+            for (dtype, bound) in [(DType::F64, 1e-14), (DType::F32, 1e-6)] {
+                let found = triangular::inverse(tensor(&a, [1, 1, size, size], &device, dtype)).unwrap();
+                assert_close(&format!("{what}, {size}, {dtype:?}"), &numbers(found), &expected, bound);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_triangular_inverse_has_its_gradient() {
+    let shape = [2, 1, 11, 11];
+    let inputs = [Input::new("a", &shape, (-0.5, 0.5))];
+    let inverse = |x: &[Tensor<1>]| vec![flat(triangular::inverse(view(&x[0], shape)).unwrap())];
+    assert_finite_differences("inverse", &inputs, 100, 1e-8, inverse);
+}
