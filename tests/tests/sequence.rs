@@ -1,8 +1,8 @@
 //! The sequence operators that run in tensor operations: the chunked form against the token recurrence, packed against
 //! separate, a continued sequence against the whole, and gradients against finite differences. One file a family.
 
-#[path = "sequence/rwkv.rs"]
-mod rwkv;
+#[path = "sequence/key_decay.rs"]
+mod key_decay;
 #[path = "sequence/token_shift.rs"]
 mod token_shift;
 

@@ -1,7 +1,7 @@
-//! The recurrences of RWKV6 and RWKV7, and the diagonal-plus-low-rank delta rule under the second.
+//! The recurrences with a decay by key channel: GLA, RWKV6, RWKV7, and the diagonal-plus-low-rank delta rule.
 
 use burn::tensor::{DType, Tensor};
-use burn_fla_ops::{CuSeqlens, OpError, SequenceOptions, dplr, rwkv6, rwkv7};
+use burn_fla_ops::{CuSeqlens, OpError, SequenceOptions, dplr, gla, rwkv6, rwkv7};
 use burn_fla_tests::agree::{Input, assert_agree, assert_evaluations, assert_finite_differences, evaluate};
 use burn_fla_tests::{numbers, reference_device};
 
@@ -9,12 +9,13 @@ use super::{flat, view};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Op {
+    Gla,
     Rwkv6,
     Dplr,
     Rwkv7,
 }
 
-const OPS: [Op; 3] = [Op::Rwkv6, Op::Dplr, Op::Rwkv7];
+const OPS: [Op; 4] = [Op::Gla, Op::Rwkv6, Op::Dplr, Op::Rwkv7];
 
 /// A problem: sizes, decays, and how many sequences its states are for.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +50,7 @@ impl Case {
             Input::new("decay", &keys, self.decay),
         ];
         match self.op {
+            Op::Gla => {}
             Op::Rwkv6 => inputs.push(Input::new("bonus", &[self.h, self.k], unit)),
             Op::Dplr => {
                 inputs.push(Input::new("a", &keys, (-short, short)));
@@ -69,6 +71,7 @@ impl Case {
         let mut tokens = vec![keys(&x[0]), keys(&x[1]), view(&x[2], [self.b, self.t, self.h, self.v]), keys(&x[3])];
         let mut bonus = None;
         match self.op {
+            Op::Gla => {}
             Op::Rwkv6 => bonus = Some(view(&x[4], [self.h, self.k])),
             Op::Dplr | Op::Rwkv7 => tokens.extend([keys(&x[4]), keys(&x[5])]),
         }
@@ -91,6 +94,7 @@ impl Case {
         let [q, k, v, g] = [0, 1, 2, 3].map(|i| tokens[i].clone());
         let second = |i: usize| tokens[i].clone();
         match self.op {
+            Op::Gla => gla(q, k, v, g, options),
             Op::Rwkv6 => rwkv6(q, k, v, g, bonus.expect("a bonus"), options),
             Op::Dplr => dplr(q, k, v, second(4), second(5), g, options),
             Op::Rwkv7 => rwkv7(q, g, k, v, second(4), second(5), options),
@@ -109,6 +113,7 @@ impl Case {
         let (tokens, bonus, state) = self.tensors(x);
         let [q, k, v, g] = [0, 1, 2, 3].map(|i| tokens[i].clone());
         let (o, end) = match (self.op, bonus) {
+            (Op::Gla, _) => burn_fla_ops::gla::reference::recurrent(q, k, v, g, 0.7, state),
             (Op::Rwkv6, Some(bonus)) => burn_fla_ops::rwkv6::reference::recurrent([q, k, v, g], bonus, 0.7, state),
             _ => {
                 let (a, b) = (tokens[4].clone(), tokens[5].clone());
