@@ -12,5 +12,7 @@ mod golden;
 mod lengths;
 #[path = "nn/models.rs"]
 mod models;
+#[path = "nn/norms.rs"]
+mod norms;
 #[path = "nn/parts.rs"]
 mod parts;

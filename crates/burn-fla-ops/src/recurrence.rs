@@ -5,7 +5,7 @@ use burn::tensor::{DType, Device, Tensor};
 
 use crate::arguments::{self, query_key_value};
 use crate::bridge::{has_kernels, same_device, same_shape};
-use crate::sequences::by_sequence;
+use crate::sequences::{by_sequence, each_sequence};
 use crate::{CuSeqlens, Engine, OpError, SequenceOptions};
 
 /// Tokens a chunk of the reference with a decay by key: its factored scores hold further in a short chunk.
@@ -127,6 +127,26 @@ impl Problem {
         })
     }
 
+    /// Runs the chunked reference of another recurrence over these tokens, sequence by sequence. `inputs` are those by
+    /// token; `dense` gets them, the state before them, and the tokens a chunk.
+    pub(crate) fn each_sequence<const E: usize>(
+        &self,
+        inputs: [Tensor<4>; E],
+        dense: impl Fn([Tensor<4>; E], Tensor<4>, usize) -> (Tensor<4>, Tensor<4>),
+    ) -> (Tensor<4>, Tensor<4>) {
+        let packed = self.packed.then_some(&self.sequences);
+        let (o, state) = each_sequence(inputs, self.state_or_zeros(), packed, |inputs, state| {
+            let chunk = self.chunk_of(REFERENCE_CHUNK_KEY, inputs[0].dims()[1]);
+            dense(inputs, state, chunk)
+        });
+        (o.unwrap_or_else(|| self.v.clone()), state)
+    }
+
+    /// Tokens a chunk of the reference: a short sequence does not pay for a long one.
+    fn chunk_of(&self, default: usize, tokens: usize) -> usize {
+        self.chunk.unwrap_or_else(|| default.min(tokens.next_power_of_two()))
+    }
+
     fn state_or_zeros(&self) -> Tensor<4> {
         let [_, _, h, dk] = self.q.dims();
         let dv = self.v.dims()[3];
@@ -174,8 +194,7 @@ impl Problem {
             return (v, state);
         }
         let device = q.device();
-        // A short sequence does not pay for a long chunk.
-        let chunk = |default: usize| self.chunk.unwrap_or_else(|| default.min(t.next_power_of_two()));
+        let chunk = |default: usize| self.chunk_of(default, t);
         let scalar = |g: Tensor<3>| {
             let c = chunk(REFERENCE_CHUNK_SCALAR);
             crate::simple_gla::reference::chunked(q.clone(), k.clone(), v.clone(), g, self.scale, state.clone(), c)

@@ -131,6 +131,33 @@ pub(crate) fn by_sequence<const D: usize, R>(
     (output, rest)
 }
 
+/// [`by_sequence`] for a reference whose inputs by token are all `[B, T, H, D]`: `dense` gets the tokens and the state
+/// of one sequence, or of the whole batch where nothing is packed, and returns outputs and state. The outputs are `None`
+/// where there is no token.
+pub(crate) fn each_sequence<const E: usize>(
+    inputs: [Tensor<4>; E],
+    state: Tensor<4>,
+    packed: Option<&CuSeqlens>,
+    dense: impl Fn([Tensor<4>; E], Tensor<4>) -> (Tensor<4>, Tensor<4>),
+) -> (Option<Tensor<4>>, Tensor<4>) {
+    let Some(packed) = packed else {
+        if inputs[0].dims()[1] == 0 {
+            return (None, state);
+        }
+        let (o, end) = dense(inputs, state);
+        return (Some(o), end);
+    };
+    let (o, states) = by_sequence(packed, |piece| {
+        let state = piece.state(&state);
+        if piece.length == 0 {
+            return (None, state);
+        }
+        let (o, end) = dense(inputs.each_ref().map(|x| piece.tokens(x)), state);
+        (Some(o), end)
+    });
+    (o, Tensor::cat(states, 0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

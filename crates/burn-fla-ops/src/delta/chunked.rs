@@ -17,7 +17,7 @@ use burn::tensor::{Bool, Tensor};
 
 use super::Operands;
 use crate::chunked::{merge, running_sum, split};
-use crate::gla;
+use crate::key_decay::{KeyDecay, Reads};
 use crate::matmul::product;
 use crate::triangular;
 
@@ -99,12 +99,9 @@ fn scores(q: &Tensor<4>, k: &Tensor<4>, p: &Tensor<4>, sums: Option<&Sums>) -> (
     let columns = k.clone().swap_dims(2, 3);
     match sums {
         Some(sums) if sums.write.dims()[3] > 1 => {
-            // Both at once, for one look at the decays. Only the state after the decay is read here, so `E` is `G`.
-            let twice = |x: &Tensor<4>| Tensor::cat(vec![x.clone(), x.clone()], 0);
-            let rows = Tensor::cat(vec![p.clone(), q.clone()], 0);
-            let both = gla::reference::scores(rows, twice(k), twice(&sums.write));
-            let count = q.dims()[0];
-            (both.clone().narrow(0, 0, count), both.narrow(0, count, count))
+            // Only the state after the decay is read here, so `E` is `G`.
+            let decay = KeyDecay::from_sum(sums.write.clone());
+            (decay.scores(p, k, Reads::Updated), decay.scores(q, k, Reads::Updated))
         }
         Some(sums) => {
             let decay = |rows: &Tensor<4>, diagonal: i64| {

@@ -1,0 +1,111 @@
+//! Two forms of the diagonal-plus-low-rank delta rule in plain tensor operations: the token recurrence, which is the
+//! oracle, and the chunked form.
+//!
+//! Both take `q`, `k`, `v`, `a`, `b` and the log decay as one list, in this order.
+
+use burn::tensor::{Tensor, TensorData};
+
+use crate::chunked::{compute_dtype, merge, split};
+use crate::key_decay::{KeyDecay, Reads};
+
+/// Token by token: `S_t = diag(e^{g_t}) S_{t−1} + b_t (a_tᵀ S_{t−1}) + k_t v_tᵀ`, `o_t = scale · S_tᵀ q_t`.
+///
+/// Shapes as [`dplr`](crate::dplr()); `state` is `[B, H, K, V]`. Returns the outputs and the last state.
+pub fn recurrent(inputs: [Tensor<4>; 6], scale: f64, state: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+    let out_dtype = inputs[0].dtype();
+    let dtype = compute_dtype(out_dtype);
+    let [q, k, v, a, b, g] = inputs.map(|x| x.cast(dtype));
+    let [batch, t, h, dk] = q.dims();
+    let dv = v.dims()[3];
+    let mut state = state.cast(dtype);
+    let mut outputs = Vec::with_capacity(t);
+    for i in 0..t {
+        let row = |x: &Tensor<4>| x.clone().narrow(1, i, 1).reshape([batch, h, 1, x.dims()[3]]);
+        let column = |x: &Tensor<4>| x.clone().narrow(1, i, 1).reshape([batch, h, dk, 1]);
+        let read = row(&a).matmul(state.clone());
+        state = state * column(&g).exp() + column(&b) * read + column(&k) * row(&v);
+        outputs.push(row(&q).matmul(state.clone()).mul_scalar(scale).reshape([batch, 1, h, dv]));
+    }
+    (Tensor::cat(outputs, 1).cast(out_dtype), state)
+}
+
+/// The chunked form of [`recurrent`].
+///
+/// With `p_j = S_{j−1}ᵀ a_j`, what `a_j` reads, a chunk that starts from `S` has
+/// `o_i = scale (Sᵀ (q_i ∘ e^{G_i}) + Σ_{j ≤ i} (q_i k_j) v_j + (q_i b_j) p_j)` and
+/// `p_i = Sᵀ (a_i ∘ e^{G_{i−1}}) + Σ_{j < i} (a_i k_j) v_j + (a_i b_j) p_j`, where the products in parentheses carry the
+/// decay between their rows. The second is solved for `p` by `M = (I − (a b))^{−1}`, so `p = u + w S` with
+/// `w = M (a ∘ e^{G_{i−1}})` and `u = M (a k) v`.
+pub fn chunked(inputs: [Tensor<4>; 6], scale: f64, state: Tensor<4>, chunk: usize) -> (Tensor<4>, Tensor<4>) {
+    let out_dtype = inputs[0].dtype();
+    let dtype = compute_dtype(out_dtype);
+    let [batch, t, h, dk] = inputs[0].dims();
+    let dv = inputs[2].dims()[3];
+    let [q, k, v, a, b, g] = inputs.map(|x| split(x.cast(dtype), chunk));
+    let q = q.mul_scalar(scale);
+    let decay = KeyDecay::new(g);
+    let (updated, previous) = (Reads::Updated, Reads::Previous);
+
+    let inverse = inverse(decay.scores(&a, &b, previous));
+    let u = inverse.clone().matmul(decay.scores(&a, &k, previous).matmul(v.clone()));
+    let w = inverse.matmul(a.clone() * decay.sum(previous).exp());
+
+    let rest = decay.to_the_end();
+    let k_end = (k.clone() * rest.clone()).swap_dims(2, 3);
+    let b_end = (b.clone() * rest).swap_dims(2, 3);
+    let local = k_end.matmul(v.clone()) + b_end.clone().matmul(u.clone());
+    let identity = Tensor::<2>::eye(dk, &q.device()).cast(dtype).reshape([1, 1, dk, dk]);
+    let transition = identity * decay.last().exp() + b_end.matmul(w.clone());
+    let first = state.cast(dtype).reshape([batch * h, 1, dk, dv]);
+    let (starts, end) = pass_through(transition, local, first);
+
+    let p = u + w.matmul(starts.clone());
+    let o = (q.clone() * decay.sum(updated).exp()).matmul(starts)
+        + decay.scores(&q, &k, updated).matmul(v)
+        + decay.scores(&q, &b, updated).matmul(p);
+    (merge(o, batch, t).cast(out_dtype), end.reshape([batch, h, dk, dv]))
+}
+
+/// Passes the state from chunk to chunk: `S_{m+1} = transition_m S_m + local_m`.
+///
+/// `transition` is `[B·H, n, K, K]`, `local` `[B·H, n, K, V]`, `first` `[B·H, 1, K, V]`. Returns the state before each
+/// chunk, and the one after the last.
+fn pass_through(transition: Tensor<4>, local: Tensor<4>, first: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+    let n = local.dims()[1];
+    let mut state = first;
+    let mut starts = Vec::with_capacity(n);
+    for m in 0..n {
+        starts.push(state.clone());
+        state = transition.clone().narrow(1, m, 1).matmul(state) + local.clone().narrow(1, m, 1);
+    }
+    (Tensor::cat(starts, 1), state)
+}
+
+/// `(I − L)^{−1}` of strictly lower triangles `L`, `[…, C, C]`.
+///
+/// Blocks of 1, 2, 4, … rows are inverted in turn: two neighbours with inverses `X` and `Y` and the block `L'` between
+/// them make `[[X, 0], [Y L' X, Y]]`. Powers of `L`, whose entries would grow like binomial coefficients where keys
+/// repeat, are never formed.
+///
+/// That much is untracked. One step of Newton's iteration, `M + M (I − (I − L) M)`, then removes most of its rounding, and
+/// has the derivative of the inverse, `M dL M`: the gradient costs two products whatever the size.
+fn inverse(l: Tensor<4>) -> Tensor<4> {
+    let c = l.dims()[3];
+    let (device, dtype) = (l.device(), l.dtype());
+    let identity = Tensor::<2>::eye(c, &device).cast(dtype).reshape([1, 1, c, c]);
+    let fixed = l.clone().detach();
+    let mut m = identity.clone().expand(l.dims());
+    let mut size = 1;
+    while size < c {
+        let between: Vec<f32> = (0..c * c)
+            .map(|at| (at / c / size, at % c / size))
+            .map(|(row, column)| f32::from(u8::from(row % 2 == 1 && column + 1 == row)))
+            .collect();
+        let between = Tensor::<2>::from_data(TensorData::new(between, [c, c]), &device.clone().inner());
+        let block = fixed.clone() * between.cast(dtype).reshape([1, 1, c, c]);
+        m = if size == 1 { m + block } else { m.clone() + m.clone().matmul(block).matmul(m) };
+        size *= 2;
+    }
+    let residual = identity - m.clone() + l.matmul(m.clone());
+    m.clone() + m.matmul(residual)
+}
