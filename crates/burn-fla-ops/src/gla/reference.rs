@@ -6,14 +6,14 @@ use burn::tensor::{Int, Tensor};
 use crate::chunked::{compute_dtype, lower, merge, pass_states, running_sum, split};
 
 /// Rows of a sub-block whose decays are taken pair by pair in the exact form.
-const SUB_BLOCK: usize = 16;
+pub(crate) const SUB_BLOCK: usize = 16;
 
 /// The sum of log decays over a chunk down to which the factored form of the scores is used.
 ///
 /// It multiplies queries by `e^{G − R}` and keys by `e^{R − G}`, `R` the sum in the middle of the chunk: exponents reach
 /// at most 60 in magnitude, and `e^{120}` times ordinary queries and keys would leave f32 only in the masked triangle,
 /// where each factor alone is still finite. Below that the exact form takes over, whose exponents are never positive.
-const FACTORED_DOWN_TO: f64 = -60.0;
+pub(crate) const FACTORED_DOWN_TO: f64 = -60.0;
 
 /// Token by token: `S_t = diag(e^{g_t}) S_{t−1} + k_t v_tᵀ`, `o_t = scale · S_tᵀ q_t`.
 ///
@@ -92,7 +92,7 @@ fn factored_scores(q: Tensor<4>, k: Tensor<4>, sum: Tensor<4>) -> Tensor<4> {
 }
 
 /// Zero above the diagonal, by selection: what stands there may be huge.
-fn masked(scores: Tensor<4>) -> Tensor<4> {
+pub(crate) fn masked(scores: Tensor<4>) -> Tensor<4> {
     let [bh, n, c, _] = scores.dims();
     let rows = Tensor::<1, Int>::arange(0..c as i64, &scores.device()).reshape([c, 1]);
     let columns = Tensor::<1, Int>::arange(0..c as i64, &scores.device()).reshape([1, c]);
