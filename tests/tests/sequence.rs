@@ -1,17 +1,16 @@
 //! The sequence operators that run in tensor operations: the chunked form against the token recurrence, packed against
 //! separate, a continued sequence against the whole, and gradients against finite differences. One file a family.
 
-#[path = "sequence/scans.rs"]
-mod scans;
-#[path = "sequence/slots.rs"]
-mod slots;
-
 use burn::tensor::Tensor;
 use burn_fla_ops::{ScalarDecay, SequenceOptions, simple_gla};
 use burn_fla_tests::agree::{Input, assert_finite_differences};
 
 #[path = "sequence/linear.rs"]
 mod linear;
+#[path = "sequence/scans.rs"]
+mod scans;
+#[path = "sequence/slots.rs"]
+mod slots;
 
 /// A flat input in its shape.
 fn view<const D: usize>(x: &Tensor<1>, shape: [usize; D]) -> Tensor<D> {
