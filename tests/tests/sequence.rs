@@ -14,6 +14,10 @@ use burn_fla_tests::agree::{Input, assert_finite_differences};
 mod delta;
 #[path = "sequence/linear.rs"]
 mod linear;
+#[path = "sequence/scans.rs"]
+mod scans;
+#[path = "sequence/slots.rs"]
+mod slots;
 
 /// A flat input in its shape.
 fn view<const D: usize>(x: &Tensor<1>, shape: [usize; D]) -> Tensor<D> {

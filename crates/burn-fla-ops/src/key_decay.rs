@@ -6,14 +6,14 @@ use crate::chunked::running_sum;
 use crate::matmul::product;
 
 /// Rows of a sub-block whose decays are taken pair by pair in the exact form.
-const SUB_BLOCK: usize = 16;
+pub(crate) const SUB_BLOCK: usize = 16;
 
 /// The sum of log decays over a chunk down to which the factored form of the scores is used.
 ///
 /// It multiplies rows by `e^{G − R}` and columns by `e^{R − G}`, `R` the sum in the middle of the chunk: exponents reach
 /// at most 60 in magnitude, and what leaves f32 could stand in the masked triangle alone, where each factor is still
 /// finite. Below that the exact form takes over, whose exponents are never positive.
-const FACTORED_DOWN_TO: f64 = -60.0;
+pub(crate) const FACTORED_DOWN_TO: f64 = -60.0;
 
 /// Which columns a row reads, and with it the decay between them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

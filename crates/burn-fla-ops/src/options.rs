@@ -26,3 +26,14 @@ pub struct SequenceOptions {
     /// Tokens a chunk; `None` lets the operator choose.
     pub chunk: Option<usize>,
 }
+
+/// Options of a scan along time in which every channel is by itself.
+#[derive(Clone, Debug, Default)]
+pub struct ScanOptions {
+    /// State before the first token, f32 `[N, D]`; `None` is the state of no tokens. Gradients flow into it.
+    pub initial_state: Option<Tensor<2>>,
+    /// Packed sequences: the row (batch 1) holds several sequences, and the state restarts at each.
+    pub cu_seqlens: Option<CuSeqlens>,
+    /// Which implementation runs.
+    pub engine: Engine,
+}

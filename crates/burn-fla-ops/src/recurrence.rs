@@ -9,7 +9,7 @@ use crate::sequences::{by_sequence, each_sequence};
 use crate::{CuSeqlens, Engine, OpError, SequenceOptions};
 
 /// Tokens a chunk of the reference with a decay by key: its factored scores hold further in a short chunk.
-const REFERENCE_CHUNK_KEY: usize = 32;
+pub(crate) const REFERENCE_CHUNK_KEY: usize = 32;
 /// Tokens a chunk of the reference with a scalar decay.
 const REFERENCE_CHUNK_SCALAR: usize = 64;
 

@@ -7,6 +7,7 @@ use burn::tensor::{Tensor, TensorData};
 
 use crate::chunked::{compute_dtype, merge, split};
 use crate::key_decay::{KeyDecay, Reads};
+use crate::matmul::product;
 
 /// Token by token: `S_t = diag(e^{g_t}) S_{t−1} + b_t (a_tᵀ S_{t−1}) + k_t v_tᵀ`, `o_t = scale · S_tᵀ q_t`.
 ///
@@ -22,9 +23,9 @@ pub fn recurrent(inputs: [Tensor<4>; 6], scale: f64, state: Tensor<4>) -> (Tenso
     for i in 0..t {
         let row = |x: &Tensor<4>| x.clone().narrow(1, i, 1).reshape([batch, h, 1, x.dims()[3]]);
         let column = |x: &Tensor<4>| x.clone().narrow(1, i, 1).reshape([batch, h, dk, 1]);
-        let read = row(&a).matmul(state.clone());
+        let read = product(row(&a), state.clone());
         state = state * column(&g).exp() + column(&b) * read + column(&k) * row(&v);
-        outputs.push(row(&q).matmul(state.clone()).mul_scalar(scale).reshape([batch, 1, h, dv]));
+        outputs.push(product(row(&q), state.clone()).mul_scalar(scale).reshape([batch, 1, h, dv]));
     }
     (Tensor::cat(outputs, 1).cast(out_dtype), state)
 }
@@ -47,22 +48,22 @@ pub fn chunked(inputs: [Tensor<4>; 6], scale: f64, state: Tensor<4>, chunk: usiz
     let (updated, previous) = (Reads::Updated, Reads::Previous);
 
     let inverse = inverse(decay.scores(&a, &b, previous));
-    let u = inverse.clone().matmul(decay.scores(&a, &k, previous).matmul(v.clone()));
-    let w = inverse.matmul(a.clone() * decay.sum(previous).exp());
+    let u = product(inverse.clone(), product(decay.scores(&a, &k, previous), v.clone()));
+    let w = product(inverse, a.clone() * decay.sum(previous).exp());
 
     let rest = decay.to_the_end();
     let k_end = (k.clone() * rest.clone()).swap_dims(2, 3);
     let b_end = (b.clone() * rest).swap_dims(2, 3);
-    let local = k_end.matmul(v.clone()) + b_end.clone().matmul(u.clone());
+    let local = product(k_end, v.clone()) + product(b_end.clone(), u.clone());
     let identity = Tensor::<2>::eye(dk, &q.device()).cast(dtype).reshape([1, 1, dk, dk]);
-    let transition = identity * decay.last().exp() + b_end.matmul(w.clone());
+    let transition = identity * decay.last().exp() + product(b_end, w.clone());
     let first = state.cast(dtype).reshape([batch * h, 1, dk, dv]);
     let (starts, end) = pass_through(transition, local, first);
 
-    let p = u + w.matmul(starts.clone());
-    let o = (q.clone() * decay.sum(updated).exp()).matmul(starts)
-        + decay.scores(&q, &k, updated).matmul(v)
-        + decay.scores(&q, &b, updated).matmul(p);
+    let p = u + product(w, starts.clone());
+    let o = product(q.clone() * decay.sum(updated).exp(), starts)
+        + product(decay.scores(&q, &k, updated), v)
+        + product(decay.scores(&q, &b, updated), p);
     (merge(o, batch, t).cast(out_dtype), end.reshape([batch, h, dk, dv]))
 }
 
@@ -76,7 +77,7 @@ fn pass_through(transition: Tensor<4>, local: Tensor<4>, first: Tensor<4>) -> (T
     let mut starts = Vec::with_capacity(n);
     for m in 0..n {
         starts.push(state.clone());
-        state = transition.clone().narrow(1, m, 1).matmul(state) + local.clone().narrow(1, m, 1);
+        state = product(transition.clone().narrow(1, m, 1), state) + local.clone().narrow(1, m, 1);
     }
     (Tensor::cat(starts, 1), state)
 }
@@ -103,9 +104,9 @@ fn inverse(l: Tensor<4>) -> Tensor<4> {
             .collect();
         let between = Tensor::<2>::from_data(TensorData::new(between, [c, c]), &device.clone().inner());
         let block = fixed.clone() * between.cast(dtype).reshape([1, 1, c, c]);
-        m = if size == 1 { m + block } else { m.clone() + m.clone().matmul(block).matmul(m) };
+        m = if size == 1 { m + block } else { m.clone() + product(product(m.clone(), block), m) };
         size *= 2;
     }
-    let residual = identity - m.clone() + l.matmul(m.clone());
-    m.clone() + m.matmul(residual)
+    let residual = identity - m.clone() + product(l, m.clone());
+    m.clone() + product(m, residual)
 }

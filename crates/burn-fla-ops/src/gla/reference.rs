@@ -5,6 +5,7 @@ use burn::tensor::Tensor;
 
 use crate::chunked::{compute_dtype, merge, pass_states, split};
 use crate::key_decay::{KeyDecay, Reads};
+use crate::matmul::product;
 
 /// Token by token: `S_t = diag(e^{g_t}) S_{t−1} + k_t v_tᵀ`, `o_t = scale · S_tᵀ q_t`.
 ///
@@ -30,7 +31,7 @@ pub fn recurrent(
         let v_i = v.clone().narrow(1, i, 1).reshape([b, h, 1, dv]);
         let decay = g.clone().narrow(1, i, 1).reshape([b, h, dk, 1]).exp();
         state = state * decay + k_i * v_i;
-        outputs.push(q_i.matmul(state.clone()).mul_scalar(scale).reshape([b, 1, h, dv]));
+        outputs.push(product(q_i, state.clone()).mul_scalar(scale).reshape([b, 1, h, dv]));
     }
     (Tensor::cat(outputs, 1).cast(out_dtype), state)
 }
@@ -56,9 +57,9 @@ pub fn chunked(
     let decay = KeyDecay::new(split(log_decay.cast(dtype), chunk));
 
     let scores = decay.scores(&q, &k, Reads::Updated);
-    let local = (k * decay.to_the_end()).swap_dims(2, 3).matmul(v.clone());
+    let local = product((k * decay.to_the_end()).swap_dims(2, 3), v.clone());
     let first = state.cast(dtype).reshape([b * h, 1, dk, dv]);
     let (starts, end) = pass_states(local, decay.last().exp().swap_dims(2, 3), first);
-    let o = (q * decay.sum(Reads::Updated).exp()).matmul(starts) + scores.matmul(v);
+    let o = product(q * decay.sum(Reads::Updated).exp(), starts) + product(scores, v);
     (merge(o, b, t).cast(out_dtype), end.reshape([b, h, dk, dv]))
 }

@@ -5,6 +5,7 @@ use burn::tensor::Tensor;
 
 use crate::chunked::{compute_dtype, merge, pass_states, split};
 use crate::key_decay::{KeyDecay, Reads};
+use crate::matmul::product;
 
 /// Token by token: `o_t = scale (S_{t−1}ᵀ r_t + (r_t · (u ∘ k_t)) v_t)`, `S_t = diag(e^{w_t}) S_{t−1} + k_t v_tᵀ`.
 ///
@@ -25,7 +26,7 @@ pub fn recurrent(inputs: [Tensor<4>; 4], bonus: Tensor<2>, scale: f64, state: Te
         let decay = w.clone().narrow(1, i, 1).reshape([b, h, dk, 1]).exp();
         let update = k_i * v_i;
         let read = state.clone() + update.clone() * u.clone();
-        outputs.push(r_i.matmul(read).mul_scalar(scale).reshape([b, 1, h, dv]));
+        outputs.push(product(r_i, read).mul_scalar(scale).reshape([b, 1, h, dv]));
         state = state * decay + update;
     }
     (Tensor::cat(outputs, 1).cast(out_dtype), state)
@@ -53,9 +54,9 @@ pub fn chunked(
     let (r, k, v) = (split(r, chunk), split(k, chunk), split(v, chunk));
     let decay = KeyDecay::new(split(w, chunk));
     let scores = decay.scores(&r, &k, Reads::Previous);
-    let local = (k * decay.to_the_end()).swap_dims(2, 3).matmul(v.clone());
+    let local = product((k * decay.to_the_end()).swap_dims(2, 3), v.clone());
     let first = state.cast(dtype).reshape([b * h, 1, dk, dv]);
     let (starts, end) = pass_states(local, decay.last().exp().swap_dims(2, 3), first);
-    let o = (r * decay.sum(Reads::Previous).exp()).matmul(starts) + scores.matmul(v);
+    let o = product(r * decay.sum(Reads::Previous).exp(), starts) + product(scores, v);
     ((merge(o, b, t) + current).cast(out_dtype), end.reshape([b, h, dk, dv]))
 }

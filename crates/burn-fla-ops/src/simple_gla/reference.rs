@@ -4,6 +4,7 @@
 use burn::tensor::Tensor;
 
 use crate::chunked::{compute_dtype, lower, merge, pass_states, running_sum, split};
+use crate::matmul::product;
 
 /// Token by token: `S_t = e^{g_t} S_{t−1} + k_t v_tᵀ`, `o_t = scale · S_tᵀ q_t`.
 ///
@@ -45,12 +46,12 @@ pub fn chunked(
     let triangle = lower(chunk, &sum.device(), dtype).reshape([1, 1, chunk, chunk]);
     // The exponent is set to zero above the diagonal before the exponential, the product after it.
     let exponent = (sum.clone() - sum.clone().swap_dims(2, 3)) * triangle.clone();
-    let scores = q.clone().matmul(k.clone().swap_dims(2, 3)) * exponent.exp() * triangle;
+    let scores = product(q.clone(), k.clone().swap_dims(2, 3)) * exponent.exp() * triangle;
 
     let decayed_k = k * (last.clone() - sum.clone()).exp();
-    let local = decayed_k.swap_dims(2, 3).matmul(v.clone());
+    let local = product(decayed_k.swap_dims(2, 3), v.clone());
     let first = state.cast(dtype).reshape([b * h, 1, dk, dv]);
     let (starts, end) = pass_states(local, last.exp(), first);
-    let o = (q * sum.exp()).matmul(starts) + scores.matmul(v);
+    let o = product(q * sum.exp(), starts) + product(scores, v);
     (merge(o, b, t).cast(out_dtype), end.reshape([b, h, dk, dv]))
 }

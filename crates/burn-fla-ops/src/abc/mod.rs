@@ -1,0 +1,102 @@
+//! Attention with bounded-memory control: M slots, each a softmax-weighted mean of the keys and of the values so far,
+//! read by a softmax over the slots.
+//!
+//! ```text
+//! z_t  = log(e^{z_{t−1}} + e^{s_t})                                  for each slot
+//! Hk_t = Σ_{j ≤ t} k_j (e^{s_j − z_t})ᵀ        Hk: [K, M]
+//! p_t  = softmax_M(scale · Hk_tᵀ q_t)
+//! Hv_t = Σ_{j ≤ t} e^{s_j − z_t} v_jᵀ          Hv: [M, V]
+//! o_t  = Hv_tᵀ p_t
+//! ```
+//!
+//! It is gated slot attention with the weights `e^{s_t − z_t}` and the log decays `z_{t−1} − z_t` of a running softmax.
+//! The normaliser z is part of the state, so a continued sequence is the whole one.
+//!
+//! Peng et al.: *ABC: Attention with Bounded-memory Control* (2022).
+
+pub mod reference;
+
+use burn::tensor::Tensor;
+
+use crate::bridge::{same_device, same_shape};
+use crate::gsa::{GsaOptions, GsaState};
+use crate::running_softmax::running_softmax;
+use crate::{CuSeqlens, Engine, OpError, ScanOptions, gsa};
+
+/// What [`abc`](crate::abc()) keeps of the tokens seen.
+#[derive(Clone, Debug)]
+pub struct AbcState {
+    /// The mean keys of the slots, f32 `[N, H, K, M]`.
+    pub keys: Tensor<4>,
+    /// The mean values of the slots, f32 `[N, H, M, V]`.
+    pub values: Tensor<4>,
+    /// The logarithm of the weight of the tokens seen, f32 `[N, H, M]`; −∞ where there were none.
+    pub normaliser: Tensor<3>,
+}
+
+/// Options of [`abc`](crate::abc()).
+#[derive(Clone, Debug, Default)]
+pub struct AbcOptions {
+    /// Factor on the queries; `None` is `K^(-1/2)`.
+    pub scale: Option<f64>,
+    /// State before the first token; `None` is that of no tokens. Gradients flow into it.
+    pub initial_state: Option<AbcState>,
+    /// Packed sequences: the row (batch 1) holds several sequences, and the state restarts at each.
+    pub cu_seqlens: Option<CuSeqlens>,
+    /// Which implementation runs.
+    pub engine: Engine,
+    /// Tokens a chunk; `None` lets the operator choose.
+    pub chunk: Option<usize>,
+}
+
+/// Attention with bounded-memory control over whole sequences. Returns `o` and the state after the last token.
+///
+/// # Shapes
+/// - `q`, `k`: `[B, T, H, K]`; `v`: `[B, T, H, V]`; `scores`: s, `[B, T, H, M]`, finite, how much slot m takes in of token
+///   t; all of one dtype (f32 or bf16; f64 where the device has it)
+/// - returns `o`: `[B, T, H, V]` in the dtype of `q`, and the final state in f32 (f64 for f64). Both softmaxes are f32.
+///
+/// # Gradients
+/// With respect to all four tensors and the initial state, through both outputs.
+///
+/// # Errors
+/// [`OpError`] where shapes, dtypes, devices or offsets do not fit together.
+pub fn abc(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    scores: Tensor<4>,
+    options: AbcOptions,
+) -> Result<(Tensor<4>, AbcState), OpError> {
+    const OP: &str = "abc";
+    let sequences = gsa::check(OP, &q, &k, &v, &scores, "scores", options.cu_seqlens.as_ref())?;
+    let n = sequences.num_sequences();
+    let [b, t, h, m] = scores.dims();
+    let (memory, normaliser) = match options.initial_state {
+        Some(AbcState { keys, values, normaliser }) => {
+            let memory = GsaState { keys, values };
+            gsa::check_state(OP, &memory, &q, &v, &scores, n)?;
+            same_shape(OP, "initial_state.normaliser", &normaliser, [n, h, m], "[N, H, M]")?;
+            same_device(OP, "initial_state.normaliser", &normaliser, &q.device())?;
+            (Some(memory), Some(normaliser.reshape([n, h * m])))
+        }
+        None => (None, None),
+    };
+    gsa::check_chunk(OP, options.chunk)?;
+    let scan =
+        ScanOptions { initial_state: normaliser, cu_seqlens: options.cu_seqlens.clone(), engine: options.engine };
+    // f32 from here on also for bf16: the weights of the slots are products of many factors near one.
+    let scores = scores.cast(crate::chunked::compute_dtype(q.dtype())).reshape([b, t, h * m]);
+    let (weights, log_decay, normaliser) = running_softmax(scores, scan)?;
+    let by_slot = |x: Tensor<3>| x.reshape([b, t, h, m]);
+    let options = GsaOptions {
+        scale: options.scale,
+        initial_state: memory,
+        cu_seqlens: options.cu_seqlens,
+        engine: options.engine,
+        chunk: options.chunk,
+    };
+    let (o, state) = gsa::run(OP, [q, k, v, by_slot(weights), by_slot(log_decay)], sequences, options)?;
+    let GsaState { keys, values } = state;
+    Ok((o, AbcState { keys, values, normaliser: normaliser.reshape([n, h, m]) }))
+}

@@ -1,0 +1,197 @@
+//! Gated slot attention: a memory of M slots for keys and values that forgets slot by slot, read by a softmax.
+//!
+//! ```text
+//! Hk_t = Hk_{t−1} diag(e^{g_t}) + k_t s_tᵀ        Hk: [K, M]
+//! p_t  = softmax_M(scale · Hk_tᵀ q_t)
+//! Hv_t = diag(e^{g_t}) Hv_{t−1} + s_t v_tᵀ        Hv: [M, V]
+//! o_t  = Hv_tᵀ p_t
+//! ```
+//!
+//! The second recurrence is gated linear attention with queries p, keys s and a decay for each key. The first has the
+//! state of one too (transposed, with keys s and values k), but it is read along the other side.
+//!
+//! Zhang et al.: *Gated Slot Attention for Efficient Linear-Time Sequence Modeling* (2024).
+
+pub mod reference;
+
+use burn::tensor::activation::softmax;
+use burn::tensor::{Device, Tensor};
+
+use crate::arguments::activation;
+use crate::bridge::{same_device, same_dtype, same_shape};
+use crate::chunked::compute_dtype;
+use crate::recurrence::{Decay, Problem, REFERENCE_CHUNK_KEY};
+use crate::sequences::by_sequence;
+use crate::{CuSeqlens, Engine, OpError, SequenceOptions};
+
+/// What [`gsa`](crate::gsa()) keeps of the tokens seen.
+#[derive(Clone, Debug)]
+pub struct GsaState {
+    /// The keys of the slots, f32 `[N, H, K, M]`.
+    pub keys: Tensor<4>,
+    /// The values of the slots, f32 `[N, H, M, V]`.
+    pub values: Tensor<4>,
+}
+
+/// Options of [`gsa`](crate::gsa()).
+#[derive(Clone, Debug, Default)]
+pub struct GsaOptions {
+    /// Factor on the queries; `None` is `K^(-1/2)`.
+    pub scale: Option<f64>,
+    /// State before the first token; `None` is zero. Gradients flow into it.
+    pub initial_state: Option<GsaState>,
+    /// Packed sequences: the row (batch 1) holds several sequences, and state and decay restart at each.
+    pub cu_seqlens: Option<CuSeqlens>,
+    /// Which implementation runs.
+    pub engine: Engine,
+    /// Tokens a chunk; `None` lets the operator choose.
+    pub chunk: Option<usize>,
+}
+
+/// Gated slot attention over whole sequences: `p_t = softmax(scale · Hk_tᵀ q_t)`, `o_t = Hv_tᵀ p_t`, where both memories
+/// decay by `e^{g_t}` slot by slot and take in `k_t` and `v_t` with the weights `s_t`. Returns `o` and the state after the
+/// last token.
+///
+/// # Shapes
+/// - `q`, `k`: `[B, T, H, K]`; `v`: `[B, T, H, V]`; `slots`: s, `[B, T, H, M]`, all of one dtype (f32 or bf16; f64 where
+///   the device has it)
+/// - `log_decay`: g, `[B, T, H, M]`, natural logarithm of the decay, at most 0; f32 or the dtype of `q`
+/// - returns `o`: `[B, T, H, V]` in the dtype of `q`, and the final state in f32 (f64 for f64). The softmax between the
+///   two memories is f32.
+///
+/// # Gradients
+/// With respect to all five tensors and the initial state, through both outputs.
+///
+/// # Errors
+/// [`OpError`] where shapes, dtypes, devices or offsets do not fit together.
+pub fn gsa(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    slots: Tensor<4>,
+    log_decay: Tensor<4>,
+    options: GsaOptions,
+) -> Result<(Tensor<4>, GsaState), OpError> {
+    const OP: &str = "gsa";
+    let sequences = check(OP, &q, &k, &v, &slots, "slots", options.cu_seqlens.as_ref())?;
+    same_shape(OP, "log_decay", &log_decay, slots.dims(), "[B, T, H, M]")?;
+    same_device(OP, "log_decay", &log_decay, &q.device())?;
+    if let Some(state) = &options.initial_state {
+        check_state(OP, state, &q, &v, &slots, sequences.num_sequences())?;
+    }
+    check_chunk(OP, options.chunk)?;
+    run(OP, [q, k, v, slots, log_decay], sequences, options)
+}
+
+/// The checks of what ABC and GSA share. Returns the sequences.
+pub(crate) fn check(
+    op: &'static str,
+    q: &Tensor<4>,
+    k: &Tensor<4>,
+    v: &Tensor<4>,
+    slots: &Tensor<4>,
+    slots_argument: &'static str,
+    packed: Option<&CuSeqlens>,
+) -> Result<CuSeqlens, OpError> {
+    let [b, t, h, dk] = q.dims();
+    let (m, dv) = (slots.dims()[3], v.dims()[3]);
+    let device: Device = q.device();
+    activation(op, "q", q)?;
+    if [b, h, dk].contains(&0) {
+        return Err(OpError::Shape {
+            op,
+            argument: "q",
+            found: q.dims().to_vec(),
+            expected: "at least one row, head and channel".into(),
+        });
+    }
+    let others =
+        [("k", k, dk, "[B, T, H, K]"), ("v", v, dv, "[B, T, H, V]"), (slots_argument, slots, m, "[B, T, H, M]")];
+    for (argument, x, width, names) in others {
+        same_shape(op, argument, x, [b, t, h, width], names)?;
+        same_dtype(op, argument, x, q.dtype())?;
+        same_device(op, argument, x, &device)?;
+        if width == 0 {
+            let expected = "at least one channel".into();
+            return Err(OpError::Shape { op, argument, found: x.dims().to_vec(), expected });
+        }
+    }
+    match packed {
+        Some(packed) => packed.check(b, t).map(|()| packed.clone()),
+        None => Ok(CuSeqlens::dense(b, t)),
+    }
+}
+
+/// Checks the two memories against the other arguments.
+pub(crate) fn check_state(
+    op: &'static str,
+    state: &GsaState,
+    q: &Tensor<4>,
+    v: &Tensor<4>,
+    slots: &Tensor<4>,
+    sequences: usize,
+) -> Result<(), OpError> {
+    let [_, _, h, dk] = q.dims();
+    let (m, dv) = (slots.dims()[3], v.dims()[3]);
+    same_shape(op, "initial_state.keys", &state.keys, [sequences, h, dk, m], "[N, H, K, M]")?;
+    same_device(op, "initial_state.keys", &state.keys, &q.device())?;
+    same_shape(op, "initial_state.values", &state.values, [sequences, h, m, dv], "[N, H, M, V]")?;
+    same_device(op, "initial_state.values", &state.values, &q.device())
+}
+
+/// Checks the option `chunk`.
+pub(crate) fn check_chunk(op: &'static str, chunk: Option<usize>) -> Result<(), OpError> {
+    match chunk {
+        Some(0) => {
+            let reason = "is 0, but a chunk has at least one token".into();
+            Err(OpError::Option { op, option: "chunk", reason })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Both passes over checked arguments (q, k, v, s, g), in the dtype of computation.
+pub(crate) fn run(
+    op: &'static str,
+    arguments: [Tensor<4>; 5],
+    sequences: CuSeqlens,
+    options: GsaOptions,
+) -> Result<(Tensor<4>, GsaState), OpError> {
+    let out = arguments[0].dtype();
+    let dtype = compute_dtype(out);
+    let [q, k, v, slots, g] = arguments.map(|x| x.cast(dtype));
+    let [_, t, h, dk] = q.dims();
+    let m = slots.dims()[3];
+    let scale = options.scale.unwrap_or_else(|| (dk as f64).powf(-0.5));
+    let chunk = options.chunk.unwrap_or_else(|| REFERENCE_CHUNK_KEY.min(t.next_power_of_two()));
+    let (keys, values) = match options.initial_state {
+        Some(state) => (state.keys.cast(dtype), Some(state.values)),
+        None => (Tensor::zeros([sequences.num_sequences(), h, dk, m], (&q.device(), dtype)), None),
+    };
+    let read = |q, k, slots, g, keys| reference::read_slots(q, k, slots, g, scale, keys, chunk);
+    let (scores, keys) = if options.cu_seqlens.is_some() {
+        let (scores, keys) = by_sequence(&sequences, |piece| {
+            let keys = piece.state(&keys);
+            if piece.length == 0 {
+                return (None, keys);
+            }
+            let [q, k, slots, g] = [&q, &k, &slots, &g].map(|x| piece.tokens(x));
+            let (scores, keys) = read(q, k, slots, g, keys);
+            (Some(scores), keys)
+        });
+        (scores.unwrap_or_else(|| slots.clone()), Tensor::cat(keys, 0))
+    } else if t == 0 {
+        (slots.clone(), keys)
+    } else {
+        read(q, k, slots.clone(), g.clone(), keys)
+    };
+    let second = SequenceOptions {
+        scale: Some(1.0),
+        initial_state: values,
+        cu_seqlens: options.cu_seqlens,
+        engine: options.engine,
+        chunk: options.chunk,
+    };
+    let (o, values) = Problem::new(op, softmax(scores, 3), slots, v, Decay::Key(g), second)?.run()?;
+    Ok((o.cast(out), GsaState { keys, values }))
+}

@@ -1,0 +1,44 @@
+//! Weights and decays that turn a sum over the tokens so far into their softmax-weighted mean.
+//!
+//! ```text
+//! z_t = log(e^{z_{t−1}} + e^{s_t})        w_t = e^{s_t − z_t}        g_t = z_{t−1} − z_t
+//! ```
+//!
+//! A recurrence `S_t = e^{g_t} S_{t−1} + w_t v_tᵀ` is then `Σ_{j ≤ t} softmax_{j ≤ t}(s)_j v_jᵀ`, for each channel of `s` by
+//! itself. ABC and LightNet are built on it.
+//!
+//! Peng et al.: *ABC: Attention with Bounded-memory Control* (2022); Qin et al.: *You Only Scan Once: Efficient
+//! Multi-dimension Sequential Modeling with LightNet* (2024).
+
+pub mod reference;
+
+use burn::tensor::Tensor;
+
+use crate::scan::Scan;
+use crate::{OpError, ScanOptions};
+
+/// The weights `w_t = e^{s_t − z_t}` and log decays `g_t = z_{t−1} − z_t` of a running softmax over the tokens,
+/// `z_t = log(e^{z_{t−1}} + e^{s_t})`. Returns `w`, `g` and the last `z`.
+///
+/// `g` is 0 at the first token of a sequence without a past (`z_0` = −∞): the state before it is zero, whatever decays it.
+///
+/// # Shapes
+/// - `scores`: s, `[B, T, D]`, finite; f32, bf16 or f64
+/// - `options.initial_state`: `z_0`, `[N, D]`; `None` is −∞
+/// - returns `w`: `[B, T, D]` in the dtype of `scores`; `g`: `[B, T, D]`, at most 0 up to rounding, and the final `z`:
+///   `[N, D]`, both f32 (f64 for f64)
+///
+/// # Gradients
+/// With respect to `scores` and the initial state, through all outputs.
+///
+/// # Errors
+/// [`OpError`] where shapes, dtypes, devices or offsets do not fit together.
+pub fn running_softmax(scores: Tensor<3>, options: ScanOptions) -> Result<(Tensor<3>, Tensor<3>, Tensor<2>), OpError> {
+    let scan = Scan::new("running_softmax", "scores", &scores, options)?;
+    if scan.is_empty() {
+        return Ok((scores.clone(), scores.cast(scan.dtype), scan.initial_or(f64::NEG_INFINITY)));
+    }
+    let out = scores.dtype();
+    let (weights, log_decay, end) = reference::doubling(scan.rows(scores), &scan);
+    Ok((scan.unrows(weights).cast(out), scan.unrows(log_decay), end))
+}
