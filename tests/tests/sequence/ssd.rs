@@ -293,7 +293,8 @@ fn the_grouped_norm_is_its_formula() {
             };
             let what = format!("{options:?}");
             assert_agree(&what, &inputs, 1e-13, norm, by_hand);
-            assert_finite_differences(&what, &inputs, 6, 1e-8, norm);
+            // The norm of a single number has a third derivative of hundreds at this ε: 1e-8 is the differences' own error.
+            assert_finite_differences(&what, &inputs, 6, 1e-7, norm);
         }
     }
     let device = reference_device();
