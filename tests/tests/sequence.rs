@@ -5,6 +5,10 @@
 mod key_decay;
 #[path = "sequence/token_shift.rs"]
 mod token_shift;
+#[path = "sequence/selective_scan.rs"]
+mod selective_scan;
+#[path = "sequence/ssd.rs"]
+mod ssd;
 
 use burn::tensor::Tensor;
 use burn_fla_ops::{ScalarDecay, SequenceOptions, simple_gla};

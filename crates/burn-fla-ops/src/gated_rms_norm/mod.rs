@@ -4,12 +4,17 @@
 //! y = (x · rstd ∘ w) ∘ act(g)        rstd = (mean(x²) + eps)^(−1/2), act = silu or sigmoid
 //! ```
 //!
+//! [`grouped_gated_rms_norm`] normalises groups of channels, with the gate before or after the norm.
+//!
 //! Backward, with `n = x · rstd` and `m = dy ∘ act(g)`: `dg = dy ∘ n ∘ w ∘ act'(g)`, `dw = Σ_rows m ∘ n`, and with
 //! `c = w ∘ m`: `dx = rstd · (c − n · mean(c ∘ n))`.
 
+mod grouped;
 #[cfg(feature = "cube")]
 mod kernels;
 pub mod reference;
+
+pub use grouped::{GroupedGatedNorm, grouped_gated_rms_norm};
 
 use burn::tensor::Tensor;
 

@@ -1,0 +1,168 @@
+//! The state space duality of Mamba2: a state `[N_s, P]` for each head with one decay a token, whose input and output
+//! maps `B` and `C` are shared by groups of heads.
+//!
+//! ```text
+//! S_t = e^{Δ_t A} S_{t−1} + B_t (Δ_t x_t)ᵀ        S: [N_s, P], A a number a head, at most 0
+//! y_t = S_tᵀ C_t + D ∘ x_t                          D where it is given
+//! ```
+//!
+//! This is [`simple_gla`] with queries `C`, keys `B`, values `Δ x`, log decay `Δ A` and scale 1, and runs on it.
+//!
+//! Dao, Gu: *Transformers are SSMs* (2024).
+
+pub mod reference;
+
+use burn::tensor::{DType, Tensor};
+
+use crate::arguments::{activation, parameter};
+use crate::bridge::{same_device, same_dtype, same_shape};
+use crate::chunked::compute_dtype;
+use crate::selective_scan::wide;
+use crate::{CuSeqlens, Engine, OpError, ScalarDecay, SequenceOptions, simple_gla};
+
+const OP: &str = "ssd";
+
+/// Which group of `B` and `C` a head reads, of `G` groups for `H` heads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum HeadGroups {
+    /// Head `h` reads group `⌊h / (H/G)⌋`: the heads of a group stand side by side. The rule of published checkpoints.
+    #[default]
+    Contiguous,
+    /// Head `h` reads group `h mod G`.
+    Tiled,
+}
+
+/// Options of [`ssd`](crate::ssd()).
+#[derive(Clone, Debug, Default)]
+pub struct SsdOptions {
+    /// `D`, `[H]` or `[H·P]`: the share of its input that each head or channel adds to its output.
+    pub skip: Option<Tensor<1>>,
+    /// Which group a head reads.
+    pub groups: HeadGroups,
+    /// State before the first token, f32 `[N, H, N_s, P]`; `None` is zero. Gradients flow into it.
+    pub initial_state: Option<Tensor<4>>,
+    /// Packed sequences: the row (batch 1) holds several sequences, and the state restarts at each.
+    pub cu_seqlens: Option<CuSeqlens>,
+    /// Which implementation runs.
+    pub engine: Engine,
+    /// Tokens a chunk; `None` lets the operator choose.
+    pub chunk: Option<usize>,
+}
+
+/// State space duality: `S_t = e^{Δ_t A} S_{t−1} + B_t (Δ_t x_t)ᵀ`, `y_t = S_tᵀ C_t + D ∘ x_t`. Returns `y` and the state
+/// after the last token.
+///
+/// # Shapes
+/// - `x`: `[B, T, H, P]`, f32, bf16 or f64
+/// - `delta`: `[B, T, H]`, the step sizes Δ, at least 0; f32 or the dtype of `x`
+/// - `a`: `[H]`, at most 0; any of these dtypes
+/// - `b`, `c`: `[B, T, G, N_s]` in the dtype of `x`, `H` a multiple of `G`
+/// - returns `y`: `[B, T, H, P]` in the dtype of `x`, and the final state, f32 `[N, H, N_s, P]` (f64 for f64)
+///
+/// # Gradients
+/// With respect to `x`, `delta`, `a`, `b`, `c`, `D` and the initial state, through both outputs.
+///
+/// # Errors
+/// [`OpError`] where shapes, dtypes, devices or offsets do not fit together.
+pub fn ssd(
+    x: Tensor<4>,
+    delta: Tensor<3>,
+    a: Tensor<1>,
+    b: Tensor<4>,
+    c: Tensor<4>,
+    options: SsdOptions,
+) -> Result<(Tensor<4>, Tensor<4>), OpError> {
+    check(&x, &delta, &a, &b, &c, &options)?;
+    let (out, dtype) = (x.dtype(), compute_dtype(x.dtype()));
+    let [batch, tokens, heads, _] = x.dims();
+    let delta = delta.cast(dtype);
+    let decay = delta.clone() * a.cast(dtype).unsqueeze::<3>();
+    let wide = x.cast(dtype);
+    let v = (wide.clone() * delta.reshape([batch, tokens, heads, 1])).cast(out);
+    let sequence = SequenceOptions {
+        scale: Some(1.0),
+        initial_state: options.initial_state,
+        cu_seqlens: options.cu_seqlens,
+        engine: options.engine,
+        chunk: options.chunk,
+    };
+    let q = by_head(c, heads, options.groups);
+    let k = by_head(b, heads, options.groups);
+    let (y, state) = simple_gla(q, k, v, ScalarDecay::PerToken(decay), sequence)?;
+    let y = match options.skip {
+        Some(skip) => (y.cast(dtype) + reference::skip(wide, skip.cast(dtype))).cast(out),
+        None => y,
+    };
+    Ok((y, state))
+}
+
+/// `[B, T, G, N_s]` as `[B, T, H, N_s]`: each head its group.
+fn by_head(x: Tensor<4>, heads: usize, groups: HeadGroups) -> Tensor<4> {
+    let [b, t, g, n] = x.dims();
+    let repeat = heads / g;
+    if repeat == 1 {
+        return x;
+    }
+    let x: Tensor<5> = match groups {
+        HeadGroups::Contiguous => x.reshape([b, t, g, 1, n]).expand([b, t, g, repeat, n]),
+        HeadGroups::Tiled => x.reshape([b, t, 1, g, n]).expand([b, t, repeat, g, n]),
+    };
+    x.reshape([b, t, heads, n])
+}
+
+fn check(
+    x: &Tensor<4>,
+    delta: &Tensor<3>,
+    a: &Tensor<1>,
+    b: &Tensor<4>,
+    c: &Tensor<4>,
+    options: &SsdOptions,
+) -> Result<(), OpError> {
+    let [batch, tokens, heads, width] = x.dims();
+    let [_, _, groups, states] = b.dims();
+    let device = x.device();
+    activation(OP, "x", x)?;
+    if [batch, heads, width].contains(&0) {
+        let expected = "at least one row, head and channel".into();
+        return Err(OpError::Shape { op: OP, argument: "x", found: x.dims().to_vec(), expected });
+    }
+    if states == 0 || groups == 0 || !heads.is_multiple_of(groups) {
+        let expected = format!("[B, T, G, N_s] with G a divisor of the {heads} heads and N_s at least 1");
+        return Err(OpError::Shape { op: OP, argument: "b", found: b.dims().to_vec(), expected });
+    }
+    same_shape(OP, "delta", delta, [batch, tokens, heads], "[B, T, H]")?;
+    wide(OP, "delta", delta, x.dtype(), &device)?;
+    parameter(OP, "a", a, [heads], "[H]", &device)?;
+    for (name, operand) in [("b", b), ("c", c)] {
+        same_shape(OP, name, operand, [batch, tokens, groups, states], "[B, T, G, N_s]")?;
+        same_dtype(OP, name, operand, x.dtype())?;
+        same_device(OP, name, operand, &device)?;
+    }
+    if let Some(skip) = &options.skip {
+        if skip.dims() == [heads * width] {
+            parameter(OP, "skip", skip, [heads * width], "[H·P]", &device)?;
+        } else {
+            parameter(OP, "skip", skip, [heads], "[H], or [H·P] for one number a channel; [H]", &device)?;
+        }
+    }
+    let sequences = match &options.cu_seqlens {
+        Some(packed) => {
+            packed.check(batch, tokens)?;
+            packed.num_sequences()
+        }
+        None => batch,
+    };
+    if let Some(state) = &options.initial_state {
+        if !matches!(state.dtype(), DType::F32 | DType::F64) {
+            let expected = "F32 (F64 for F64)".into();
+            return Err(OpError::DType { op: OP, argument: "initial_state", found: state.dtype(), expected });
+        }
+        same_shape(OP, "initial_state", state, [sequences, heads, states, width], "[N, H, N_s, P]")?;
+        same_device(OP, "initial_state", state, &device)?;
+    }
+    if options.chunk == Some(0) {
+        let reason = "is 0, but a chunk has at least one token".into();
+        return Err(OpError::Option { op: OP, option: "chunk", reason });
+    }
+    Ok(())
+}
