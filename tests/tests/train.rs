@@ -10,3 +10,5 @@ mod optimizer;
 mod resume;
 #[path = "train/runs.rs"]
 mod runs;
+#[path = "train/shipped.rs"]
+mod shipped;

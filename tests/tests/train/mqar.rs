@@ -106,3 +106,22 @@ fn what_cannot_work_is_said() {
     fails(&bench, &["data.num_pairs=2"], &["cannot resume", "the training data"]);
     fails(&bench, &["data.seed=7"], &["cannot resume", "data.seed was 42 and is now 7"]);
 }
+
+#[test]
+fn recall_is_learned() {
+    let bench = bench();
+    let summary = bench.train(&[
+        "model.overrides={ vocab_size = 24, num_hidden_layers = 2, use_short_conv = true, initializer_range = 0.05 }",
+        "data.num_pairs=2",
+        "training.seq_len=12",
+        "training.batch_size=32",
+        "training.gradient_accumulation_steps=1",
+        "training.steps=250",
+        "checkpoint.interval=1000",
+        "metrics.log_freq=50",
+        "validation.freq=0",
+    ]);
+    let accuracy = summary.unwrap().accuracy.unwrap();
+    // A model that only tells values from keys is right in one of 12, one that also sees which values were given in 1 of 2.
+    assert!(accuracy > 0.8, "{accuracy}");
+}
