@@ -1,10 +1,14 @@
-//! The trainer: the optimiser against plain f64, runs that resume to the last bit, bad input.
+//! The trainer: the optimiser against plain f64, runs that resume to the last bit, recall, bad input.
 
 #[path = "train/bad_input.rs"]
 mod bad_input;
+#[path = "train/mqar.rs"]
+mod mqar;
 #[path = "train/optimizer.rs"]
 mod optimizer;
 #[path = "train/resume.rs"]
 mod resume;
 #[path = "train/runs.rs"]
 mod runs;
+#[path = "train/shipped.rs"]
+mod shipped;

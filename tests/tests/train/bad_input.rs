@@ -2,7 +2,7 @@
 
 use super::runs::{Bench, CONFIG};
 
-fn fails(bench: &Bench, overrides: &[&str], expected: &[&str]) {
+pub fn fails(bench: &Bench, overrides: &[&str], expected: &[&str]) {
     let error = bench.train(overrides).expect_err(&format!("{overrides:?}")).to_string();
     for part in expected {
         assert!(error.contains(part), "{overrides:?}: {error:?} does not say {part:?}");

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use burn_fla_train::recipe::DataSection;
 use burn_fla_train::{Recipe, RunSummary, TrainError, Trainer};
 use serde_json::Value;
 
@@ -157,7 +158,8 @@ fn the_quickstart_names_pinned_crates() {
             Some(format!("{}-{}", field("name")?, field("version")?))
         })
         .collect();
-    for source in recipe.data.sources.iter().chain(&recipe.data.validation) {
+    let DataSection::Text(data) = recipe.data else { panic!("the quickstart trains on text") };
+    for source in data.sources.iter().chain(&data.validation) {
         for path in &source.paths {
             let name = path.split('/').next().unwrap();
             assert!(pinned.iter().any(|package| package == name), "{name} is not in Cargo.lock");

@@ -1,5 +1,6 @@
-//! Windows of the token store in shuffled order, addressed by one integer.
+//! Rows in a shuffled order, addressed by one integer.
 
+use std::fmt::Debug;
 use std::sync::Arc;
 
 use super::cache::TokenStore;
@@ -14,7 +15,7 @@ pub struct Rows {
     pub seq_len: usize,
     /// `rows × seq_len` inputs, row after row.
     pub ids: Vec<i32>,
-    /// `rows × seq_len` next tokens.
+    /// `rows × seq_len` next tokens; −100 where none is asked for.
     pub labels: Vec<i32>,
 }
 
@@ -46,69 +47,111 @@ impl Rows {
     }
 }
 
-/// Draws windows of `seq_len + 1` tokens. Documents are concatenated; a window starts where the one before it in the
-/// store ends, so an epoch reads every token once as a label.
+/// Rows by their number: what a [`Loader`] draws from.
+pub trait RowSource: Debug + Send + Sync {
+    /// Rows of an epoch.
+    fn len(&self) -> u64;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Tokens of a row.
+    fn seq_len(&self) -> usize;
+
+    /// Appends row `index`, which is below [`len`](Self::len): `seq_len` ids, and as many labels.
+    fn read(&self, index: u64, ids: &mut Vec<i32>, labels: &mut Vec<i32>);
+
+    /// Changes whenever a row could change, the seed aside.
+    fn fingerprint(&self) -> String;
+
+    /// What there is to learn from, in a few words.
+    fn describe(&self) -> String;
+}
+
+/// The windows of a token store: `seq_len + 1` tokens each, where one starts at the last token of the one before it, so
+/// that an epoch reads every token once as a label. Documents are concatenated.
+#[derive(Debug)]
+pub struct Windows {
+    store: TokenStore,
+    seq_len: usize,
+}
+
+impl Windows {
+    /// Windows of `seq_len` inputs; the store holds more tokens than that.
+    pub fn new(store: TokenStore, seq_len: usize) -> Windows {
+        Windows { store, seq_len }
+    }
+}
+
+impl RowSource for Windows {
+    fn len(&self) -> u64 {
+        (self.store.len() - 1) / self.seq_len as u64
+    }
+
+    fn seq_len(&self) -> usize {
+        self.seq_len
+    }
+
+    fn read(&self, index: u64, ids: &mut Vec<i32>, labels: &mut Vec<i32>) {
+        let start = index * self.seq_len as u64;
+        self.store.read(start, self.seq_len, ids);
+        self.store.read(start + 1, self.seq_len, labels);
+    }
+
+    fn fingerprint(&self) -> String {
+        self.store.fingerprint()
+    }
+
+    fn describe(&self) -> String {
+        format!("{} training tokens", self.store.len())
+    }
+}
+
+/// Draws rows in an order that is shuffled anew in every epoch, addressed by one integer.
 #[derive(Clone, Debug)]
 pub struct Loader {
-    store: Arc<TokenStore>,
-    seq_len: usize,
-    order: Option<Permutation>,
+    source: Arc<dyn RowSource>,
+    order: Permutation,
     cursor: u64,
 }
 
 impl Loader {
-    /// Shuffled by a permutation that is new in every epoch; `cursor` is the number of windows already drawn.
-    pub fn shuffled(store: Arc<TokenStore>, seq_len: usize, seed: u64, cursor: u64) -> Loader {
-        let order = Some(Permutation::new(windows(&store, seq_len), seed));
-        Loader { store, seq_len, order, cursor }
+    /// Shuffled by `seed`; `cursor` is the number of rows already drawn.
+    pub fn shuffled(source: Arc<dyn RowSource>, seed: u64, cursor: u64) -> Loader {
+        let order = Permutation::new(source.len(), seed);
+        Loader { source, order, cursor }
     }
 
-    /// The windows `index · n / count` for `index < count`: a fixed sample spread over the whole store.
-    pub fn spread(store: Arc<TokenStore>, seq_len: usize, count: u64) -> Vec<Rows> {
-        let n = windows(&store, seq_len);
-        let count = count.min(n);
-        let mut loader = Loader { store, seq_len, order: None, cursor: 0 };
-        (0..count)
-            .map(|index| {
-                loader.cursor = (u128::from(index) * u128::from(n) / u128::from(count)) as u64;
-                loader.next_rows(1)
-            })
-            .collect()
-    }
-
-    /// Windows drawn since the start of the run.
+    /// Rows drawn since the start of the run.
     pub fn cursor(&self) -> u64 {
         self.cursor
     }
 
-    /// Windows of one epoch.
-    pub fn windows(&self) -> u64 {
-        windows(&self.store, self.seq_len)
-    }
-
-    /// The next `rows` windows.
-    pub fn next_rows(&mut self, rows: usize) -> Rows {
-        let mut out = Rows {
-            rows,
-            seq_len: self.seq_len,
-            ids: Vec::with_capacity(rows * self.seq_len),
-            labels: Vec::with_capacity(rows * self.seq_len),
-        };
-        let n = self.windows();
-        let mut window = Vec::with_capacity(self.seq_len + 1);
-        for _ in 0..rows {
-            let (epoch, index) = (self.cursor / n, self.cursor % n);
-            let index = self.order.map_or(index, |order| order.at(epoch, index));
-            window.clear();
-            self.store.read(index * self.seq_len as u64, self.seq_len + 1, &mut window);
-            out.ids.extend_from_slice(&window[..self.seq_len]);
-            out.labels.extend_from_slice(&window[1..]);
-            self.cursor += 1;
-        }
-        out
+    /// The next `count` rows.
+    pub fn next_rows(&mut self, count: usize) -> Rows {
+        let n = self.order.len();
+        let numbers = (self.cursor..).take(count).map(|at| self.order.at(at / n, at % n));
+        let rows = read(self.source.as_ref(), numbers);
+        self.cursor += count as u64;
+        rows
     }
 }
 
-fn windows(store: &TokenStore, seq_len: usize) -> u64 {
-    (store.len() - 1) / seq_len as u64
+/// At most `count` rows, spread evenly over the source, each alone.
+pub fn spread(source: &dyn RowSource, count: u64) -> Vec<Rows> {
+    let n = source.len();
+    let count = count.min(n);
+    let at = |index: u64| (u128::from(index) * u128::from(n) / u128::from(count)) as u64;
+    (0..count).map(|index| read(source, std::iter::once(at(index)))).collect()
+}
+
+fn read(source: &dyn RowSource, numbers: impl Iterator<Item = u64>) -> Rows {
+    let mut rows = Rows { rows: 0, seq_len: source.seq_len(), ids: Vec::new(), labels: Vec::new() };
+    for number in numbers {
+        source.read(number, &mut rows.ids, &mut rows.labels);
+        rows.rows += 1;
+    }
+    rows
 }

@@ -1,18 +1,23 @@
-//! Documents → tokens, once, into a memory-mapped cache → windows in a shuffled order with an integer cursor.
+//! Documents → tokens, once, into a memory-mapped cache → windows, or rows that are generated → a shuffled order with an
+//! integer cursor.
 
 mod cache;
 mod loader;
+mod mqar;
 mod permutation;
 mod shards;
 mod source;
 
 pub use cache::{Part, TokenStore};
-pub use loader::{Loader, Rows};
+pub use loader::{Loader, RowSource, Rows, Windows, spread};
+pub use mqar::{Mqar, Split};
 pub use permutation::Permutation;
 pub(crate) use source::expand;
 
+use std::sync::Arc;
+
 use crate::TrainError;
-use crate::recipe::{DataSection, Recipe};
+use crate::recipe::{MqarSection, TextSection};
 
 /// What the data pipeline needs of a tokenizer.
 pub trait Encoder: Sync {
@@ -29,32 +34,38 @@ pub trait Encoder: Sync {
     fn fingerprint(&self) -> String;
 }
 
-/// The tokens of a run: what it trains on and, if the recipe holds some out, what it is judged by.
-#[derive(Debug)]
+/// The rows of a run: what it trains on and, if the recipe holds some out, what it is judged by.
+#[derive(Clone, Debug)]
 pub struct Corpus {
-    /// Training tokens.
-    pub train: TokenStore,
-    /// Held-out tokens.
-    pub validation: Option<TokenStore>,
+    /// Rows to learn from.
+    pub train: Arc<dyn RowSource>,
+    /// Held-out rows.
+    pub validation: Option<Arc<dyn RowSource>>,
 }
 
 impl Corpus {
-    /// Opens the caches of a recipe, tokenising what has none yet. `tell` receives one line for anything worth knowing.
+    /// Opens the caches of documents, tokenising what has none yet. `tell` receives one line for anything worth
+    /// knowing.
     ///
     /// # Errors
     /// Patterns without files, documents that cannot be read, a corpus shorter than one sequence, a cache folder
     /// that cannot be written.
-    pub fn open(recipe: &Recipe, encoder: &dyn Encoder, tell: &mut dyn FnMut(String)) -> Result<Corpus, TrainError> {
-        let DataSection { cache_folder, sources, validation, validation_fraction, .. } = &recipe.data;
+    pub fn text(
+        section: &TextSection,
+        seq_len: usize,
+        encoder: &dyn Encoder,
+        tell: &mut dyn FnMut(String),
+    ) -> Result<Corpus, TrainError> {
+        let TextSection { cache_folder, sources, validation, validation_fraction, .. } = section;
         let held_out = *validation_fraction;
-        let mut open = |role: &str, name: &str, sources, part| {
+        let mut open = |role: &str, name: &str, sources, part| -> Result<Arc<dyn RowSource>, TrainError> {
             let store = TokenStore::open(cache_folder, name, sources, part, encoder, tell)?;
-            let needed = recipe.training.seq_len as u64 + 1;
+            let needed = seq_len as u64 + 1;
             if store.len() < needed {
                 let role = role.to_string();
                 return Err(TrainError::EmptyCorpus { role, tokens: store.len(), needed });
             }
-            Ok(store)
+            Ok(Arc::new(Windows::new(store, seq_len)))
         };
         let train_part = if held_out > 0.0 { Part::Train(held_out) } else { Part::All };
         let train = open("training", "data.sources", sources, train_part)?;
@@ -66,6 +77,12 @@ impl Corpus {
             None
         };
         Ok(Corpus { train, validation })
+    }
+
+    /// Multi-query associative recall in rows of `seq_len` tokens, with other examples to be judged by.
+    pub fn mqar(section: &MqarSection, seq_len: usize) -> Corpus {
+        let rows = |split| -> Arc<dyn RowSource> { Arc::new(Mqar::new(section, seq_len, split)) };
+        Corpus { train: rows(Split::Train), validation: Some(rows(Split::Validation)) }
     }
 }
 

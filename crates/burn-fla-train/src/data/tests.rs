@@ -178,10 +178,14 @@ fn windows_cover_an_epoch_and_resume_at_a_cursor() {
     let wide = Bytes { vocab: 1 << 17 };
     let source = [text(None, &[file.to_str().unwrap()])];
     let cache = folder.path().join("cache");
-    let store = Arc::new(TokenStore::open(&cache, "s", &source, Part::All, &wide, &mut |_| ()).unwrap());
+    let open = || TokenStore::open(&cache, "s", &source, Part::All, &wide, &mut |_| ()).unwrap();
+    let (mut expected, store) = (Vec::new(), open());
     assert_eq!(store.len(), 101);
-    let mut loader = Loader::shuffled(store.clone(), 10, 1, 0);
-    assert_eq!(loader.windows(), 10);
+    store.read(1, 100, &mut expected);
+    expected.sort_unstable();
+    let windows = Arc::new(Windows::new(store, 10));
+    assert_eq!(windows.len(), 10);
+    let mut loader = Loader::shuffled(windows.clone(), 1, 0);
     let rows = loader.next_rows(10);
     for row in 0..10 {
         let row = rows.part(row, row + 1);
@@ -190,20 +194,17 @@ fn windows_cover_an_epoch_and_resume_at_a_cursor() {
     }
     let mut labels = rows.labels.clone();
     labels.sort_unstable();
-    let mut expected = Vec::new();
-    store.read(1, 100, &mut expected);
-    expected.sort_unstable();
     assert_eq!(labels, expected, "an epoch has every token once as a label");
     let second = loader.next_rows(10);
     assert_ne!(rows, second, "the next epoch has another order");
-    let mut resumed = Loader::shuffled(store.clone(), 10, 1, 7);
+    let mut resumed = Loader::shuffled(windows.clone(), 1, 7);
     assert_eq!(resumed.next_rows(3), rows.part(7, 10));
     assert_eq!(resumed.next_rows(10), second);
-    let spread = Loader::spread(store.clone(), 10, 3);
-    let starts: Vec<i32> = spread.iter().map(|rows| rows.ids[0]).collect();
+    let sample = spread(windows.as_ref(), 3);
+    let starts: Vec<i32> = sample.iter().map(|rows| rows.ids[0]).collect();
     assert_eq!(starts, [0, 30, 60].map(|at| i32::from(b'0') + at));
-    assert_eq!(Loader::spread(store, 10, 99).len(), 10);
-    assert_eq!(Rows::concat(&spread).rows, 3);
+    assert_eq!(spread(windows.as_ref(), 99).len(), 10);
+    assert_eq!(Rows::concat(&sample).rows, 3);
 }
 
 #[test]

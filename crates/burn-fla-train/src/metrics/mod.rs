@@ -58,7 +58,11 @@ pub struct ValidationLine {
     /// Mean cross entropy in nats per held-out token.
     pub validation_loss: f64,
     /// Cross entropy in bits per byte of held-out text.
-    pub validation_bits_per_byte: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validation_bits_per_byte: Option<f64>,
+    /// The share of held-out answers that were right: the most likely token is the label.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validation_accuracy: Option<f64>,
     /// Seconds of training so far.
     pub seconds: f64,
 }

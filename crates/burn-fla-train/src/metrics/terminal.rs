@@ -68,9 +68,14 @@ impl Terminal {
 
     /// An evaluation.
     pub fn validation(&self, line: &ValidationLine) {
+        let figure = match (line.validation_bits_per_byte, line.validation_accuracy) {
+            (Some(bits), _) => format!(", {bits:.3} bits per byte"),
+            (None, Some(share)) => format!(", {:.2} % of the answers right", 100.0 * share),
+            (None, None) => String::new(),
+        };
         self.print(&format!(
-            "step {}: validation loss {:.4}, {:.3} bits per byte, after {:.0} s of training",
-            line.step, line.validation_loss, line.validation_bits_per_byte, line.seconds
+            "step {}: validation loss {:.4}{figure}, after {:.0} s of training",
+            line.step, line.validation_loss, line.seconds
         ));
     }
 

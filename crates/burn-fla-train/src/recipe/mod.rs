@@ -5,6 +5,7 @@
 //! recipe over another; `--set section.key=value` overrides a key of the result. All other paths are relative to
 //! the working directory; `~` and `$VAR` expand.
 
+mod data;
 mod resolve;
 mod section;
 mod value;
@@ -17,6 +18,8 @@ use sha2::{Digest, Sha256};
 
 use crate::TrainError;
 use value::{Kind, Table};
+
+pub use data::{DataSection, Filler, MqarSection, SourceFormat, SourceSection, TextSection};
 
 /// A resolved recipe: nothing is left to a default.
 #[derive(Clone, Debug, Serialize)]
@@ -192,49 +195,6 @@ impl TrainingSection {
             (None, None) => None,
         }
     }
-}
-
-/// The format of a source's files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum SourceFormat {
-    /// One document per file.
-    Text,
-    /// One JSON object per line, also `.gz` and `.zst`.
-    Jsonl,
-}
-
-/// One entry of `data.sources` or `data.validation`.
-#[derive(Clone, Debug, Serialize)]
-pub struct SourceSection {
-    /// Folder pattern the `paths` are relative to. Files are named and ordered by their path under it, so that the
-    /// order does not depend on where it lies; when it matches several folders, each entry of `paths` is taken from
-    /// the first (in order of names) that has it.
-    pub root: Option<String>,
-    /// Patterns, in order; the files of each in order of their names. `path = "…"` is short for one of them.
-    pub paths: Vec<String>,
-    /// `"text"` (default) or `"jsonl"`.
-    pub format: SourceFormat,
-    /// The field of a JSON line that holds the text (`"text"`).
-    pub column: String,
-    /// Documents are taken until the next would pass this many bytes of text (no bound).
-    pub max_bytes: Option<u64>,
-}
-
-/// `[data]`.
-#[derive(Clone, Debug, Serialize)]
-pub struct DataSection {
-    /// Where token caches are kept (default `cache` in the run folder).
-    pub cache_folder: PathBuf,
-    /// Seed of the shuffle (`job.seed`).
-    pub seed: u64,
-    /// Training documents.
-    pub sources: Vec<SourceSection>,
-    /// Held-out documents.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub validation: Vec<SourceSection>,
-    /// Without `validation`: the fraction of the training documents that is held out (0).
-    pub validation_fraction: f64,
 }
 
 /// What a run continues from.

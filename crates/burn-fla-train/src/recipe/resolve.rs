@@ -13,15 +13,17 @@ pub(super) fn resolve(path: &Path, table: &Table) -> Result<Recipe, TrainError> 
     let mut notices = Vec::new();
     let job = job(top.section("job")?, path)?;
     let training = training(top.section("training")?)?;
+    let data = top.section("data")?;
+    let generated = data::generated(&data)?;
     let recipe = Recipe {
         device: device(top.section("device")?, &training, &mut notices)?,
-        model: model(top.section("model")?)?,
+        model: model(top.section("model")?, generated)?,
         optimizer: optimizer(top.section("optimizer")?)?,
         lr_scheduler: scheduler(top.section("lr_scheduler")?, &training)?,
-        data: data(top.section("data")?, &job)?,
+        data: data::data(data, &job, &training)?,
         checkpoint: checkpoint(top.section("checkpoint")?, &job)?,
         metrics: metrics(top.section("metrics")?)?,
-        validation: validation(top.section("validation")?)?,
+        validation: validation(top.section("validation")?, generated)?,
         job,
         training,
         notices,
@@ -31,7 +33,7 @@ pub(super) fn resolve(path: &Path, table: &Table) -> Result<Recipe, TrainError> 
     Ok(recipe)
 }
 
-fn folder(section: &Section<'_>, key: &'static str, default: PathBuf) -> Result<PathBuf, TrainError> {
+pub(super) fn folder(section: &Section<'_>, key: &'static str, default: PathBuf) -> Result<PathBuf, TrainError> {
     match section.string(key)? {
         None => Ok(default),
         Some(text) => path_of(section, key, &text),
@@ -91,7 +93,8 @@ fn device(
     Ok(device)
 }
 
-fn model(section: Section<'_>) -> Result<ModelSection, TrainError> {
+/// `generated`: the data is token ids from the start.
+fn model(section: Section<'_>, generated: bool) -> Result<ModelSection, TrainError> {
     let config = section
         .string("config")?
         .ok_or_else(|| section.missing("config", "the path of a config.json, or of a folder with weights"))?;
@@ -109,6 +112,10 @@ fn model(section: Section<'_>) -> Result<ModelSection, TrainError> {
             _ => serde_json::Map::new(),
         },
     };
+    if generated && model.tokenizer != "byte" {
+        let message = "the data is generated as token ids, so no tokenizer is read; remove the key".to_string();
+        return Err(section.bad("tokenizer", message));
+    }
     // The model's configuration checks these names itself, so this section has no keys of its own.
     drop(overrides);
     section.finish()?;
@@ -230,58 +237,6 @@ fn training(section: Section<'_>) -> Result<TrainingSection, TrainError> {
     Ok(training)
 }
 
-fn source(section: Section<'_>) -> Result<SourceSection, TrainError> {
-    let paths = match (section.string("path")?, section.strings("paths")?) {
-        (Some(path), None) => vec![path],
-        (None, Some(paths)) if !paths.is_empty() => paths,
-        (None, Some(_)) => return Err(section.bad("paths", "the list is empty".to_string())),
-        (Some(_), Some(_)) => {
-            return Err(section.bad("path", "give either path or paths".to_string()));
-        }
-        (None, None) => return Err(section.missing("path", "a file name or a pattern such as data/*.txt")),
-    };
-    section.unsupported("weight", "sources are concatenated")?;
-    let format = section.string("format")?;
-    if let Some(name @ ("parquet" | "bin" | "mqar")) = format.as_deref() {
-        let message = format!("{name:?} is not supported yet; use \"text\" or \"jsonl\"");
-        return Err(section.bad("format", message));
-    }
-    let source = SourceSection {
-        root: section.string("root")?,
-        paths,
-        format: match section.choice("format", &["text", "jsonl"], "text")? {
-            "jsonl" => SourceFormat::Jsonl,
-            _ => SourceFormat::Text,
-        },
-        column: section.string("column")?.unwrap_or_else(|| "text".to_string()),
-        max_bytes: section.positive("max_bytes")?,
-    };
-    section.finish()?;
-    Ok(source)
-}
-
-fn data(section: Section<'_>, job: &Job) -> Result<DataSection, TrainError> {
-    let sources = section.tables("sources")?.unwrap_or_default();
-    if sources.is_empty() {
-        return Err(section.missing("sources", "at least one, such as [{ path = \"data/*.txt\" }]"));
-    }
-    let validation = section.tables("validation")?.unwrap_or_default();
-    let validation_fraction = section.number_in("validation_fraction", 0.0, 0.0, 0.5)?;
-    if validation_fraction > 0.0 && !validation.is_empty() {
-        let message = "give either validation or validation_fraction".to_string();
-        return Err(section.bad("validation_fraction", message));
-    }
-    let data = DataSection {
-        cache_folder: folder(&section, "cache_folder", job.dump_folder.join("cache"))?,
-        seed: section.count("seed")?.unwrap_or(job.seed),
-        sources: sources.into_iter().map(source).collect::<Result<_, _>>()?,
-        validation: validation.into_iter().map(source).collect::<Result<_, _>>()?,
-        validation_fraction,
-    };
-    section.finish()?;
-    Ok(data)
-}
-
 fn checkpoint(section: Section<'_>, job: &Job) -> Result<CheckpointSection, TrainError> {
     section.unsupported("async", "checkpoints are written between two steps")?;
     section.unsupported("export_hf", "every checkpoint is a Hugging Face folder already")?;
@@ -315,7 +270,7 @@ fn metrics(section: Section<'_>) -> Result<MetricsSection, TrainError> {
     Ok(metrics)
 }
 
-fn validation(section: Section<'_>) -> Result<ValidationSection, TrainError> {
+fn validation(section: Section<'_>, generated: bool) -> Result<ValidationSection, TrainError> {
     let validation = ValidationSection {
         freq: section.count("freq")?.unwrap_or(500),
         steps: section.positive("steps")?.unwrap_or(20),
@@ -323,6 +278,10 @@ fn validation(section: Section<'_>) -> Result<ValidationSection, TrainError> {
         sample_tokens: section.positive("sample_tokens")?.unwrap_or(200) as usize,
         temperature: section.number_in("temperature", 0.8, 0.0, 100.0)?,
     };
+    if generated && !validation.samples.is_empty() {
+        let message = "the data is generated as token ids, so no text can be continued; remove the key".to_string();
+        return Err(section.bad("samples", message));
+    }
     section.finish()?;
     Ok(validation)
 }

@@ -31,7 +31,7 @@ fn defaults_fill_a_minimal_recipe() {
     assert_eq!(recipe.device.compute_dtype, ComputeDtype::Float32);
     assert_eq!(recipe.lr_scheduler.warmup_steps, 2);
     assert_eq!(recipe.optimizer.weight_decay, 0.1);
-    assert_eq!(recipe.data.seed, 42);
+    assert_eq!(recipe.data.seed(), 42);
     assert_eq!(recipe.training.tokens_per_step(), 16 * 1024);
     let cuda = load(MINIMAL, &["device.backend=cuda"]).unwrap();
     assert_eq!(cuda.device.compute_dtype, ComputeDtype::Bfloat16);
@@ -72,6 +72,28 @@ samples = [\"fn \", \"\"]
     assert_eq!(again.hash(), recipe.hash());
     assert_ne!(load(text, &["job.seed=8"]).unwrap().hash(), recipe.hash());
     assert_eq!(again.model.overrides["attn"]["layers"][0], 1);
+}
+
+#[test]
+fn recall_needs_no_source_and_loads_as_itself() {
+    let text = "\
+[model]
+config = \"gla.json\"
+[training]
+steps = 100
+seq_len = 64
+[data]
+kind = \"mqar\"
+num_pairs = 16
+";
+    let recipe = load(text, &["job.seed=5"]).unwrap();
+    let DataSection::Mqar(data) = &recipe.data else { panic!("{:?}", recipe.data) };
+    assert_eq!((data.seed, data.vocab_size, data.num_pairs, data.num_examples), (5, 8192, 16, None));
+    let again = load(&recipe.to_toml(), &[]).unwrap();
+    assert_eq!(again.to_toml(), recipe.to_toml());
+    let text = error(MINIMAL, &["data.sources=[{ path = \"x\", format = \"mqar\" }]"]);
+    assert!(text.contains("data.kind = \"mqar\""), "{text}");
+    assert!(error(MINIMAL, &["data.num_pairs=3"]).contains("unknown key `data.num_pairs`"));
 }
 
 #[test]
@@ -144,7 +166,8 @@ fn extends_merges_and_keeps_origins() {
     assert_eq!(recipe.training.steps, Some(7));
     assert_eq!(recipe.training.batch_size, 3);
     assert_eq!(recipe.training.seq_len, 5);
-    assert_eq!(recipe.data.sources[0].paths, ["a.txt"]);
+    let DataSection::Text(data) = recipe.data else { panic!("{:?}", recipe.data) };
+    assert_eq!(data.sources[0].paths, ["a.txt"]);
     std::fs::write(at("mid.toml"), "extends = \"base.toml\"\n[training]\nbatch_sice = 3\n").unwrap();
     let text = Recipe::load(&at("top.toml"), &[]).unwrap_err().to_string();
     assert!(text.contains("mid.toml:3: unknown key `training.batch_sice`"), "{text}");

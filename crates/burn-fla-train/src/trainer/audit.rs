@@ -24,16 +24,46 @@ pub(super) fn audit(table: &ParamTable, gradient: &Gradient, vocab_size: usize) 
         false => read(Tensor::cat(present, 0))?,
     }
     .into_iter();
+    let (mut absent, mut zero, mut not_finite) = (Vec::new(), Vec::new(), Vec::new());
     for (entry, grad) in table.entries().iter().zip(&gradient.grads) {
-        let name = &entry.name;
+        let name = entry.name.as_str();
         match grad.as_ref().and_then(|_| norms.next()) {
-            None => lines.push(format!("first step: the loss does not depend on {name}; it will not be trained")),
-            Some(norm) if !norm.is_finite() => {
-                lines.push(format!("first step: the gradient of {name} is not finite"));
-            }
-            Some(0.0) => lines.push(format!("first step: the gradient of {name} is zero everywhere")),
+            None => absent.push(name),
+            Some(norm) if !norm.is_finite() => not_finite.push(name),
+            Some(0.0) => zero.push(name),
             Some(_) => {}
         }
     }
+    for (names, finding) in [
+        (absent, "the loss does not depend on"),
+        (zero, "the gradient is zero everywhere, as it is once behind a map that starts at zero, of"),
+        (not_finite, "the gradient is not finite, of"),
+    ] {
+        if !names.is_empty() {
+            lines.push(format!("first step: {finding} {}", some_of(&names)));
+        }
+    }
     Ok(lines)
+}
+
+/// The first few of a list.
+fn some_of(names: &[&str]) -> String {
+    const SHOWN: usize = 3;
+    let shown = names[..names.len().min(SHOWN)].join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::some_of;
+
+    #[test]
+    fn long_lists_are_cut() {
+        assert_eq!(some_of(&["a"]), "a");
+        assert_eq!(some_of(&["a", "b", "c"]), "a, b, c");
+        assert_eq!(some_of(&["a", "b", "c", "d", "e"]), "a, b, c and 2 more");
+    }
 }

@@ -1,7 +1,8 @@
 //! One optimiser step's gradient, and held-out losses, on one device or on the threads of the CPU.
 
 use burn::module::Module;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn_fla_nn::modules::cross_entropy;
 use burn_fla_nn::{CausalLm, Compute};
 
 use super::pool::Pool;
@@ -23,6 +24,14 @@ pub(super) struct Gradient {
     pub grads: Vec<Option<Tensor<1>>>,
     /// Mean cross entropy over the step's tokens, `[1]`.
     pub loss: Tensor<1>,
+}
+
+/// Sums over held-out rows.
+pub(super) struct Evaluation {
+    /// Cross entropy.
+    pub nats: f64,
+    /// Right answers, if they were counted.
+    pub correct: Option<f64>,
 }
 
 impl Computer {
@@ -54,23 +63,29 @@ impl Computer {
         total.ok_or_else(|| TrainError::Execution("a step without rows".to_string()))
     }
 
-    /// The summed cross entropy of `batches` in nats; `model` has no autodiff.
-    pub(super) fn loss(&self, model: &CausalLm, batches: &[Rows]) -> Result<f64, TrainError> {
+    /// What `model`, which has no autodiff, makes of `batches`; the right answers are counted if `answers` asks for it.
+    pub(super) fn evaluate(&self, model: &CausalLm, batches: &[Rows], answers: bool) -> Result<Evaluation, TrainError> {
         let jobs = self.shares(batches).into_iter().map(|share| {
             let (model, device, compute) = (model.clone(), self.device.clone(), self.compute);
             Box::new(move || -> Result<Vec<Tensor<1>>, TrainError> {
-                let sum = |rows: &Rows| {
-                    let (ids, labels) = tensors(rows, &device);
-                    Ok(model.loss(ids, labels, None, compute)?.sum)
+                let sums = |rows: &Rows| match answers {
+                    true => loss_and_hits(&model, rows, &device, compute),
+                    false => {
+                        let (ids, labels) = tensors(rows, &device);
+                        Ok(model.loss(ids, labels, None, compute)?.sum)
+                    }
                 };
-                share.iter().map(sum).collect()
+                share.iter().map(sums).collect()
             }) as _
         });
-        let mut total = 0.0;
+        let mut found = Evaluation { nats: 0.0, correct: answers.then_some(0.0) };
         for sums in self.pool.run::<Result<Vec<Tensor<1>>, TrainError>>(jobs.collect()) {
-            total += read(Tensor::cat(sums?, 0))?.into_iter().map(f64::from).sum::<f64>();
+            for figures in read(Tensor::cat(sums?, 0))?.chunks(if answers { 2 } else { 1 }) {
+                found.nats += f64::from(figures[0]);
+                found.correct = found.correct.map(|correct| correct + f64::from(figures[1]));
+            }
         }
-        Ok(total)
+        Ok(found)
     }
 
     /// Splits the rows of every batch over the workers; workers without rows get no share.
@@ -83,6 +98,17 @@ impl Computer {
         };
         (0..threads).map(share).filter(|share| !share.is_empty()).collect()
     }
+}
+
+/// Σ of the cross entropy, and the number of counted positions whose most likely token is the label: `[2]`.
+fn loss_and_hits(model: &CausalLm, rows: &Rows, device: &Device, compute: Compute) -> Result<Tensor<1>, TrainError> {
+    let (ids, labels) = tensors(rows, device);
+    let logits = model.forward(ids, None, compute)?.flatten::<2>(0, 1);
+    let labels = labels.flatten::<1>(0, 1);
+    let loss = cross_entropy(logits.clone(), labels.clone()).sum;
+    // A label that is not counted is negative: no token equals it.
+    let hits = logits.argmax(1).squeeze_dim::<1>(1).equal(labels);
+    Ok(Tensor::cat(vec![loss, hits.float().cast(DType::F32).sum()], 0))
 }
 
 fn gradient_of_share(

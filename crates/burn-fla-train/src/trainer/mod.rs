@@ -5,6 +5,7 @@ mod compute;
 mod pool;
 mod setup;
 mod signals;
+mod task;
 mod text;
 
 use std::path::PathBuf;
@@ -21,8 +22,8 @@ use crate::optim::{AdamW, StepReport};
 use crate::recipe::Recipe;
 use crate::schedule::Schedule;
 use compute::{Computer, read};
-use setup::HeldOut;
 use signals::Signals;
+use task::{HeldOut, Task};
 use text::Text;
 
 /// A run that is ready for its next step.
@@ -30,7 +31,7 @@ use text::Text;
 pub struct Trainer {
     recipe: Recipe,
     computer: Computer,
-    text: Text,
+    task: Task,
     /// Without autodiff; each step makes copies with it. `None` only while the optimiser has it: being its sole owner
     /// lets the update work in place.
     model: Option<CausalLm>,
@@ -48,8 +49,8 @@ pub struct Trainer {
     unread: Vec<Tensor<1>>,
     report: Option<StepReport>,
     last_lr: f64,
-    /// The last evaluation and its step, and the last step saved.
-    evaluated: Option<(u64, f64)>,
+    /// The last evaluation, and the last step saved.
+    evaluated: Option<ValidationLine>,
     saved: Option<u64>,
     /// Whether the weights are other than random.
     resumed: bool,
@@ -73,8 +74,10 @@ pub struct RunSummary {
     pub tokens: u64,
     /// Seconds of training, without evaluations and saves.
     pub seconds: f64,
-    /// The last held-out figure.
+    /// The last held-out figure, of text.
     pub bits_per_byte: Option<f64>,
+    /// The last held-out figure of a task with answers: the share of them that was right.
+    pub accuracy: Option<f64>,
     /// The last checkpoint: a Hugging Face folder.
     pub checkpoint: PathBuf,
     /// Whether a signal ended it before its budget.
@@ -244,28 +247,33 @@ impl Trainer {
         })
     }
 
-    /// Held-out loss, bits per byte and samples; once for a step.
+    /// Held-out loss, bits per byte or accuracy, and samples; once for a step.
     fn evaluate(&mut self) -> Result<(), TrainError> {
         let step = self.state.step;
-        if self.evaluated.is_some_and(|(at, _)| at == step) {
+        if self.evaluated.as_ref().is_some_and(|line| line.step == step) {
             return Ok(());
         }
         if let Some(held_out) = &self.held_out {
-            let nats = self.computer.loss(self.model(), &held_out.batches)?;
+            let found = self.computer.evaluate(self.model(), &held_out.batches, held_out.bytes.is_none())?;
+            let tokens = held_out.tokens.max(1) as f64;
             let line = ValidationLine {
                 step,
                 tokens: self.state.tokens,
-                validation_loss: nats / held_out.tokens.max(1) as f64,
-                validation_bits_per_byte: nats / std::f64::consts::LN_2 / held_out.bytes.max(1) as f64,
+                validation_loss: found.nats / tokens,
+                validation_bits_per_byte: held_out
+                    .bytes
+                    .map(|bytes| found.nats / std::f64::consts::LN_2 / bytes.max(1) as f64),
+                validation_accuracy: found.correct.map(|correct| correct / tokens),
                 seconds: self.state.seconds,
             };
-            self.evaluated = Some((step, line.validation_bits_per_byte));
             self.terminal.validation(&line);
-            self.journal.write(&Line::Validation(line))?;
+            self.journal.write(&Line::Validation(line.clone()))?;
+            self.evaluated = Some(line);
         }
+        let Some(text) = self.task.text() else { return Ok(()) };
         for prompt in &self.recipe.validation.samples {
             let (section, compute) = (&self.recipe.validation, self.computer.compute);
-            let sample = self.text.sample(self.model(), prompt, section, self.recipe.job.seed, compute)?;
+            let sample = text.sample(self.model(), prompt, section, self.recipe.job.seed, compute)?;
             self.terminal.print(&format!("--- sample at step {step} ---\n{prompt}{sample}\n---"));
             let line = SampleLine { step, prompt: prompt.clone(), sample };
             self.journal.write(&Line::Sample(line))?;
@@ -278,7 +286,7 @@ impl Trainer {
         self.state.pending_losses = self.pending.iter().map(|loss| loss.to_bits()).collect();
         let path = self.store.save(self.state.step, |folder| {
             hub::save_model(self.model(), folder, DType::F32)?;
-            if let Some(tokenizer) = self.text.file() {
+            if let Some(tokenizer) = self.task.text().and_then(Text::file) {
                 write_synced(&folder.join("tokenizer.json"), tokenizer)?;
             }
             save_optimizer(&self.optimizer, folder)?;
@@ -291,11 +299,13 @@ impl Trainer {
     }
 
     fn summary(&self, interrupted: bool) -> RunSummary {
+        let evaluated = self.evaluated.as_ref();
         RunSummary {
             step: self.state.step,
             tokens: self.state.tokens,
             seconds: self.state.seconds,
-            bits_per_byte: self.evaluated.map(|(_, figure)| figure),
+            bits_per_byte: evaluated.and_then(|line| line.validation_bits_per_byte),
+            accuracy: evaluated.and_then(|line| line.validation_accuracy),
             checkpoint: self.store.folder().join(format!("step_{:08}", self.state.step)),
             interrupted,
             resume_recipe: self.recipe.job.dump_folder.join("recipe.toml"),

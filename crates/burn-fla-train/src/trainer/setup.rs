@@ -2,7 +2,6 @@
 //! first what is only read, then the run folder, then the data.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use burn::module::Module;
 use burn::tensor::{DType, Device};
@@ -11,27 +10,19 @@ use burn_fla_nn::{CausalLm, Compute, ModelConfig, hub};
 
 use super::compute::Computer;
 use super::pool::Pool;
-use super::text::Text;
+use super::task::{HeldOut, Task};
 use super::{Interval, Trainer};
 use crate::TrainError;
 use crate::checkpoint::{CheckpointStore, TrainState, load_optimizer, verify, write_atomic};
-use crate::data::{Corpus, Loader, Rows};
+use crate::data::Loader;
 use crate::metrics::{Journal, Terminal};
 use crate::optim::{AdamW, ParamEntry, ParamTable};
 use crate::recipe::{ComputeDtype, Recipe, Resume};
 use crate::schedule::Schedule;
 
-/// Held-out windows, the same at every evaluation.
-#[derive(Debug)]
-pub(super) struct HeldOut {
-    pub batches: Vec<Rows>,
-    pub tokens: u64,
-    pub bytes: u64,
-}
-
 pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
     let (config, weights) = model_config(&recipe)?;
-    let text = Text::open(&recipe.model, &config)?;
+    let task = Task::open(&recipe, &config)?;
     let dtype = match recipe.device.compute_dtype {
         ComputeDtype::Bfloat16 => DType::BF16,
         ComputeDtype::Float32 => DType::F32,
@@ -48,11 +39,11 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
     std::fs::create_dir_all(folder).map_err(TrainError::io("create the folder", folder))?;
     store.prepare()?;
 
-    let corpus = Corpus::open(&recipe, &text, &mut |note| notes.push(note))?;
-    let train = Arc::new(corpus.train);
-    let (data, seq_len) = (train.fingerprint(), recipe.training.seq_len);
-    let held_out = match corpus.validation {
-        Some(tokens) => Some(held_out(&recipe, Arc::new(tokens), &text)?),
+    let seq_len = recipe.training.seq_len;
+    let corpus = task.corpus(seq_len, &mut |note| notes.push(note))?;
+    let data = corpus.train.fingerprint();
+    let held_out = match &corpus.validation {
+        Some(rows) => Some(HeldOut::new(&recipe, rows, &task)?),
         None => None,
     };
 
@@ -71,7 +62,7 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
         cursor: 0,
         seconds: 0.0,
         pending_losses: Vec::new(),
-        data_seed: recipe.data.seed,
+        data_seed: recipe.data.seed(),
         seq_len,
         data,
         recipe: recipe.hash(),
@@ -97,7 +88,7 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
     }
     let parameters: usize = optimizer.table().entries().iter().map(ParamEntry::len).sum();
     terminal.note(&format!(
-        "{}: {:.2} M parameters in {} layers on {} ({}); {} training tokens",
+        "{}: {:.2} M parameters in {} layers on {} ({}); {}",
         config.model_type(),
         parameters as f64 / 1e6,
         config.num_layers(),
@@ -106,11 +97,11 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
             1 => format!("{:?}", compute.dtype),
             n => format!("{:?}, {n} threads", compute.dtype),
         },
-        train.len(),
+        corpus.train.describe(),
     ));
     Ok(Trainer {
         schedule: Schedule::new(&recipe.lr_scheduler),
-        loader: Loader::shuffled(train, seq_len, recipe.data.seed, state.cursor),
+        loader: Loader::shuffled(corpus.train, recipe.data.seed(), state.cursor),
         computer: Computer { device, compute, pool: Pool::new(recipe.device.threads) },
         interval: Interval::default(),
         pending: state.pending_losses.iter().map(|bits| f32::from_bits(*bits)).collect(),
@@ -122,7 +113,7 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
         resumed: resume.is_some() || recipe.model.config.is_dir(),
         vocab_size: config.vocab_size(),
         recipe,
-        text,
+        task,
         model: Some(model),
         optimizer,
         state,
@@ -246,16 +237,4 @@ fn check_same_run(
         tell("the recipe has changed since the checkpoint was written".to_string());
     }
     Ok(())
-}
-
-fn held_out(recipe: &Recipe, tokens: Arc<crate::data::TokenStore>, text: &Text) -> Result<HeldOut, TrainError> {
-    let rows_per_batch = recipe.training.batch_size;
-    let count = recipe.validation.steps * rows_per_batch as u64;
-    let rows = Loader::spread(tokens, recipe.training.seq_len, count);
-    let batches: Vec<Rows> = rows.chunks(rows_per_batch).map(Rows::concat).collect();
-    let mut bytes = 0;
-    for rows in &rows {
-        bytes += text.bytes(rows)?;
-    }
-    Ok(HeldOut { tokens: batches.iter().map(Rows::tokens).sum(), batches, bytes })
 }

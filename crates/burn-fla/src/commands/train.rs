@@ -47,9 +47,10 @@ pub fn run(args: TrainArgs) -> Result<Outcome, Failure> {
 
 /// What there is now, and the command that goes on from it.
 fn report(summary: &RunSummary) {
-    let measured = match summary.bits_per_byte {
-        Some(bits) => format!(", {bits:.3} validation bits per byte"),
-        None => String::new(),
+    let measured = match (summary.bits_per_byte, summary.accuracy) {
+        (Some(bits), _) => format!(", {bits:.3} validation bits per byte"),
+        (None, Some(share)) => format!(", {:.2} % of the validation answers right", 100.0 * share),
+        (None, None) => String::new(),
     };
     let verb = if summary.interrupted { "stopped after" } else { "trained" };
     let (step, tokens, time) = (summary.step, summary.tokens, Clock(summary.seconds));
@@ -57,7 +58,7 @@ fn report(summary: &RunSummary) {
     eprintln!("checkpoint: {}", summary.checkpoint.display());
     if summary.interrupted {
         eprintln!("continue with: burn-fla train {}", summary.resume_recipe.display());
-    } else {
+    } else if summary.accuracy.is_none() {
         eprintln!("generate with: burn-fla generate {} --prompt '…'", summary.checkpoint.display());
     }
 }

@@ -1,0 +1,205 @@
+//! `[data]`: documents to be tokenised, or a task whose rows are generated.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::section::Section;
+use super::{Job, TrainingSection, resolve::folder};
+use crate::TrainError;
+
+/// `[data]`: its `kind` says what the rest of the section is about.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum DataSection {
+    /// `"text"` (default): documents of files, tokenised once.
+    Text(TextSection),
+    /// `"mqar"`: multi-query associative recall, generated.
+    Mqar(MqarSection),
+}
+
+impl DataSection {
+    /// Seed of the shuffle, and of what is generated.
+    pub fn seed(&self) -> u64 {
+        match self {
+            DataSection::Text(data) => data.seed,
+            DataSection::Mqar(data) => data.seed,
+        }
+    }
+}
+
+/// The format of a source's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SourceFormat {
+    /// One document per file.
+    Text,
+    /// One JSON object per line, also `.gz` and `.zst`.
+    Jsonl,
+}
+
+/// One entry of `data.sources` or `data.validation`.
+#[derive(Clone, Debug, Serialize)]
+pub struct SourceSection {
+    /// Folder pattern the `paths` are relative to. Files are named and ordered by their path under it, so that the
+    /// order does not depend on where it lies; when it matches several folders, each entry of `paths` is taken from
+    /// the first (in order of names) that has it.
+    pub root: Option<String>,
+    /// Patterns, in order; the files of each in order of their names. `path = "…"` is short for one of them.
+    pub paths: Vec<String>,
+    /// `"text"` (default) or `"jsonl"`.
+    pub format: SourceFormat,
+    /// The field of a JSON line that holds the text (`"text"`).
+    pub column: String,
+    /// Documents are taken until the next would pass this many bytes of text (no bound).
+    pub max_bytes: Option<u64>,
+}
+
+/// `[data]` of `kind = "text"`.
+#[derive(Clone, Debug, Serialize)]
+pub struct TextSection {
+    /// Where token caches are kept (default `cache` in the run folder).
+    pub cache_folder: PathBuf,
+    /// Seed of the shuffle (`job.seed`).
+    pub seed: u64,
+    /// Training documents.
+    pub sources: Vec<SourceSection>,
+    /// Held-out documents.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub validation: Vec<SourceSection>,
+    /// Without `validation`: the fraction of the training documents that is held out (0).
+    pub validation_fraction: f64,
+}
+
+/// What stands where neither a pair nor a query does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Filler {
+    /// A token drawn from the whole vocabulary.
+    Random,
+    /// Token 0, which is neither a key nor a value.
+    Zero,
+}
+
+/// `[data]` of `kind = "mqar"`: multi-query associative recall, see [`crate::data::Mqar`]. A row has
+/// `training.seq_len` tokens, and `validation.steps` batches of other examples are held out.
+#[derive(Clone, Debug, Serialize)]
+pub struct MqarSection {
+    /// Seed of the examples and of their order (`job.seed`).
+    pub seed: u64,
+    /// Tokens of the vocabulary (8192), at most the model's: the lower half are keys, the upper half values.
+    pub vocab_size: usize,
+    /// Pairs of an example, each asked for once (8).
+    pub num_pairs: usize,
+    /// Exponent of the power law that places the queries (0.01): 1 is uniform, and the smaller the nearer to the pairs.
+    pub power_a: f64,
+    /// `"random"` (default) or `"zero"`.
+    pub filler: Filler,
+    /// Training examples of an epoch; without it none ever repeats.
+    pub num_examples: Option<u64>,
+}
+
+/// Whether the section's rows are token ids from the start.
+pub(super) fn generated(section: &Section<'_>) -> Result<bool, TrainError> {
+    Ok(section.choice("kind", &["text", "mqar"], "text")? == "mqar")
+}
+
+pub(super) fn data(section: Section<'_>, job: &Job, training: &TrainingSection) -> Result<DataSection, TrainError> {
+    let data = match generated(&section)? {
+        true => DataSection::Mqar(mqar(&section, job, training)?),
+        false => DataSection::Text(text(&section, job)?),
+    };
+    section.finish()?;
+    Ok(data)
+}
+
+fn text(section: &Section<'_>, job: &Job) -> Result<TextSection, TrainError> {
+    let sources = section.tables("sources")?.unwrap_or_default();
+    if sources.is_empty() {
+        return Err(section.missing("sources", "at least one, such as [{ path = \"data/*.txt\" }]"));
+    }
+    let validation = section.tables("validation")?.unwrap_or_default();
+    let validation_fraction = section.number_in("validation_fraction", 0.0, 0.0, 0.5)?;
+    if validation_fraction > 0.0 && !validation.is_empty() {
+        let message = "give either validation or validation_fraction".to_string();
+        return Err(section.bad("validation_fraction", message));
+    }
+    Ok(TextSection {
+        cache_folder: folder(section, "cache_folder", job.dump_folder.join("cache"))?,
+        seed: section.count("seed")?.unwrap_or(job.seed),
+        sources: sources.into_iter().map(source).collect::<Result<_, _>>()?,
+        validation: validation.into_iter().map(source).collect::<Result<_, _>>()?,
+        validation_fraction,
+    })
+}
+
+fn source(section: Section<'_>) -> Result<SourceSection, TrainError> {
+    let paths = match (section.string("path")?, section.strings("paths")?) {
+        (Some(path), None) => vec![path],
+        (None, Some(paths)) if !paths.is_empty() => paths,
+        (None, Some(_)) => return Err(section.bad("paths", "the list is empty".to_string())),
+        (Some(_), Some(_)) => {
+            return Err(section.bad("path", "give either path or paths".to_string()));
+        }
+        (None, None) => return Err(section.missing("path", "a file name or a pattern such as data/*.txt")),
+    };
+    section.unsupported("weight", "sources are concatenated")?;
+    match section.string("format")?.as_deref() {
+        Some(name @ ("parquet" | "bin")) => {
+            let message = format!("{name:?} is not supported yet; use \"text\" or \"jsonl\"");
+            return Err(section.bad("format", message));
+        }
+        Some("mqar") => {
+            let message = "\"mqar\" is not a format of files; set data.kind = \"mqar\" without sources".to_string();
+            return Err(section.bad("format", message));
+        }
+        _ => {}
+    }
+    let source = SourceSection {
+        root: section.string("root")?,
+        paths,
+        format: match section.choice("format", &["text", "jsonl"], "text")? {
+            "jsonl" => SourceFormat::Jsonl,
+            _ => SourceFormat::Text,
+        },
+        column: section.string("column")?.unwrap_or_else(|| "text".to_string()),
+        max_bytes: section.positive("max_bytes")?,
+    };
+    section.finish()?;
+    Ok(source)
+}
+
+/// Ids are `i32`.
+const LARGEST_VOCABULARY: u64 = 1 << 30;
+
+fn mqar(section: &Section<'_>, job: &Job, training: &TrainingSection) -> Result<MqarSection, TrainError> {
+    let vocab_size = section.count("vocab_size")?.unwrap_or(8192);
+    if !(4..=LARGEST_VOCABULARY).contains(&vocab_size) {
+        return Err(section.bad("vocab_size", format!("{vocab_size} must be between 4 and {LARGEST_VOCABULARY}")));
+    }
+    let num_pairs = section.positive("num_pairs")?.unwrap_or(8);
+    let keys = vocab_size / 2 - 1;
+    if num_pairs > keys {
+        let message = format!("{num_pairs} pairs need as many keys, but data.vocab_size {vocab_size} has {keys}");
+        return Err(section.bad("num_pairs", message));
+    }
+    if num_pairs.saturating_mul(4) > training.seq_len as u64 {
+        let message = format!(
+            "{num_pairs} pairs and as many queries, each with a token between, need {} tokens, but training.seq_len is {}",
+            num_pairs.saturating_mul(4),
+            training.seq_len
+        );
+        return Err(section.bad("num_pairs", message));
+    }
+    Ok(MqarSection {
+        seed: section.count("seed")?.unwrap_or(job.seed),
+        vocab_size: vocab_size as usize,
+        num_pairs: num_pairs as usize,
+        power_a: section.number_in("power_a", 0.01, 0.0, 1.0)?,
+        filler: match section.choice("filler", &["random", "zero"], "random")? {
+            "zero" => Filler::Zero,
+            _ => Filler::Random,
+        },
+        num_examples: section.positive("num_examples")?,
+    })
+}

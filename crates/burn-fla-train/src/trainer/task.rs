@@ -1,0 +1,84 @@
+//! What a run learns, and by which figure it is judged.
+
+use std::sync::Arc;
+
+use burn_fla_nn::ModelConfig;
+
+use super::text::Text;
+use crate::TrainError;
+use crate::data::{Corpus, RowSource, Rows, spread};
+use crate::recipe::{DataSection, MqarSection, Recipe, TextSection};
+
+/// What a run learns.
+#[derive(Debug)]
+pub(super) enum Task {
+    /// To go on with text; judged by bits per byte, and by samples.
+    Text(TextSection, Text),
+    /// To recall; judged by the share of right answers.
+    Mqar(MqarSection),
+}
+
+impl Task {
+    /// Reads the tokenizer where there is text; either way every token must have an embedding.
+    pub(super) fn open(recipe: &Recipe, config: &ModelConfig) -> Result<Task, TrainError> {
+        match &recipe.data {
+            DataSection::Text(data) => Ok(Task::Text(data.clone(), Text::open(&recipe.model, config)?)),
+            DataSection::Mqar(data) if data.vocab_size > config.vocab_size() => Err(TrainError::BadValue {
+                at: "recipe".to_string(),
+                key: "data.vocab_size".to_string(),
+                message: format!(
+                    "{} is more than the vocab_size {} of the model {}; raise that (model.overrides) or lower this",
+                    data.vocab_size,
+                    config.vocab_size(),
+                    recipe.model.config.display()
+                ),
+            }),
+            DataSection::Mqar(data) => Ok(Task::Mqar(data.clone())),
+        }
+    }
+
+    pub(super) fn corpus(&self, seq_len: usize, tell: &mut dyn FnMut(String)) -> Result<Corpus, TrainError> {
+        match self {
+            Task::Text(data, text) => Corpus::text(data, seq_len, text, tell),
+            Task::Mqar(data) => Ok(Corpus::mqar(data, seq_len)),
+        }
+    }
+
+    /// The tokenizer of text.
+    pub(super) fn text(&self) -> Option<&Text> {
+        match self {
+            Task::Text(_, text) => Some(text),
+            Task::Mqar(_) => None,
+        }
+    }
+}
+
+/// Held-out rows, the same at every evaluation.
+#[derive(Debug)]
+pub(super) struct HeldOut {
+    pub batches: Vec<Rows>,
+    /// Labels that count.
+    pub tokens: u64,
+    /// Bytes of the text that the labels spell, where they spell one.
+    pub bytes: Option<u64>,
+}
+
+impl HeldOut {
+    /// `validation.steps` batches spread over `rows`.
+    pub(super) fn new(recipe: &Recipe, rows: &Arc<dyn RowSource>, task: &Task) -> Result<HeldOut, TrainError> {
+        let rows_per_batch = recipe.training.batch_size;
+        let rows = spread(rows.as_ref(), recipe.validation.steps * rows_per_batch as u64);
+        let batches: Vec<Rows> = rows.chunks(rows_per_batch).map(Rows::concat).collect();
+        let bytes = match task.text() {
+            None => None,
+            Some(text) => {
+                let mut bytes = 0;
+                for rows in &rows {
+                    bytes += text.bytes(rows)?;
+                }
+                Some(bytes)
+            }
+        };
+        Ok(HeldOut { tokens: batches.iter().map(Rows::tokens).sum(), batches, bytes })
+    }
+}
