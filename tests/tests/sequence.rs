@@ -3,12 +3,12 @@
 
 #[path = "sequence/key_decay.rs"]
 mod key_decay;
-#[path = "sequence/token_shift.rs"]
-mod token_shift;
 #[path = "sequence/selective_scan.rs"]
 mod selective_scan;
 #[path = "sequence/ssd.rs"]
 mod ssd;
+#[path = "sequence/token_shift.rs"]
+mod token_shift;
 
 use burn::tensor::Tensor;
 use burn_fla_ops::{ScalarDecay, SequenceOptions, simple_gla};

@@ -64,7 +64,6 @@ pub use dplr::dplr;
 pub use error::OpError;
 pub use gated_delta_product::gated_delta_product;
 pub use gated_delta_rule::gated_delta_rule;
-pub use gated_rms_norm::{GateActivation, gated_rms_norm};
 pub use gated_rms_norm::{GateActivation, GroupedGatedNorm, gated_rms_norm, grouped_gated_rms_norm};
 pub use gla::gla;
 pub use gsa::{GsaOptions, GsaState, gsa};
