@@ -16,6 +16,8 @@ use burn_fla_tests::agree::{Input, assert_finite_differences};
 
 #[path = "sequence/delta.rs"]
 mod delta;
+#[path = "sequence/attention.rs"]
+mod attention;
 #[path = "sequence/linear.rs"]
 mod linear;
 #[path = "sequence/scans.rs"]
