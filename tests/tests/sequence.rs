@@ -14,10 +14,10 @@ use burn::tensor::Tensor;
 use burn_fla_ops::{ScalarDecay, SequenceOptions, simple_gla};
 use burn_fla_tests::agree::{Input, assert_finite_differences};
 
-#[path = "sequence/delta.rs"]
-mod delta;
 #[path = "sequence/attention.rs"]
 mod attention;
+#[path = "sequence/delta.rs"]
+mod delta;
 #[path = "sequence/linear.rs"]
 mod linear;
 #[path = "sequence/scans.rs"]

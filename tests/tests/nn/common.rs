@@ -197,3 +197,22 @@ pub fn parameter_gradients(model: &CausalLm, gradients: Gradients) -> BTreeMap<S
     model.visit(&mut collect);
     collect.2
 }
+
+/// The numbers of every parameter by its name, in the order of the fields.
+pub fn parameter_values(model: &CausalLm) -> Vec<(String, TensorData)> {
+    struct Collect(ParamPath, Vec<(String, TensorData)>);
+    impl ModuleVisitor for Collect {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.1.push((self.0.name(), param.val().into_data()));
+        }
+        fn enter_module(&mut self, name: &str, container_type: &str) {
+            self.0.enter(name, container_type);
+        }
+        fn exit_module(&mut self, _: &str, container_type: &str) {
+            self.0.exit(container_type);
+        }
+    }
+    let mut collect = Collect(model.param_path(), Vec::new());
+    model.visit(&mut collect);
+    collect.1
+}

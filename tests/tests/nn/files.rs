@@ -9,7 +9,7 @@ use burn_fla_nn::hub::{
 use burn_fla_nn::{Compute, NnError};
 use burn_fla_tests::{assert_close, numbers, reference_device};
 
-use crate::common::{GOLDEN, configs, golden, ids, model};
+use crate::common::{GOLDEN, configs, golden, ids, model, parameter_values};
 
 fn shapes(store: &TensorStore) -> BTreeMap<String, Vec<usize>> {
     let shape = |name: &str| store.get(name).expect("a tensor").shape.to_vec();
@@ -43,7 +43,12 @@ fn what_is_saved_is_loaded_to_the_last_bit() {
             let trained = crate::common::model(&config, &device.clone().autodiff());
             save_model(&trained, folder.path(), dtype).expect(name);
             let half = load_model(folder.path(), &device).expect(name);
-            assert_close(name, &logits(&half), &logits(&model), 5e-2);
+            // Every weight is the nearest one of the type, no more and no less.
+            let rounded = |data: TensorData| data.convert_dtype(dtype).convert_dtype(DType::F32);
+            let expected = parameter_values(&model).into_iter().map(|(name, data)| (name, rounded(data)));
+            for ((name, found), expected) in parameter_values(&half).into_iter().zip(expected) {
+                assert_eq!((&name, found), (&expected.0, expected.1));
+            }
             save_model(&half, folder.path(), dtype).expect(name);
             assert_eq!(logits(&half), logits(&load_model(folder.path(), &device).expect(name)));
         }
