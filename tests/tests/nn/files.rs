@@ -7,7 +7,7 @@ use burn_fla_nn::hub::{
     self, TensorStore, load_model, read_safetensors, save_model, save_model_sharded, write_safetensors,
 };
 use burn_fla_nn::{Compute, NnError};
-use burn_fla_tests::{assert_close, numbers, reference_device};
+use burn_fla_tests::{numbers, reference_device};
 
 use crate::common::{GOLDEN, configs, golden, ids, model, parameter_values};
 
