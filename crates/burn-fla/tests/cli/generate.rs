@@ -18,6 +18,21 @@ fn the_same_seed_gives_the_same_text() {
     assert_eq!(run, sample("run/checkpoints/step_00000020", "1"));
     assert_ne!(run, sample("run", "2"));
 
+    // Several prompts, of any lengths: the first text is the one it has alone.
+    let both = place.succeed(&[
+        "generate",
+        "run",
+        "--prompt",
+        "let ",
+        "--prompt",
+        "let x1 = ",
+        "--max-new-tokens",
+        "24",
+        "--seed",
+        "1",
+    ]);
+    assert!(both.starts_with(&format!("{run}\nlet x1 = ")), "{run} {both}");
+
     // An empty prompt is the start of a document; sampling options out of range are errors.
     place.succeed(&["generate", "run", "--prompt", "", "--max-new-tokens", "4"]);
     place.fail(&["generate", "run", "--prompt", "x", "--temperature=-1"], &["temperature", "-1"]);

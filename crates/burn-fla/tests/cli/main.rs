@@ -147,8 +147,20 @@ fn usage_errors_exit_with_two() {
 fn help_and_version_say_what_there_is() {
     let place = Place::new();
     let help = place.succeed(&["--help"]);
-    for part in ["train", "generate", "verify", "recipes/quickstart.toml", "Exit codes"] {
+    for part in ["train", "generate", "verify", "architectures", "recipes/quickstart.toml", "Exit codes"] {
         assert!(help.contains(part), "{part}: {help}");
     }
     assert_eq!(place.succeed(&["--version"]), format!("burn-fla {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn every_architecture_has_its_row() {
+    let place = Place::new();
+    let table = place.succeed(&["architectures"]);
+    for architecture in burn_fla::nn::models::registry::ARCHITECTURES {
+        let name = format!("| `{}` |", architecture.model_type);
+        let rows: Vec<&str> = table.lines().filter(|line| line.starts_with(&name)).collect();
+        assert_eq!(rows.len(), 1, "{name}: {table}");
+    }
+    place.fail(&["architectures", "--golden", "nowhere"], &["nowhere", "read"]);
 }
