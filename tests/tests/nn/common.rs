@@ -158,7 +158,10 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
                     {"model_type": "transformer", "num_heads": 4, "window_size": 3}]"#,
             ),
         ),
-        ("transformer, norms, biases", config("transformer", r#", "num_heads": 4, "qk_norm": true, "qkv_bias": true"#)),
+        (
+            "transformer, norms, biases",
+            config("transformer", r#", "num_heads": 4, "qk_norm": true, "qkv_bias": true, "hidden_act": "powlu""#),
+        ),
         (
             "transformer, window of one",
             config("transformer", r#", "num_heads": 4, "num_kv_heads": 1, "window_size": 1"#),

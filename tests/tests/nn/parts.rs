@@ -2,11 +2,15 @@
 
 use std::time::Instant;
 
+use burn::module::Param;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation};
 use burn_fla_nn::layers::{AttentionConfig, GlaConfig, RetentionConfig, SequenceContext};
 use burn_fla_nn::models::registry::{ARCHITECTURES, HYBRID};
-use burn_fla_nn::modules::{FeatureMap, RotaryTables, cross_entropy, log_sigmoid, repeat_heads};
-use burn_fla_nn::{Compute, ModelConfig};
+use burn_fla_nn::modules::{
+    FeatureMap, GatedMlp, MlpActivation, RotaryTables, cross_entropy, log_sigmoid, repeat_heads,
+};
+use burn_fla_nn::{Compute, ModelConfig, ParamSource};
+use burn_fla_ops::Engine;
 use burn_fla_tests::{assert_close, kernel_devices, numbers, reference_device, tensor, uniform};
 
 #[test]
@@ -146,6 +150,31 @@ fn a_layer_stands_alone() {
     assert!(numbers(gradient).iter().all(|x| x.is_finite()));
     let longer = SequenceContext::new([2, 8], None, Compute::f32(), &device).expect("a context");
     assert!(gla.forward(x, None, &longer).is_err());
+}
+
+#[test]
+fn the_power_law_gate_follows_its_formula() {
+    let device = reference_device().autodiff();
+    let values = [-30.0, -2.0, -1e-3, 0.0, 1e-6, 0.3, 1.0, 4.0, 50.0];
+    let gate = |x: f64| {
+        let sigmoid = 1.0 / (1.0 + (-x).exp());
+        sigmoid * if x > 0.0 { x.powf(3.0 / (x.sqrt() + 1.0)) } else { x }
+    };
+    // A network of one feature whose maps are the identity: y = act(x) x.
+    let source = ParamSource::seeded(1, 0.02, &device);
+    let mut network = GatedMlp::new(&source.root(), 1, 1, MlpActivation::PowLu);
+    for map in [&mut network.gate_proj, &mut network.up_proj, &mut network.down_proj] {
+        map.weight = Param::from_tensor(Tensor::ones([1, 1], &device));
+    }
+    let x: Tensor<3> = tensor(&values, [1, values.len(), 1], &device, DType::F32).require_grad();
+    let y = network.forward(x.clone(), Engine::Auto).expect("an output");
+    assert_close("powlu", &numbers(y.clone()), &values.map(|x| gate(x) * x), 1e-6);
+    let slope = |x: f64| {
+        let h = 1e-6 * x.abs().max(1e-3);
+        (gate(x + h) * (x + h) - gate(x - h) * (x - h)) / (2.0 * h)
+    };
+    let gradient = numbers(x.grad(&y.sum().backward()).expect("a gradient"));
+    assert_close("powlu, gradient", &gradient, &values.map(slope), 1e-5);
 }
 
 #[test]

@@ -277,6 +277,7 @@ fn warn_of_near_misses(raw: &Map<String, Value>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::modules::MlpActivation;
 
     fn gla(extra: &str) -> Result<ModelConfig, NnError> {
         ModelConfig::from_json(&format!(
@@ -288,17 +289,21 @@ mod tests {
         gla(extra).expect_err(extra).to_string()
     }
 
+    fn gated(intermediate_size: usize) -> FeedForwardConfig {
+        FeedForwardConfig::Gated { intermediate_size, activation: MlpActivation::Swish }
+    }
+
     #[test]
     fn defaults_follow_the_format() {
         let config = gla("").expect("a valid config");
         let common = config.common();
-        assert_eq!(config.layers()[0].feed_forward, Some(FeedForwardConfig::Gated { intermediate_size: 256 }));
+        assert_eq!(config.layers()[0].feed_forward, Some(gated(256)));
         assert_eq!(common.eos_token_id, Some(2));
         assert_eq!(gla(r#", "eos_token_id": null"#).expect("valid").eos_token_id(), None);
         let retnet =
             ModelConfig::from_json(r#"{"model_type": "retnet", "num_hidden_layers": 2}"#).expect("a valid config");
         // int(2048 · 2 · 2 / 3) = 2730, rounded up to a multiple of 256.
-        assert_eq!(retnet.layers()[1].feed_forward, Some(FeedForwardConfig::Gated { intermediate_size: 2816 }));
+        assert_eq!(retnet.layers()[1].feed_forward, Some(gated(2816)));
     }
 
     #[test]

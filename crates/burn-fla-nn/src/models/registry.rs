@@ -13,7 +13,7 @@ use crate::layers::{
     AttentionConfig, CombaConfig, DeltaNetConfig, GatedDeltaNetConfig, GatedDeltaProductConfig, GlaConfig, KdaConfig,
     MixerConfig, RetentionConfig,
 };
-use crate::modules::{FeedForwardConfig, NormKind};
+use crate::modules::{FeedForwardConfig, MlpActivation, NormKind};
 
 /// An architecture.
 #[derive(Debug)]
@@ -65,7 +65,7 @@ const DEFAULTS: Defaults = Defaults {
     use_l2warp: false,
     residual_in_fp32: false,
     norm_first: false,
-    hidden_act: &["swish"],
+    hidden_act: &["swish", "powlu"],
 };
 
 /// What most architectures have in common; an entry says the rest.
@@ -97,7 +97,8 @@ pub const ARCHITECTURES: &[Architecture] = &[
         model_type: "retnet",
         title: "RetNet",
         paper: "Retentive Network: A Successor to Transformer for Large Language Models, arXiv:2307.08621",
-        defaults: Defaults { hidden_ratio: 2.0, ..DEFAULTS },
+        // The output gate is `hidden_act` too, and has no other form.
+        defaults: Defaults { hidden_ratio: 2.0, hidden_act: &["swish"], ..DEFAULTS },
         mixer: |fields, common, _| RetentionConfig::from_fields(fields, common).map(MixerConfig::Retention),
         ..COMMON
     },
@@ -105,6 +106,7 @@ pub const ARCHITECTURES: &[Architecture] = &[
         model_type: "gla",
         title: "GLA",
         paper: "Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635",
+        defaults: Defaults { hidden_act: &["swish"], ..DEFAULTS },
         mixer: |fields, common, _| GlaConfig::from_fields(fields, common).map(MixerConfig::Gla),
         ..COMMON
     },
@@ -245,7 +247,8 @@ pub(crate) fn gated(
             256 * size.max(1).div_ceil(256)
         }
     };
-    Ok(Some(FeedForwardConfig::Gated { intermediate_size }))
+    let activation = fields.optional_str("hidden_act")?.and_then(MlpActivation::from_name).unwrap_or_default();
+    Ok(Some(FeedForwardConfig::Gated { intermediate_size, activation }))
 }
 
 /// The field `hidden_ratio`; null means 4.

@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 
-use super::GatedMlp;
+use super::{GatedMlp, MlpActivation};
 use crate::layers::SequenceContext;
 use crate::{NnError, ParamScope};
 
@@ -14,6 +14,8 @@ pub enum FeedForwardConfig {
     Gated {
         /// Hidden features.
         intermediate_size: usize,
+        /// What the gate passes through.
+        activation: MlpActivation,
     },
 }
 
@@ -27,7 +29,9 @@ pub enum FeedForward {
 impl FeedForwardConfig {
     pub(crate) fn build(&self, scope: &ParamScope<'_, '_>, width: usize) -> FeedForward {
         match self {
-            Self::Gated { intermediate_size } => FeedForward::Gated(GatedMlp::new(scope, width, *intermediate_size)),
+            Self::Gated { intermediate_size, activation } => {
+                FeedForward::Gated(GatedMlp::new(scope, width, *intermediate_size, *activation))
+            }
         }
     }
 }

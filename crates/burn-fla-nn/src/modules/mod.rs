@@ -22,7 +22,7 @@ pub use heads::{merge_heads, repeat_heads, split_heads};
 pub use layer_norm::{GroupNorm, LayerNorm};
 pub use linear::Linear;
 pub use loss::{IGNORED_LABEL, LossOutput, cross_entropy, l2_warp};
-pub use mlp::GatedMlp;
+pub use mlp::{GatedMlp, MlpActivation};
 pub(crate) use norm::output_norm;
 pub use norm::{Norm, NormKind, RmsNorm};
 pub use rotary::{Rotary, RotaryTables};
