@@ -85,6 +85,22 @@ impl<'s, 'a> ParamScope<'s, 'a> {
         Self { source: self.source, path: self.full(name) }
     }
 
+    /// The scope of a module that the format knows under two names, `name` and `alias`: a file may have either or both.
+    pub(crate) fn at_either(&self, name: &str, alias: &str) -> Self {
+        let Kind::Stored { store, used, .. } = &self.source.kind else {
+            return self.at(name);
+        };
+        let under = |name: &str| {
+            let prefix = format!("{}.", self.full(name));
+            store.names().filter(|stored| stored.starts_with(&prefix)).map(String::from).collect::<Vec<_>>()
+        };
+        if under(name).is_empty() {
+            return self.at(alias);
+        }
+        used.borrow_mut().extend(under(alias));
+        self.at(name)
+    }
+
     fn full(&self, name: impl std::fmt::Display) -> String {
         if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) }
     }

@@ -15,7 +15,7 @@ pub fn golden(case: &str) -> PathBuf {
 }
 
 /// The folders of all expected cases.
-pub const GOLDEN: [&str; 10] = [
+pub const GOLDEN: [&str; 12] = [
     "retnet",
     "gla",
     "gla_hybrid",
@@ -26,7 +26,12 @@ pub const GOLDEN: [&str; 10] = [
     "gated_deltaproduct",
     "kda",
     "comba",
+    "linear_attn",
+    "nsa",
 ];
+
+/// The folders of expected cases of bare layers.
+pub const GOLDEN_LAYERS: [&str; 2] = ["layer_based", "layer_rebased"];
 
 /// Vocabulary of the small models.
 pub const VOCABULARY: usize = 61;
@@ -162,6 +167,53 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
             "transformer, norms, biases",
             config("transformer", r#", "num_heads": 4, "qk_norm": true, "qkv_bias": true, "hidden_act": "powlu""#),
         ),
+            "linear_attn, grouped, tied products, normalised",
+            config(
+                "linear_attn",
+                r#", "num_heads": 4, "num_kv_heads": 2, "expand_v": 2.0, "tie_feature_map_qk": true,
+                    "elementwise_affine": false"#,
+            ),
+        ),
+        (
+            "linear_attn, hedgehog, tied, normaliser",
+            config(
+                "linear_attn",
+                r#", "num_heads": 2, "feature_map": "hedgehog", "tie_feature_map_qk": true, "norm_feature_map": true"#,
+            ),
+        ),
+        (
+            "linear_attn, t2r, sums of queries and keys",
+            config("linear_attn", r#", "num_heads": 2, "feature_map": "t2r", "norm_q": true, "norm_k": true"#),
+        ),
+        ("linear_attn, dpfp", config("linear_attn", r#", "num_heads": 4, "feature_map": "dpfp", "norm_k": true"#)),
+        (
+            "linear_attn, elu, normaliser",
+            config("linear_attn", r#", "num_heads": 2, "feature_map": "elu", "norm_feature_map": true"#),
+        ),
+        ("linear_attn, identity", config("linear_attn", r#", "num_heads": 2, "feature_map": "identity""#)),
+        ("linear_attn, relu", config("linear_attn", r#", "num_heads": 2, "feature_map": "relu", "norm_q": true"#)),
+        ("based, wide", config("based", r#", "num_heads": 3, "num_key_value_heads": 3, "feature_dim": 9"#)),
+        (
+            "rebased, without a norm",
+            config("rebased", r#", "num_heads": 2, "normalize": false, "use_beta": false, "eps": 0.1"#),
+        ),
+        (
+            "rebased, the norm alone",
+            config(
+                "rebased",
+                r#", "num_heads": 2, "use_gamma": false, "use_beta": false,
+                    "eps": 0.1"#,
+            ),
+        ),
+        (
+            "nsa, two blocks by ties, biases, no window",
+            config(
+                "nsa",
+                r#", "num_heads": 4, "num_kv_heads": null, "head_dim": 6, "block_size": 4, "block_counts": 2,
+                    "window_size": 0, "qkv_bias": true"#,
+            ),
+        ),
+        ("transformer, norms, biases", config("transformer", r#", "num_heads": 4, "qk_norm": true, "qkv_bias": true"#)),
         (
             "transformer, window of one",
             config("transformer", r#", "num_heads": 4, "num_kv_heads": 1, "window_size": 1"#),

@@ -107,7 +107,9 @@ fn memory_does_not_grow_with_the_text() {
             (_, state) = model.step(Tensor::from_data([7], &device), state, Compute::f32()).expect(name);
         }
         let after = elements(&state);
-        let unbounded = name == "transformer, norms, biases";
+        // Those that keep the keys of all tokens.
+        let keys = ["transformer, norms, biases", "nsa"];
+        let unbounded = keys.iter().any(|keys| name.starts_with(keys));
         assert_eq!(before == after, !unbounded, "{name}: {before:?} {after:?}");
     }
 }

@@ -6,7 +6,7 @@ use burn_fla_nn::{Compute, NnError};
 use burn_fla_ops::Engine;
 use burn_fla_tests::{kernel_devices, reference_device};
 
-use crate::common::{GOLDEN, golden};
+use crate::common::{GOLDEN, GOLDEN_LAYERS, golden};
 
 fn passes(case: &str, device: &Device, compute: Compute) {
     let report = verify_folder(golden(case), device, compute).expect(case);
@@ -16,7 +16,7 @@ fn passes(case: &str, device: &Device, compute: Compute) {
 
 #[test]
 fn golden_cases_on_the_cpu() {
-    for case in GOLDEN {
+    for case in GOLDEN.iter().chain(&GOLDEN_LAYERS) {
         passes(case, &reference_device(), Compute::f32());
     }
 }
@@ -24,7 +24,7 @@ fn golden_cases_on_the_cpu() {
 #[test]
 fn golden_cases_with_kernels() {
     for (_, device) in kernel_devices() {
-        for case in GOLDEN {
+        for case in GOLDEN.iter().chain(&GOLDEN_LAYERS) {
             passes(case, &device, Compute::f32());
         }
     }
@@ -42,6 +42,22 @@ fn golden_cases_in_bf16() {
             }
         }
     }
+}
+
+#[test]
+fn a_wrong_layer_does_not_pass() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for file in ["model.safetensors", "case.safetensors"] {
+        std::fs::copy(golden("layer_rebased").join(file), folder.path().join(file)).expect("a copy");
+    }
+    let config = std::fs::read_to_string(golden("layer_rebased").join("config.json")).expect("a config");
+    let write = |config: &str| std::fs::write(folder.path().join("config.json"), config).expect("a config");
+    let verify = || verify_folder(folder.path(), &reference_device(), Compute::f32());
+    write(&config.replacen('{', r#"{"eps": 1e-6, "#, 1));
+    let report = verify().expect("a report");
+    assert!(!report.passed(), "{report}");
+    write(&config.replace("ReBasedLinearAttention", "Attention"));
+    assert!(verify().expect_err("unknown").to_string().contains("`Attention` is not supported"));
 }
 
 #[test]

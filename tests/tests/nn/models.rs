@@ -212,7 +212,7 @@ fn weights_start_as_they_should() {
                 assert_eq!((mean, std), (1.0, 0.0), "{what}");
             } else if parameter.ends_with("bias") {
                 assert_eq!((mean, std), (0.0, 0.0), "{what}");
-            } else if parameter.contains("norm") {
+            } else if parameter.contains("norm") || parameter.ends_with("gamma") {
                 assert_eq!((mean, std), (1.0, 0.0), "{what}");
             } else {
                 // Five standard errors of the mean and of the standard deviation.

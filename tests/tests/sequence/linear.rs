@@ -30,7 +30,7 @@ impl Op {
             Self::Linear => linear_attn(q, k, v, false, options),
             Self::Normalized => linear_attn(q, k, v, true, options),
             Self::Based => based(q, k, v, options),
-            Self::Rebased => rebased(q, k, v, options),
+            Self::Rebased => rebased(q, k, v, 1e-5, options),
         }
     }
 
@@ -50,7 +50,7 @@ impl Op {
                 (o, Tensor::cat(vec![s, z.reshape([b, h, keys, 1])], 3))
             }
             Self::Based => burn_fla_ops::based::reference::recurrent(q, k, v, scale, Some(state)),
-            Self::Rebased => burn_fla_ops::rebased::reference::recurrent(q, k, v, scale, Some(state)),
+            Self::Rebased => burn_fla_ops::rebased::reference::recurrent(q, k, v, scale, 1e-5, Some(state)),
         }
     }
 }
@@ -173,7 +173,7 @@ fn the_polynomial_kernels_are_the_quadratic_form() {
                     let v = view(&x[2], values);
                     let o = match op {
                         Op::Based => burn_fla_ops::based::reference::parallel(q, k, v, scale),
-                        _ => burn_fla_ops::rebased::reference::parallel(q, k, v, scale),
+                        _ => burn_fla_ops::rebased::reference::parallel(q, k, v, scale, 1e-5),
                     };
                     vec![flat(o.expect("valid"))]
                 },
@@ -287,7 +287,7 @@ fn rebased_keeps_small_scores_in_f32() {
     let run = |dtype| {
         evaluate(&inputs, &reference_device(), dtype, |x| {
             let [q, k, v] = [0, 1, 2].map(|i| view(&x[i], shape));
-            vec![flat(rebased(q, k, v, SequenceOptions::default()).expect("valid").0)]
+            vec![flat(rebased(q, k, v, 1e-5, SequenceOptions::default()).expect("valid").0)]
         })
     };
     let (exact, found) = (run(DType::F64), run(DType::F32));

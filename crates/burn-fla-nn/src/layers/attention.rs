@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{DType, Device, Tensor, activation};
+use burn::tensor::{Device, Tensor};
 use burn_fla_ops as ops;
 
 use super::{KeyValueState, SequenceContext, check_groups};
@@ -169,66 +169,9 @@ impl Attention {
         let q = rotate(self.q_proj.forward(x.clone())?, self.num_heads, self.q_norm.as_ref())?;
         let k = rotate(self.k_proj.forward(x.clone())?, self.num_kv_heads, self.k_norm.as_ref())?;
         let v = split_heads(self.v_proj.forward(x)?, self.num_kv_heads);
-        let (k, v) = match past {
-            None => (k, v),
-            Some(past) => (Tensor::cat(vec![past.k, k], 1), Tensor::cat(vec![past.v, v], 1)),
-        };
-        let o = self.attend(q, k.clone(), v.clone(), context)?;
-        let state = context.keep_state().then(|| KeyValueState { k: self.keep(k, context), v: self.keep(v, context) });
+        let (k, v) = KeyValueState::extend(past, k, v);
+        let o = ops::attention(q, k.clone(), v.clone(), context.attention(k.dims()[1], self.window_size))?;
+        let state = KeyValueState::keep(k, v, self.window_size, context);
         Ok((self.o_proj.forward(merge_heads(o))?, state))
     }
-
-    /// The keys or values that a later token may still see: all, or one less than the window.
-    fn keep(&self, x: Tensor<4>, context: &SequenceContext) -> Tensor<4> {
-        // One at least: not every device knows tensors without elements.
-        let reach = self.window_size.map_or(usize::MAX, |window| (window - 1).max(1));
-        match context.cu_seqlens() {
-            Some(cu) => {
-                let longest = cu.lengths().max().unwrap_or(0).max(1);
-                context.last_of_each(cu, &x, longest.min(reach))
-            }
-            None => {
-                let length = x.dims()[1];
-                last(x, length.min(reach))
-            }
-        }
-    }
-
-    /// q `[B, T, H, K]`, k and v `[B, S, G, K]`, S ≥ T: to `[B, T, H, K]`.
-    fn attend(
-        &self,
-        q: Tensor<4>,
-        k: Tensor<4>,
-        v: Tensor<4>,
-        context: &SequenceContext,
-    ) -> Result<Tensor<4>, NnError> {
-        let [b, t, heads, width] = q.dims();
-        let dtype = q.dtype();
-        // Keys that no query of this input sees.
-        let reach = match self.window_size {
-            Some(window) => (t + window - 1).min(k.dims()[1]),
-            None => k.dims()[1],
-        };
-        let (k, v) = (last(k, reach), last(v, reach));
-        let groups = self.num_kv_heads;
-        // The query heads that share a key head stand below each other in one product: keys are not repeated.
-        let q = q.swap_dims(1, 2).reshape([b, groups, heads / groups * t, width]);
-        let scores = ops::matmul(q, k.permute([0, 2, 3, 1]))?
-            .cast(DType::F32)
-            .reshape([b, heads, t, reach])
-            .mul_scalar((width as f64).powf(-0.5));
-        let scores = match context.attention_bias(self.window_size, reach) {
-            Some(bias) => scores + bias,
-            None => scores,
-        };
-        let p = activation::softmax(scores, 3).cast(dtype).reshape([b, groups, heads / groups * t, reach]);
-        let o = ops::matmul(p, v.swap_dims(1, 2))?;
-        Ok(o.reshape([b, heads, t, width]).swap_dims(1, 2))
-    }
-}
-
-/// The last `count` tokens of `[B, S, G, K]`.
-fn last(x: Tensor<4>, count: usize) -> Tensor<4> {
-    let length = x.dims()[1];
-    if count == length { x } else { x.narrow(1, length - count, count) }
 }

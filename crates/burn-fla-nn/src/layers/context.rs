@@ -2,8 +2,8 @@
 
 use std::cell::{OnceCell, RefCell};
 
-use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData};
-use burn_fla_ops::{CuSeqlens, Engine, SequenceOptions};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_fla_ops::{AttentionOptions, CuSeqlens, Engine, SequenceOptions};
 
 use crate::{Compute, NnError};
 
@@ -19,13 +19,9 @@ pub struct SequenceContext {
     keep_state: bool,
     device: Device,
     positions: OnceCell<Tensor<2, Int>>,
-    biases: RefCell<Vec<((Option<usize>, usize), Tensor<4>)>>,
     lower_bounds: Option<Tensor<2>>,
     first_values: RefCell<Option<Tensor<3>>>,
 }
-
-/// Added to the scores of keys that a query must not see. Finite, so that no device has to be right about infinities.
-const UNSEEN: f64 = -1e30;
 
 impl SequenceContext {
     /// For an input of `batch` rows of `tokens` on `device`. With `cu_seqlens` the one row is packed of several
@@ -64,7 +60,6 @@ impl SequenceContext {
             keep_state: false,
             device: device.clone().without_autodiff(),
             positions: OnceCell::new(),
-            biases: RefCell::default(),
             lower_bounds: None,
             first_values: RefCell::default(),
         })
@@ -185,55 +180,29 @@ impl SequenceContext {
         self.positions.get_or_init(make).clone()
     }
 
-    /// What to add to the scores of the last `keys` keys up to the last token of this input: 0 where a query may see a
-    /// key (not later than itself, fewer than `window` tokens back, of the same sequence, and not before its first
-    /// token), −1e30 elsewhere; f32 `[1 or B, 1, T, keys]`. `None` when every query sees every key.
-    pub(crate) fn attention_bias(&self, window: Option<usize>, keys: usize) -> Option<Tensor<4>> {
-        let in_window = window.is_none_or(|w| keys <= w);
-        // Rows that began later than the first of the keys stand behind zeros.
-        let padded = self.cu_seqlens.is_none() && self.seen.iter().any(|seen| seen + self.tokens < keys);
-        if self.tokens == 1 && in_window && !padded {
-            return None;
-        }
-        let key = (window, keys);
-        let mut biases = self.biases.borrow_mut();
-        if let Some((_, bias)) = biases.iter().find(|(known, _)| *known == key) {
-            return Some(bias.clone());
-        }
-        let column =
-            |end: usize, length: usize| Tensor::<1, Int>::arange(end as i64 - length as i64..end as i64, &self.device);
-        let distance = column(keys, self.tokens).unsqueeze_dim::<2>(1) - column(keys, keys).unsqueeze_dim::<2>(0);
-        let flag = |mask: Tensor<2, Bool>| mask.float().cast(DType::F32);
-        let mut unseen = flag(distance.clone().lower_elem(0));
-        if let (Some(window), false) = (window, in_window) {
-            unseen = unseen + flag(distance.greater_elem(window as i64 - 1));
-        }
-        if let Some(cu) = &self.cu_seqlens {
-            let sequence: Vec<i32> =
-                cu.lengths().enumerate().flat_map(|(i, length)| std::iter::repeat_n(i as i32, length)).collect();
-            let sequence = Tensor::<1, Int>::from_data(TensorData::new(sequence, [self.tokens]), &self.device);
-            let other = sequence.clone().unsqueeze_dim::<2>(1) - sequence.unsqueeze_dim::<2>(0);
-            unseen = unseen + flag(other.not_equal_elem(0));
-        }
-        let mut unseen = unseen.unsqueeze_dims::<4>(&[0, 1]);
-        if padded {
-            let before = |seen: &usize| keys.saturating_sub(seen + self.tokens);
-            let absent: Vec<f32> = self
-                .seen
-                .iter()
-                .flat_map(|seen| (0..keys).map(move |key| if key < before(seen) { 1.0 } else { 0.0 }))
-                .collect();
-            unseen = unseen + Tensor::from_data(TensorData::new(absent, [self.batch, 1, 1, keys]), &self.device);
-        }
-        let bias = unseen * UNSEEN;
-        biases.push((key, bias.clone()));
-        Some(bias)
+    /// How many of `keys` keys up to the last token of this input each row has, where some have fewer: those that began
+    /// later stand behind zeros.
+    pub(crate) fn key_lengths(&self, keys: usize) -> Option<Vec<usize>> {
+        let length = |seen: &usize| (seen + self.tokens).min(keys);
+        let ragged = self.cu_seqlens.is_none() && self.seen.iter().any(|seen| length(seen) < keys);
+        ragged.then(|| self.seen.iter().map(length).collect())
     }
 
     /// Options of a sequence operator that goes on from `state`.
     pub(crate) fn options(&self, state: Option<Tensor<4>>) -> SequenceOptions {
         SequenceOptions {
             initial_state: state,
+            cu_seqlens: self.cu_seqlens.clone(),
+            engine: self.compute.engine,
+            ..Default::default()
+        }
+    }
+
+    /// Options of attention to `keys` keys up to the last token of this input.
+    pub(crate) fn attention(&self, keys: usize, window: Option<usize>) -> AttentionOptions {
+        AttentionOptions {
+            window,
+            lengths: self.key_lengths(keys),
             cu_seqlens: self.cu_seqlens.clone(),
             engine: self.compute.engine,
             ..Default::default()

@@ -87,6 +87,8 @@ macro_rules! mixers {
 mixers! {
     /// Softmax attention.
     Attention: Attention, AttentionConfig, KeyValueState;
+    /// Linear attention with a Taylor kernel.
+    Based: Based, BasedConfig, RecurrentState;
     /// Gated delta rule with feedback.
     Comba: Comba, CombaConfig, RecurrentState;
     /// Delta rule.
@@ -99,6 +101,12 @@ mixers! {
     Gla: Gla, GlaConfig, RecurrentState;
     /// Gated delta rule with a decay by key.
     Kda: Kda, KdaConfig, RecurrentState;
+    /// Linear attention with feature maps.
+    LinearAttention: LinearAttention, LinearAttentionConfig, RecurrentState;
+    /// Native sparse attention.
+    NativeSparseAttention: NativeSparseAttention, NativeSparseAttentionConfig, KeyValueState;
+    /// Linear attention with a quadratic kernel.
+    Rebased: Rebased, RebasedConfig, RecurrentState;
     /// Multi-scale retention.
     Retention: Retention, RetentionConfig, RecurrentState;
 }

@@ -8,6 +8,7 @@
 //! V width of a value head.
 
 mod attention;
+mod based;
 mod comba;
 mod context;
 mod delta;
@@ -16,11 +17,15 @@ mod gated_deltanet;
 mod gated_deltaproduct;
 mod gla;
 mod kda;
+mod linear_attn;
 mod mixer;
+mod nsa;
+mod rebased;
 mod retention;
 mod state;
 
 pub use attention::{Attention, AttentionConfig};
+pub use based::{Based, BasedConfig};
 pub use comba::{Comba, CombaConfig};
 pub use context::SequenceContext;
 pub use delta_net::{DeltaNet, DeltaNetConfig, QkActivation, QkNorm};
@@ -28,7 +33,10 @@ pub use gated_deltanet::{GatedDeltaNet, GatedDeltaNetConfig};
 pub use gated_deltaproduct::{GatedDeltaProduct, GatedDeltaProductConfig};
 pub use gla::{Gla, GlaConfig};
 pub use kda::{Kda, KdaConfig};
+pub use linear_attn::{LinearAttention, LinearAttentionConfig};
 pub use mixer::{LayerState, Mixer, MixerConfig};
+pub use nsa::{NativeSparseAttention, NativeSparseAttentionConfig};
+pub use rebased::{QuadraticMap, Rebased, RebasedConfig};
 pub use retention::{Retention, RetentionConfig};
 pub(crate) use state::Convs;
 pub use state::{KeyValueState, MixerState, RecurrentState};

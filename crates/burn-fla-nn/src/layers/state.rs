@@ -42,6 +42,37 @@ pub struct KeyValueState {
     pub v: Tensor<4>,
 }
 
+impl KeyValueState {
+    /// Keys and values with those of the tokens before in front of them.
+    pub(crate) fn extend(past: Option<Self>, k: Tensor<4>, v: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+        match past {
+            None => (k, v),
+            Some(past) => (Tensor::cat(vec![past.k, k], 1), Tensor::cat(vec![past.v, v], 1)),
+        }
+    }
+
+    /// What a later token may still see of keys and values, when the context keeps states.
+    pub(crate) fn keep(k: Tensor<4>, v: Tensor<4>, window: Option<usize>, context: &SequenceContext) -> Option<Self> {
+        context.keep_state().then(|| Self { k: in_window(k, window, context), v: in_window(v, window, context) })
+    }
+}
+
+/// What a later token may still see of `[B, S, …]`: all, or one less than the window, `[N, S′, …]`.
+pub(crate) fn in_window<const D: usize>(x: Tensor<D>, window: Option<usize>, context: &SequenceContext) -> Tensor<D> {
+    // One at least: not every device knows tensors without elements.
+    let reach = window.map_or(usize::MAX, |window| (window - 1).max(1));
+    match context.cu_seqlens() {
+        Some(cu) => {
+            let longest = cu.lengths().max().unwrap_or(0).max(1);
+            context.last_of_each(cu, &x, longest.min(reach))
+        }
+        None => {
+            let length = x.dims()[1];
+            if length <= reach { x } else { x.narrow(1, length - reach, reach) }
+        }
+    }
+}
+
 impl MixerState for KeyValueState {
     fn elements(&self) -> usize {
         self.k.shape().num_elements() + self.v.shape().num_elements()

@@ -10,8 +10,8 @@ use super::fields::Fields;
 use super::names::Names;
 use crate::NnError;
 use crate::layers::{
-    AttentionConfig, CombaConfig, DeltaNetConfig, GatedDeltaNetConfig, GatedDeltaProductConfig, GlaConfig, KdaConfig,
-    MixerConfig, RetentionConfig,
+    AttentionConfig, BasedConfig, CombaConfig, DeltaNetConfig, GatedDeltaNetConfig, GatedDeltaProductConfig, GlaConfig,
+    KdaConfig, LinearAttentionConfig, MixerConfig, NativeSparseAttentionConfig, RebasedConfig, RetentionConfig,
 };
 use crate::modules::{FeedForwardConfig, MlpActivation, NormKind};
 
@@ -151,6 +151,42 @@ pub const ARCHITECTURES: &[Architecture] = &[
         ..COMMON
     },
     Architecture {
+        model_type: "linear_attn",
+        title: "Linear attention",
+        paper: "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention, arXiv:2006.16236",
+        mixer: |fields, common, _| LinearAttentionConfig::from_fields(fields, common).map(MixerConfig::LinearAttention),
+        ..COMMON
+    },
+    Architecture {
+        model_type: "based",
+        title: "Based",
+        paper: "Simple linear attention language models balance the recall-throughput tradeoff, arXiv:2402.18668",
+        mixer: |fields, common, _| BasedConfig::from_fields(fields, common).map(MixerConfig::Based),
+        ..COMMON
+    },
+    Architecture {
+        model_type: "rebased",
+        title: "ReBased",
+        paper: "Linear Transformers with Learnable Kernel Functions are Better In-Context Models, arXiv:2402.10644",
+        // With the ε of the format the first tokens, which may be orthogonal to every key, magnify any rounding a
+        // thousandfold.
+        tiny: r#"{"num_heads": 2, "eps": 0.1}"#,
+        mixer: |fields, common, _| RebasedConfig::from_fields(fields, common).map(MixerConfig::Rebased),
+        ..COMMON
+    },
+    Architecture {
+        model_type: "nsa",
+        title: "NSA",
+        paper: "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention, arXiv:2502.11089",
+        hybrid: false,
+        tiny: r#"{"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "block_size": 8, "block_counts": 4,
+            "window_size": 7}"#,
+        mixer: |fields, common, _| {
+            NativeSparseAttentionConfig::from_fields(fields, common).map(MixerConfig::NativeSparseAttention)
+        },
+        ..COMMON
+    },
+    Architecture {
         model_type: HYBRID,
         title: "Hybrid of any mixers",
         paper: "the papers of its mixers",
@@ -268,16 +304,22 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "attn",
     "attn_mode",
     "attnres_block_size",
+    "block_counts",
+    "block_size",
     "bos_token_id",
+    "causal",
     "clamp_min",
     "conv_size",
     "correction_factor",
     "dtype",
     "elementwise_affine",
     "eos_token_id",
+    "eps",
     "expand_k",
     "expand_v",
+    "feature_dim",
     "feature_map",
+    "feature_name",
     "fuse_cross_entropy",
     "fuse_linear_cross_entropy",
     "fuse_norm",
@@ -291,12 +333,18 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "lower_bound",
     "max_position_embeddings",
     "mixers",
+    "mode",
     "model_type",
     "norm_eps",
+    "norm_feature_map",
     "norm_first",
+    "norm_k",
+    "norm_q",
+    "normalize",
     "num_heads",
     "num_hidden_layers",
     "num_householder",
+    "num_key_value_heads",
     "num_kv_heads",
     "num_v_heads",
     "output_gate_activation",
@@ -308,12 +356,14 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "rope_scaling",
     "rope_theta",
     "safe_gate",
+    "tie_feature_map_qk",
     "tie_word_embeddings",
     "torch_dtype",
     "transformers_version",
     "use_beta",
     "use_cache",
     "use_forget_gate",
+    "use_gamma",
     "use_gate",
     "use_gk",
     "use_gv",

@@ -6,6 +6,7 @@
 mod activation;
 mod embedding;
 mod feed_forward;
+mod head_map;
 mod heads;
 mod layer_norm;
 mod linear;
@@ -18,6 +19,7 @@ mod short_conv;
 pub use activation::{FeatureMap, log_sigmoid, softplus};
 pub use embedding::Embedding;
 pub use feed_forward::{FeedForward, FeedForwardConfig};
+pub use head_map::{HeadMap, LearnedMap, LinearMap, ProductMap};
 pub use heads::{merge_heads, repeat_heads, split_heads};
 pub use layer_norm::{GroupNorm, LayerNorm};
 pub use linear::Linear;

@@ -4,9 +4,14 @@
 //! `input_ids` `[B, T]`, the expected `logits`, `loss`, a `grad.` for each parameter, `loss_curve` (the loss before each
 //! of some AdamW steps on this batch), `greedy` (a prompt and its greedy continuation) and, where the row is packed,
 //! `cu_seqlens`. What is not there is not checked.
+//!
+//! A folder whose `config.json` has the field `layer` is of one bare layer: `model.safetensors` holds its weights, and
+//! `case.safetensors` its input `x`, output `y`, the gradient `dy` of a loss by `y`, and `grad.x` and a `grad.` for each
+//! parameter.
 
 mod adamw;
 mod architectures;
+mod layer;
 mod report;
 
 use std::collections::HashMap;
@@ -48,6 +53,9 @@ const CONTINUATION: usize = 12;
 /// [`VerifyReport::passed`] tells.
 pub fn verify_folder(folder: impl AsRef<Path>, device: &Device, compute: Compute) -> Result<VerifyReport, NnError> {
     let folder = folder.as_ref();
+    if let Some(report) = layer::verify(folder, device, compute)? {
+        return Ok(report);
+    }
     let case = Case::read(folder, device)?;
     let model = load_model(folder, &device.clone().autodiff())?;
     let exact = compute.dtype == DType::F32;
@@ -83,25 +91,8 @@ pub fn verify_folder(folder: impl AsRef<Path>, device: &Device, compute: Compute
         let difference = (loss - f64::from(expected[0])).abs();
         report.push("loss, absolute", difference, bound(LOSS));
     }
-    for (name, gradient) in collect(&model, &mut gradients)? {
-        let expected = case.floats(&format!("grad.{name}"))?;
-        match (gradient, expected) {
-            (Some(gradient), Some(expected)) if gradient.len() == expected.len() => {
-                let ratio = rms_ratio(&gradient, &expected);
-                report.push(format!("grad.{name}"), ratio, bound(GRADIENT));
-            }
-            (None, None) => report.absent.push(name),
-            (gradient, expected) => report.push(
-                format!(
-                    "grad.{name} ({} values, expected {})",
-                    gradient.map_or(0, |g| g.len()),
-                    expected.map_or(0, |e| e.len())
-                ),
-                f64::NAN,
-                bound(GRADIENT),
-            ),
-        }
-    }
+    let found = collect(&model, model.param_path(), &mut gradients)?;
+    compare_gradients(&mut report, found, |name| case.floats(name), bound(GRADIENT))?;
 
     if let Some(expected) = case.floats("loss_curve")? {
         let mut worst = 0f64;
@@ -226,8 +217,38 @@ fn rms_ratio(measured: &[f32], expected: &[f32]) -> f64 {
     (difference / count).sqrt() / ((scale / count).sqrt() + 1e-8)
 }
 
-/// The gradient of every parameter, or `None` where the loss does not depend on it.
-fn collect(model: &CausalLm, gradients: &mut Gradients) -> Result<Vec<(String, Option<Vec<f32>>)>, NnError> {
+/// Names, each with its gradient, or `None` where the loss does not depend on it.
+type NamedGradients = Vec<(String, Option<Vec<f32>>)>;
+
+/// Compares each gradient with what is expected under `grad.` and its name.
+fn compare_gradients(
+    report: &mut VerifyReport,
+    found: NamedGradients,
+    expected: impl Fn(&str) -> Result<Option<Vec<f32>>, NnError>,
+    bound: Option<f64>,
+) -> Result<(), NnError> {
+    for (name, gradient) in found {
+        match (gradient, expected(&format!("grad.{name}"))?) {
+            (Some(gradient), Some(expected)) if gradient.len() == expected.len() => {
+                report.push(format!("grad.{name}"), rms_ratio(&gradient, &expected), bound);
+            }
+            (None, None) => report.absent.push(name),
+            (gradient, expected) => report.push(
+                format!(
+                    "grad.{name} ({} values, expected {})",
+                    gradient.map_or(0, |g| g.len()),
+                    expected.map_or(0, |e| e.len())
+                ),
+                f64::NAN,
+                bound,
+            ),
+        }
+    }
+    Ok(())
+}
+
+/// The gradient of every parameter.
+fn collect<M: Module>(module: &M, path: ParamPath, gradients: &mut Gradients) -> Result<NamedGradients, NnError> {
     struct Collect<'a> {
         path: ParamPath,
         gradients: &'a mut Gradients,
@@ -245,8 +266,8 @@ fn collect(model: &CausalLm, gradients: &mut Gradients) -> Result<Vec<(String, O
             self.path.exit(container_type);
         }
     }
-    let mut collect = Collect { path: model.param_path(), gradients, found: Vec::new() };
-    model.visit(&mut collect);
+    let mut collect = Collect { path, gradients, found: Vec::new() };
+    module.visit(&mut collect);
     collect.found.into_iter().map(|(name, gradient)| Ok((name, gradient?))).collect()
 }
 

@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 
-use super::KERNEL;
+use super::kernel;
 use crate::OpError;
 use crate::polynomial::reference::{Problem, zero_state};
 
@@ -10,8 +10,8 @@ use crate::polynomial::reference::{Problem, zero_state};
 ///
 /// # Errors
 /// [`OpError`] where shapes do not fit together.
-pub fn parallel(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64) -> Result<Tensor<4>, OpError> {
-    Problem { polynomial: KERNEL, scale, chunk: 1 }.parallel(q, k, v)
+pub fn parallel(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64, eps: f64) -> Result<Tensor<4>, OpError> {
+    Problem { polynomial: kernel(eps), scale, chunk: 1 }.parallel(q, k, v)
 }
 
 /// Token by token from `state` `[B, H, F, V + 1]`, zeros where there is none. Shapes as [`rebased`](crate::rebased()).
@@ -20,8 +20,9 @@ pub fn recurrent(
     k: Tensor<4>,
     v: Tensor<4>,
     scale: f64,
+    eps: f64,
     state: Option<Tensor<4>>,
 ) -> (Tensor<4>, Tensor<4>) {
-    let state = state.unwrap_or_else(|| zero_state(KERNEL, &q, v.dims()[3]));
-    Problem { polynomial: KERNEL, scale, chunk: 1 }.recurrent(q, k, v, state)
+    let state = state.unwrap_or_else(|| zero_state(kernel(eps), &q, v.dims()[3]));
+    Problem { polynomial: kernel(eps), scale, chunk: 1 }.recurrent(q, k, v, state)
 }
