@@ -78,7 +78,6 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
                 r#", "num_heads": 2, "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 5}"#,
             ),
         ),
-        ("delta_net", config("delta_net", r#", "num_heads": 2"#)),
         (
             "delta_net, gated, summed, elu, narrow keys",
             config(
@@ -106,7 +105,6 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
                 r#", "num_heads": 2, "use_short_conv": false, "allow_neg_eigval": true, "use_beta": false"#,
             ),
         ),
-        ("gated_deltanet", config("gated_deltanet", r#", "num_heads": 2, "head_dim": 12"#)),
         (
             "gated_deltanet, grouped, doubled, sigmoid gate",
             config(
@@ -117,9 +115,8 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
         ),
         (
             "gated_deltanet, without gate and convolutions",
-            config("gated_deltanet", r#", "num_heads": 2, "head_dim": 12, "use_gate": false, "use_short_conv": false"#),
+            config("gated_deltanet", r#", "num_heads": 3, "head_dim": 16, "use_gate": false, "use_short_conv": false"#),
         ),
-        ("gated_deltaproduct", config("gated_deltaproduct", r#", "num_heads": 2, "head_dim": 12"#)),
         (
             "gated_deltaproduct, three steps, forgetting, doubled",
             config(
@@ -128,7 +125,6 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
                     "allow_neg_eigval": true, "use_output_gate": false"#,
             ),
         ),
-        ("kda", config("kda", r#", "num_heads": 2, "head_dim": 12"#)),
         (
             "kda, grouped, bounded, doubled",
             config(
@@ -141,21 +137,12 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
             "kda, bounded, without convolutions",
             config("kda", r#", "num_heads": 2, "head_dim": 12, "lower_bound": -7, "use_short_conv": false"#),
         ),
-        ("comba", config("comba", r#", "num_heads": 2, "head_dim": 12"#)),
         (
             "comba, grouped, without gate and convolutions",
             config(
                 "comba",
                 r#", "num_heads": 2, "num_v_heads": 4, "head_dim": 8, "use_output_gate": false,
                     "use_short_conv": false"#,
-            ),
-        ),
-        (
-            "mixers of three kinds",
-            config(
-                "hybrid",
-                r#", "num_heads": 2, "num_hidden_layers": 3, "mixers": ["retnet", {"model_type": "gla", "expand_k": 1.0},
-                    {"model_type": "transformer", "num_heads": 4, "window_size": 3}]"#,
             ),
         ),
         ("transformer, norms, biases", config("transformer", r#", "num_heads": 4, "qk_norm": true, "qkv_bias": true"#)),
