@@ -83,7 +83,6 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
                 r#", "num_heads": 2, "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 5}"#,
             ),
         ),
-        ("delta_net", config("delta_net", r#", "num_heads": 2"#)),
         (
             "delta_net, gated, summed, elu, narrow keys",
             config(
@@ -111,7 +110,6 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
                 r#", "num_heads": 2, "use_short_conv": false, "allow_neg_eigval": true, "use_beta": false"#,
             ),
         ),
-        ("gated_deltanet", config("gated_deltanet", r#", "num_heads": 2, "head_dim": 12"#)),
         (
             "gated_deltanet, grouped, doubled, sigmoid gate",
             config(
@@ -122,9 +120,8 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
         ),
         (
             "gated_deltanet, without gate and convolutions",
-            config("gated_deltanet", r#", "num_heads": 2, "head_dim": 12, "use_gate": false, "use_short_conv": false"#),
+            config("gated_deltanet", r#", "num_heads": 3, "head_dim": 16, "use_gate": false, "use_short_conv": false"#),
         ),
-        ("gated_deltaproduct", config("gated_deltaproduct", r#", "num_heads": 2, "head_dim": 12"#)),
         (
             "gated_deltaproduct, three steps, forgetting, doubled",
             config(
@@ -133,7 +130,6 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
                     "allow_neg_eigval": true, "use_output_gate": false"#,
             ),
         ),
-        ("kda", config("kda", r#", "num_heads": 2, "head_dim": 12"#)),
         (
             "kda, grouped, bounded, doubled",
             config(
@@ -146,7 +142,6 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
             "kda, bounded, without convolutions",
             config("kda", r#", "num_heads": 2, "head_dim": 12, "lower_bound": -7, "use_short_conv": false"#),
         ),
-        ("comba", config("comba", r#", "num_heads": 2, "head_dim": 12"#)),
         (
             "comba, grouped, without gate and convolutions",
             config(

@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation};
 use burn_fla_nn::layers::{AttentionConfig, GlaConfig, RetentionConfig, SequenceContext};
 use burn_fla_nn::models::registry::{ARCHITECTURES, HYBRID};
 use burn_fla_nn::modules::{
-    FeatureMap, GatedMlp, MlpActivation, RotaryTables, cross_entropy, log_sigmoid, repeat_heads,
+    FeatureMap, GatedMlp, MlpActivation, RotaryTables, cross_entropy, log_sigmoid, repeat_heads, softplus,
 };
 use burn_fla_nn::{Compute, ModelConfig, ParamSource};
 use burn_fla_ops::Engine;
@@ -120,6 +120,23 @@ fn feature_maps_follow_their_formulas() {
 fn grouped_heads_serve_neighbours() {
     let x = tensor(&[1.0, 2.0], [1, 1, 2, 1], &reference_device(), DType::F32);
     assert_eq!(numbers(repeat_heads(x, 3)), [1.0, 1.0, 1.0, 2.0, 2.0, 2.0]);
+}
+
+#[test]
+fn softplus_keeps_its_digits_far_below_zero() {
+    let x = [-80.0, -20.0, -6.9, -5.0, -1.0, 0.0, 0.5, 19.0, 21.0, 300.0f64];
+    let device = reference_device().autodiff();
+    let leaf: Tensor<1> = tensor(&x, [x.len()], &device, DType::F32).require_grad();
+    let y = softplus(leaf.clone());
+    let gradient = leaf.grad(&y.clone().sum().backward()).expect("a gradient");
+    for ((x, y), slope) in x.iter().zip(numbers(y)).zip(numbers(gradient)) {
+        let expected = if *x > 30.0 { *x } else { x.exp().ln_1p() };
+        // An exponential is off by as much as its argument: |x| roundings of 6e-8.
+        let bound = 1e-7 * x.abs().clamp(2.0, 20.0) + if *x < -30.0 { 1e-5 } else { 0.0 };
+        assert!((y / expected - 1.0).abs() < bound, "{x}: {y}");
+        let expected = 1.0 / (1.0 + (-x).exp());
+        assert!((slope / expected - 1.0).abs() < bound, "{x}: slope {slope}");
+    }
 }
 
 #[test]

@@ -145,3 +145,36 @@ impl Maps<'_, '_, '_> {
         self.conv_size.map(|size| ShortConv::new(&self.scope.at(name), channels, size))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::ModelConfig;
+
+    #[test]
+    fn fields_that_no_layer_has_are_named() {
+        for (model_type, field, words) in [
+            ("delta_net", r#""qk_norm": "l1""#, ["qk_norm", "l2 and sum"]),
+            ("delta_net", r#""qk_activation": "gelu""#, ["qk_activation", "identity"]),
+            ("delta_net", r#""num_heads": 3"#, ["expand_k", "num_heads 3"]),
+            ("delta_net", r#""conv_size": 17"#, ["conv_size", "16"]),
+            ("gated_deltanet", r#""num_v_heads": 7"#, ["num_v_heads", "multiple of num_heads 6"]),
+            ("gated_deltanet", r#""num_v_heads": 3"#, ["num_v_heads", "it is 3"]),
+            ("gated_deltanet", r#""head_dim": 10, "expand_v": 1.25"#, ["expand_v", "whole"]),
+            ("gated_deltanet", r#""output_gate_activation": "tanh""#, ["output_gate_activation", "sigmoid"]),
+            ("gated_deltaproduct", r#""num_householder": 5000"#, ["num_householder", "1024"]),
+            ("kda", r#""safe_gate": true"#, ["lower_bound", "missing"]),
+            ("kda", r#""safe_gate": true, "lower_bound": -6"#, ["lower_bound", "-6"]),
+            ("kda", r#""lower_bound": 0.0"#, ["lower_bound", "below 0"]),
+            ("comba", r#""use_output_gate": "yes""#, ["use_output_gate", "true or false"]),
+        ] {
+            let text = format!(r#"{{"model_type": "{model_type}", {field}}}"#);
+            let message = ModelConfig::from_json(&text).expect_err(field).to_string();
+            for word in words {
+                assert!(message.contains(word), "{field}: {message}");
+            }
+        }
+        // A convolution that is not there has no size.
+        let without = r#"{"model_type": "delta_net", "use_short_conv": false, "conv_size": 17}"#;
+        assert!(ModelConfig::from_json(without).is_ok());
+    }
+}

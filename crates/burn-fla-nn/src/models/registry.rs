@@ -122,6 +122,7 @@ pub const ARCHITECTURES: &[Architecture] = &[
         title: "Gated DeltaNet",
         paper: "Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464",
         defaults: Defaults { num_hidden_layers: 21, ..DEFAULTS },
+        tiny: r#"{"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "expand_v": 1.5}"#,
         mixer: |fields, common, _| GatedDeltaNetConfig::from_fields(fields, common).map(MixerConfig::GatedDeltaNet),
         ..COMMON
     },
@@ -130,6 +131,7 @@ pub const ARCHITECTURES: &[Architecture] = &[
         title: "Gated DeltaProduct",
         paper: "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products, arXiv:2502.10297",
         defaults: Defaults { num_hidden_layers: 21, ..DEFAULTS },
+        tiny: r#"{"num_heads": 2, "head_dim": 8, "num_householder": 2, "use_forget_gate": true}"#,
         mixer: |fields, common, _| {
             GatedDeltaProductConfig::from_fields(fields, common).map(MixerConfig::GatedDeltaProduct)
         },
@@ -139,6 +141,7 @@ pub const ARCHITECTURES: &[Architecture] = &[
         model_type: "kda",
         title: "Kimi Delta Attention",
         paper: "Kimi Linear: An Expressive, Efficient Attention Architecture, arXiv:2510.26692",
+        tiny: r#"{"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "expand_v": 1.5}"#,
         mixer: |fields, common, _| KdaConfig::from_fields(fields, common).map(MixerConfig::Kda),
         ..COMMON
     },
@@ -147,6 +150,7 @@ pub const ARCHITECTURES: &[Architecture] = &[
         title: "Comba",
         paper: "Comba: Improving Bilinear RNNs with Closed-loop Control, arXiv:2506.02475",
         defaults: Defaults { num_hidden_layers: 21, ..DEFAULTS },
+        tiny: r#"{"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "expand_v": 1.5}"#,
         mixer: |fields, common, _| CombaConfig::from_fields(fields, common).map(MixerConfig::Comba),
         ..COMMON
     },
