@@ -85,6 +85,8 @@ macro_rules! mixers {
 }
 
 mixers! {
+    /// Attention with bounded-memory control.
+    Abc: Abc, AbcConfig, AbcLayerState;
     /// Softmax attention.
     Attention: Attention, AttentionConfig, KeyValueState;
     /// Gated delta rule with feedback.
@@ -97,8 +99,16 @@ mixers! {
     GatedDeltaProduct: GatedDeltaProduct, GatedDeltaProductConfig, RecurrentState;
     /// Gated linear attention.
     Gla: Gla, GlaConfig, RecurrentState;
+    /// Gated slot attention.
+    Gsa: Gsa, GsaConfig, GsaLayerState;
+    /// Element-wise gated recurrence.
+    Hgrn: Hgrn, HgrnConfig, HgrnState;
+    /// Gated recurrence over outer products.
+    Hgrn2: Hgrn2, Hgrn2Config, RecurrentState;
     /// Gated delta rule with a decay by key.
     Kda: Kda, KdaConfig, RecurrentState;
+    /// Linear attention to running means.
+    LightNet: LightNet, LightNetConfig, LightNetState;
     /// Multi-scale retention.
     Retention: Retention, RetentionConfig, RecurrentState;
 }
@@ -107,6 +117,10 @@ impl MixerConfig {
     /// The width of the lower bounds of the forget gates, for the mixers that have a row in the model's
     /// `lower_bounds`.
     pub(crate) fn lower_bounds(&self) -> Option<usize> {
-        None
+        match self {
+            Self::Hgrn(config) if config.use_lower_bound => Some(config.hidden_size),
+            Self::Hgrn2(config) if config.use_lower_bound => Some(config.hidden_size),
+            _ => None,
+        }
     }
 }
