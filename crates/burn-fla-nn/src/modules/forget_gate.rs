@@ -26,3 +26,43 @@ pub(crate) fn forget_gate(f: Tensor<3>, bound: Option<Tensor<1>>) -> (Tensor<3>,
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, TensorData};
+
+    use super::*;
+
+    /// Against the definition in f64, at gates and bounds that f32 cannot tell from 0 and 1; gradients stay finite.
+    #[test]
+    fn extreme_gates_keep_their_digits() {
+        let device = Device::flex().autodiff();
+        let f = [-90.0f64, -20.0, -1.0, 0.0, 3.0, 20.0, 90.0];
+        for bound in [None, Some(0.0), Some(1e-6), Some(0.3), Some(1.0)] {
+            let values: Vec<f32> = f.iter().map(|f| *f as f32).collect();
+            let x = Tensor::<3>::from_data(TensorData::new(values, [1, 7, 1]), &device).require_grad();
+            let beta = Tensor::<1>::full([1], bound.unwrap_or(0.0), &device).require_grad();
+            let (log_decay, rest) = forget_gate(x.clone(), bound.map(|_| beta.clone()));
+            let gradients = (log_decay.clone() + rest.clone()).sum().backward();
+            let found = |x: Tensor<3>| x.into_data().convert::<f64>().try_to_vec::<f64>().expect("numbers");
+            let (log_decay, rest) = (found(log_decay), found(rest));
+            for (i, f) in f.iter().enumerate() {
+                let beta = f64::from(bound.unwrap_or(0.0) as f32);
+                let open = (1.0 - beta) / (1.0 + f.exp());
+                assert!((rest[i] - open).abs() <= 1e-6 * open + 1e-37, "{bound:?}, {f}: {} {open}", rest[i]);
+                let exact = match bound {
+                    Some(beta) if beta > 0.0 => (-open).ln_1p(),
+                    // The bound that stands for 0.
+                    Some(_) => (1e-30 + 1.0 / (1.0 + (-f).exp())).ln(),
+                    None => -(-f).exp().ln_1p(),
+                };
+                assert!((log_decay[i] - exact).abs() <= 1e-6 * exact.abs().max(1.0), "{bound:?}, {f}: {exact}");
+            }
+            let finite = |x: Tensor<3>| found(x).iter().all(|g| g.is_finite());
+            assert!(finite(x.grad(&gradients).expect("a gradient")), "{bound:?}");
+            if let Some(gradient) = beta.grad(&gradients) {
+                assert!(finite(gradient.unsqueeze::<3>()) || bound == Some(0.0), "{bound:?}");
+            }
+        }
+    }
+}
