@@ -15,7 +15,7 @@ pub fn golden(case: &str) -> PathBuf {
 }
 
 /// The folders of all expected cases.
-pub const GOLDEN: [&str; 12] = [
+pub const GOLDEN: [&str; 17] = [
     "retnet",
     "gla",
     "gla_hybrid",
@@ -28,6 +28,11 @@ pub const GOLDEN: [&str; 12] = [
     "comba",
     "linear_attn",
     "nsa",
+    "abc",
+    "gsa",
+    "hgrn",
+    "hgrn2",
+    "lightnet",
 ];
 
 /// The folders of expected cases of bare layers.
@@ -120,7 +125,7 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
         ),
         (
             "gated_deltanet, without gate and convolutions",
-            config("gated_deltanet", r#", "num_heads": 3, "head_dim": 16, "use_gate": false, "use_short_conv": false"#),
+            config("gated_deltanet", r#", "num_heads": 2, "head_dim": 12, "use_gate": false, "use_short_conv": false"#),
         ),
         (
             "gated_deltaproduct, three steps, forgetting, doubled",
@@ -151,17 +156,6 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
             ),
         ),
         (
-            "mixers of three kinds",
-            config(
-                "hybrid",
-                r#", "num_heads": 2, "num_hidden_layers": 3, "mixers": ["retnet", {"model_type": "gla", "expand_k": 1.0},
-                    {"model_type": "transformer", "num_heads": 4, "window_size": 3}]"#,
-            ),
-        ),
-        (
-            "transformer, norms, biases",
-            config("transformer", r#", "num_heads": 4, "qk_norm": true, "qkv_bias": true, "hidden_act": "powlu""#),
-        ),
             "linear_attn, grouped, tied products, normalised",
             config(
                 "linear_attn",
@@ -208,10 +202,76 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
                     "window_size": 0, "qkv_bias": true"#,
             ),
         ),
-        ("transformer, norms, biases", config("transformer", r#", "num_heads": 4, "qk_norm": true, "qkv_bias": true"#)),
+        (
+            "transformer, norms, biases",
+            config("transformer", r#", "num_heads": 4, "qk_norm": true, "qkv_bias": true, "hidden_act": "powlu""#),
+        ),
         (
             "transformer, window of one",
             config("transformer", r#", "num_heads": 4, "num_kv_heads": 1, "window_size": 1"#),
+        ),
+        (
+            "abc, convolutions, not rotated, clamped",
+            config(
+                "abc",
+                r#", "num_heads": 3, "num_slots": null, "expand_k": 1.0, "use_short_conv": true, "use_rope": false,
+                    "clamp_min": -0.2, "clamp_max": 0.3"#,
+            ),
+        ),
+        (
+            "abc, no bounds on the scores, norm without weight",
+            config(
+                "abc",
+                r#", "num_heads": 2, "num_slots": 7, "exapnd_k": 1, "clamp_min": null, "clamp_max": null,
+                    "elementwise_affine": false"#,
+            ),
+        ),
+        (
+            "gsa, convolutions, grouped, relu",
+            config(
+                "gsa",
+                r#", "num_heads": 4, "num_kv_heads": 2, "num_slots": 7, "use_short_conv": true, "feature_map": "relu",
+                    "gate_logit_normalizer": 4"#,
+            ),
+        ),
+        (
+            "gsa, learned map, norm without weight",
+            config(
+                "gsa",
+                r#", "num_heads": 3, "num_slots": null, "expand_k": 0.5, "feature_map": "t2r",
+                    "elementwise_affine": false"#,
+            ),
+        ),
+        ("hgrn, convolutions, four layers", config("hgrn", r#", "use_short_conv": true, "num_hidden_layers": 4"#)),
+        (
+            "hgrn, wide, without bounds, norm without weight",
+            config("hgrn", r#", "expand_ratio": 1.5, "use_lower_bound": false, "elementwise_affine": false"#),
+        ),
+        (
+            "hgrn, one layer of attention",
+            config("hgrn", r#", "num_hidden_layers": 3, "attn": {"layers": [0], "num_heads": 4, "window_size": 5}"#),
+        ),
+        (
+            "hgrn2, convolutions, four layers, heads by number",
+            config(
+                "hgrn2",
+                r#", "num_heads": 3, "expand_ratio": null, "use_short_conv": true, "num_hidden_layers": 4"#,
+            ),
+        ),
+        (
+            "hgrn2, heads that do not fill the width, without bounds",
+            config("hgrn2", r#", "expand_ratio": 10, "use_lower_bound": false"#),
+        ),
+        (
+            "lightnet, convolutions, wide keys",
+            config(
+                "lightnet",
+                r#", "num_heads": 2, "expand_ratio": 31, "gate_low_rank_dim": 5, "use_short_conv": true"#,
+            ),
+        ),
+        (
+            "mixers of one kind with bounds and one without",
+            config("hybrid", r#", "expand_ratio": 16, "mixers": ["lightnet", "hgrn2"]"#),
         ),
     ]
 }

@@ -210,7 +210,7 @@ fn weights_start_as_they_should() {
                 assert!((-6.91..-2.25).contains(&mean), "{what}");
             } else if parameter.ends_with(".D") || parameter.ends_with(".decay") {
                 assert_eq!((mean, std), (1.0, 0.0), "{what}");
-            } else if parameter.ends_with("bias") {
+            } else if parameter.ends_with("bias") || parameter.ends_with("lower_bounds") {
                 assert_eq!((mean, std), (0.0, 0.0), "{what}");
             } else if parameter.contains("norm") || parameter.ends_with("gamma") {
                 assert_eq!((mean, std), (1.0, 0.0), "{what}");

@@ -3,7 +3,7 @@
 use std::cell::{OnceCell, RefCell};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_fla_ops::{AttentionOptions, CuSeqlens, Engine, SequenceOptions};
+use burn_fla_ops::{AttentionOptions, CuSeqlens, Engine, ScanOptions, SequenceOptions};
 
 use crate::{Compute, NnError};
 
@@ -116,7 +116,6 @@ impl SequenceContext {
     }
 
     /// The lower bound of the forget gate of layer `layer`, `[width]`, where the model has them.
-    #[expect(dead_code, reason = "for HGRN and HGRN2")]
     pub(crate) fn lower_bound(&self, layer: usize) -> Option<Tensor<1>> {
         self.lower_bounds.as_ref().map(|bounds| bounds.clone().narrow(0, layer, 1).squeeze_dim(0))
     }
@@ -207,6 +206,11 @@ impl SequenceContext {
             engine: self.compute.engine,
             ..Default::default()
         }
+    }
+
+    /// Options of a scan along time that goes on from `state`.
+    pub(crate) fn scan_options(&self, state: Option<Tensor<2>>) -> ScanOptions {
+        ScanOptions { initial_state: state, cu_seqlens: self.cu_seqlens.clone(), engine: self.compute.engine }
     }
 
     /// An error when `x` is not of the context's shape.

@@ -6,11 +6,9 @@ use burn_fla_ops::{self as ops, DeltaOptions, Engine, GateActivation};
 
 use super::{Convs, SequenceContext};
 use crate::init::Init;
+pub(crate) use crate::modules::check_conv;
 use crate::modules::{Linear, RmsNorm, ShortConv, softplus};
 use crate::{NnError, ParamScope};
-
-/// The widest short convolution that the operator takes.
-const LARGEST_CONV: usize = 16;
 
 /// The heads of a layer whose heads have a width of their own, whatever the width of the model is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,16 +52,6 @@ impl Heads {
     /// HV · V
     pub fn all_values(&self) -> usize {
         self.values * self.value_width
-    }
-}
-
-/// Checks the width of the short convolutions.
-pub(crate) fn check_conv(conv_size: Option<usize>) -> Result<(), NnError> {
-    match conv_size {
-        Some(size) if !(1..=LARGEST_CONV).contains(&size) => {
-            Err(NnError::config("conv_size", format!("must be from 1 to {LARGEST_CONV}, and it is {size}")))
-        }
-        _ => Ok(()),
     }
 }
 

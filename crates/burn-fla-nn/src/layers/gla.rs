@@ -8,7 +8,8 @@ use burn_fla_ops as ops;
 use super::{Convs, MixerDims, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{
-    FeatureMap, Linear, RmsNorm, ShortConv, log_sigmoid, merge_heads, output_norm, repeat_heads, split_heads,
+    FeatureMap, Linear, RmsNorm, ShortConv, check_conv, log_sigmoid, merge_heads, output_norm, repeat_heads,
+    split_heads,
 };
 use crate::{NnError, ParamScope, ParamSource};
 
@@ -16,8 +17,6 @@ use crate::{NnError, ParamScope, ParamSource};
 const GATE_LOW_RANK: usize = 16;
 /// The log decay is ln σ(a) over this: gates start near 1 and forget slowly.
 const GATE_NORMALIZER: f64 = 16.0;
-/// The widest short convolution that the operator takes.
-const LARGEST_CONV: usize = 16;
 
 /// Configuration of [`Gla`].
 #[derive(Config, Debug)]
@@ -123,12 +122,7 @@ impl GlaConfig {
 
     /// The widths, or an error for values that no layer can be built from.
     pub(crate) fn check(&self) -> Result<MixerDims, NnError> {
-        if self.use_short_conv && !(1..=LARGEST_CONV).contains(&self.conv_size) {
-            return Err(NnError::config(
-                "conv_size",
-                format!("must be from 1 to {LARGEST_CONV}, and it is {}", self.conv_size),
-            ));
-        }
+        check_conv(self.use_short_conv.then_some(self.conv_size))?;
         if let Some(clamp) = self.clamp_min
             && (clamp.is_nan() || clamp > 0.0)
         {

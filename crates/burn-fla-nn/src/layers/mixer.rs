@@ -85,6 +85,8 @@ macro_rules! mixers {
 }
 
 mixers! {
+    /// Attention with bounded-memory control.
+    Abc: Abc, AbcConfig, AbcLayerState;
     /// Softmax attention.
     Attention: Attention, AttentionConfig, KeyValueState;
     /// Linear attention with a Taylor kernel.
@@ -99,6 +101,12 @@ mixers! {
     GatedDeltaProduct: GatedDeltaProduct, GatedDeltaProductConfig, RecurrentState;
     /// Gated linear attention.
     Gla: Gla, GlaConfig, RecurrentState;
+    /// Gated slot attention.
+    Gsa: Gsa, GsaConfig, GsaLayerState;
+    /// Element-wise gated recurrence.
+    Hgrn: Hgrn, HgrnConfig, HgrnState;
+    /// Gated recurrence over outer products.
+    Hgrn2: Hgrn2, Hgrn2Config, RecurrentState;
     /// Gated delta rule with a decay by key.
     Kda: Kda, KdaConfig, RecurrentState;
     /// Linear attention with feature maps.
@@ -107,6 +115,8 @@ mixers! {
     NativeSparseAttention: NativeSparseAttention, NativeSparseAttentionConfig, KeyValueState;
     /// Linear attention with a quadratic kernel.
     Rebased: Rebased, RebasedConfig, RecurrentState;
+    /// Linear attention to running means.
+    LightNet: LightNet, LightNetConfig, LightNetState;
     /// Multi-scale retention.
     Retention: Retention, RetentionConfig, RecurrentState;
 }
@@ -115,6 +125,10 @@ impl MixerConfig {
     /// The width of the lower bounds of the forget gates, for the mixers that have a row in the model's
     /// `lower_bounds`.
     pub(crate) fn lower_bounds(&self) -> Option<usize> {
-        None
+        match self {
+            Self::Hgrn(config) if config.use_lower_bound => Some(config.hidden_size),
+            Self::Hgrn2(config) if config.use_lower_bound => Some(config.hidden_size),
+            _ => None,
+        }
     }
 }

@@ -7,6 +7,7 @@
 //! Shape letters: B batch, T tokens, H heads, G key and value heads (H a multiple of G), K width of a key head,
 //! V width of a value head.
 
+mod abc;
 mod attention;
 mod based;
 mod comba;
@@ -16,7 +17,11 @@ mod delta_net;
 mod gated_deltanet;
 mod gated_deltaproduct;
 mod gla;
+mod gsa;
+mod hgrn;
+mod hgrn2;
 mod kda;
+mod lightnet;
 mod linear_attn;
 mod mixer;
 mod nsa;
@@ -24,6 +29,7 @@ mod rebased;
 mod retention;
 mod state;
 
+pub use abc::{Abc, AbcConfig, AbcLayerState};
 pub use attention::{Attention, AttentionConfig};
 pub use based::{Based, BasedConfig};
 pub use comba::{Comba, CombaConfig};
@@ -32,7 +38,11 @@ pub use delta_net::{DeltaNet, DeltaNetConfig, QkActivation, QkNorm};
 pub use gated_deltanet::{GatedDeltaNet, GatedDeltaNetConfig};
 pub use gated_deltaproduct::{GatedDeltaProduct, GatedDeltaProductConfig};
 pub use gla::{Gla, GlaConfig};
+pub use gsa::{Gsa, GsaConfig, GsaFeatureMap, GsaLayerState, T2rMap};
+pub use hgrn::{Hgrn, HgrnConfig, HgrnState};
+pub use hgrn2::{Hgrn2, Hgrn2Config};
 pub use kda::{Kda, KdaConfig};
+pub use lightnet::{LightNet, LightNetConfig, LightNetState};
 pub use linear_attn::{LinearAttention, LinearAttentionConfig};
 pub use mixer::{LayerState, Mixer, MixerConfig};
 pub use nsa::{NativeSparseAttention, NativeSparseAttentionConfig};
@@ -96,6 +106,39 @@ impl MixerDims {
     /// V
     pub(crate) fn value_width(&self) -> usize {
         self.values / self.heads
+    }
+}
+
+/// The heads of a mixer whose values are as wide as the input, given by their number or by the width of their keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct HeadsByRatio {
+    pub heads: usize,
+    /// K
+    pub key_width: usize,
+}
+
+impl HeadsByRatio {
+    /// What is not given is the width over the other, rounded down as the format does.
+    pub(crate) fn new(hidden: usize, heads: Option<usize>, ratio: Option<usize>) -> Result<Self, NnError> {
+        let (heads, key_width) = match (heads, ratio) {
+            (Some(heads), Some(ratio)) => (heads, ratio),
+            (None, Some(ratio)) => (hidden.checked_div(ratio).unwrap_or(0), ratio),
+            (Some(heads), None) => (heads, hidden.checked_div(heads).unwrap_or(0)),
+            (None, None) => return Err(NnError::config("expand_ratio", "or num_heads is to be given")),
+        };
+        if heads == 0 || key_width == 0 || !hidden.is_multiple_of(heads) {
+            let field = if ratio.is_some() { "expand_ratio" } else { "num_heads" };
+            return Err(NnError::config(
+                field,
+                format!("hidden_size {hidden} does not divide into {heads} heads with keys of width {key_width}"),
+            ));
+        }
+        Ok(Self { heads, key_width })
+    }
+
+    /// H · K
+    pub(crate) fn keys(&self) -> usize {
+        self.heads * self.key_width
     }
 }
 

@@ -77,6 +77,11 @@ impl<'a> Fields<'a> {
         Ok(self.optional_usize(field)?.unwrap_or(default))
     }
 
+    /// A size for which null has a meaning; `default` where the field is not given.
+    pub fn usize_or_null(&self, field: &str, default: usize) -> Result<Option<usize>, NnError> {
+        if self.is_absent(field) { Ok(Some(default)) } else { self.optional_usize(field) }
+    }
+
     pub fn required_usize(&self, field: &str) -> Result<usize, NnError> {
         self.optional_usize(field)?.ok_or_else(|| self.error(field, "is missing"))
     }
@@ -100,6 +105,11 @@ impl<'a> Fields<'a> {
             Some(x) => Ok(Some(x)),
             None => Err(self.wrong(field, "a number", value)),
         }
+    }
+
+    /// A number for which null has a meaning; `default` where the field is not given.
+    pub fn f64_or_null(&self, field: &str, default: f64) -> Result<Option<f64>, NnError> {
+        if self.is_absent(field) { Ok(Some(default)) } else { self.optional_f64(field) }
     }
 
     /// A number above 0.

@@ -16,8 +16,13 @@ pub struct HybridAttention {
     pub attention: AttentionConfig,
 }
 
-/// The field `attn`: null, one object or a list of objects. No layer may be out of range or named twice.
-pub(crate) fn parse(fields: &Fields<'_>, common: &CommonConfig) -> Result<Vec<HybridAttention>, NnError> {
+/// The field `attn`: null, one object or a list of objects. No layer may be out of range or named twice. The fields in
+/// `ignored` are as if they were not given.
+pub(crate) fn parse(
+    fields: &Fields<'_>,
+    common: &CommonConfig,
+    ignored: &[&str],
+) -> Result<Vec<HybridAttention>, NnError> {
     let objects: Vec<(String, &Value)> = match fields.get("attn") {
         None => return Ok(Vec::new()),
         Some(Value::Array(list)) => list.iter().enumerate().map(|(i, value)| (format!("attn[{i}]"), value)).collect(),
@@ -32,7 +37,9 @@ pub(crate) fn parse(fields: &Fields<'_>, common: &CommonConfig) -> Result<Vec<Hy
                 format!("expected an object with `layers` and `num_heads`, found {value}"),
             ));
         };
-        let fields = Fields::new(map, format!("{name}."));
+        let mut map = map.clone();
+        map.retain(|field, _| !ignored.contains(&field.as_str()));
+        let fields = Fields::new(&map, format!("{name}."));
         let layers = fields.list("layers")?;
         for layer in &layers {
             match taken.get_mut(*layer) {

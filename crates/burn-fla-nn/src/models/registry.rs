@@ -10,8 +10,9 @@ use super::fields::Fields;
 use super::names::Names;
 use crate::NnError;
 use crate::layers::{
-    AttentionConfig, BasedConfig, CombaConfig, DeltaNetConfig, GatedDeltaNetConfig, GatedDeltaProductConfig, GlaConfig,
-    KdaConfig, LinearAttentionConfig, MixerConfig, NativeSparseAttentionConfig, RebasedConfig, RetentionConfig,
+    AbcConfig, AttentionConfig, BasedConfig, CombaConfig, DeltaNetConfig, GatedDeltaNetConfig, GatedDeltaProductConfig,
+    GlaConfig, GsaConfig, Hgrn2Config, HgrnConfig, KdaConfig, LightNetConfig, LinearAttentionConfig, MixerConfig,
+    NativeSparseAttentionConfig, RebasedConfig, RetentionConfig,
 };
 use crate::modules::{FeedForwardConfig, MlpActivation, NormKind};
 
@@ -26,6 +27,8 @@ pub struct Architecture {
     pub paper: &'static str,
     /// Whether `attn` may give some layers softmax attention.
     pub hybrid: bool,
+    /// Fields of `attn` that models of it were trained without, whatever they say.
+    pub(crate) ignored_in_attn: &'static [&'static str],
     /// The fields that make a small model of it, as JSON: what the suites run on, and what is checked before a release.
     pub(crate) tiny: &'static str,
     /// What its parts are called.
@@ -74,6 +77,7 @@ const COMMON: Architecture = Architecture {
     title: "",
     paper: "",
     hybrid: true,
+    ignored_in_attn: &[],
     tiny: r#"{"num_heads": 2}"#,
     names: &Names::COMMON,
     norm: NormKind::Rms,
@@ -188,6 +192,47 @@ pub const ARCHITECTURES: &[Architecture] = &[
         mixer: |fields, common, _| {
             NativeSparseAttentionConfig::from_fields(fields, common).map(MixerConfig::NativeSparseAttention)
         },
+        ..COMMON
+    },
+    Architecture {
+        model_type: "abc",
+        title: "ABC",
+        paper: "ABC: Attention with Bounded-memory Control, arXiv:2110.02488",
+        tiny: r#"{"num_heads": 2, "num_slots": 10}"#,
+        mixer: |fields, common, _| AbcConfig::from_fields(fields, common).map(MixerConfig::Abc),
+        ..COMMON
+    },
+    Architecture {
+        model_type: "gsa",
+        title: "GSA",
+        paper: "Gated Slot Attention for Efficient Linear-Time Sequence Modeling, arXiv:2409.07146",
+        tiny: r#"{"num_heads": 2, "num_slots": 10}"#,
+        mixer: |fields, common, _| GsaConfig::from_fields(fields, common).map(MixerConfig::Gsa),
+        ..COMMON
+    },
+    Architecture {
+        model_type: "hgrn",
+        title: "HGRN",
+        paper: "Hierarchically Gated Recurrent Neural Network for Sequence Modeling, arXiv:2311.04823",
+        tiny: "{}",
+        mixer: |fields, common, layer| HgrnConfig::from_fields(fields, common, layer).map(MixerConfig::Hgrn),
+        ..COMMON
+    },
+    Architecture {
+        model_type: "hgrn2",
+        title: "HGRN2",
+        paper: "HGRN2: Gated Linear RNNs with State Expansion, arXiv:2404.07904",
+        tiny: r#"{"expand_ratio": 16}"#,
+        mixer: |fields, common, layer| Hgrn2Config::from_fields(fields, common, layer).map(MixerConfig::Hgrn2),
+        ..COMMON
+    },
+    Architecture {
+        model_type: "lightnet",
+        title: "LightNet",
+        paper: "You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet, arXiv:2405.21022",
+        ignored_in_attn: &["rope_theta"],
+        tiny: r#"{"expand_ratio": 16, "gate_low_rank_dim": 10}"#,
+        mixer: |fields, common, _| LightNetConfig::from_fields(fields, common).map(MixerConfig::LightNet),
         ..COMMON
     },
     Architecture {
@@ -312,6 +357,7 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "block_size",
     "bos_token_id",
     "causal",
+    "clamp_max",
     "clamp_min",
     "conv_size",
     "correction_factor",
@@ -319,7 +365,10 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "elementwise_affine",
     "eos_token_id",
     "eps",
+    "exapnd_k",
+    "exapnd_v",
     "expand_k",
+    "expand_ratio",
     "expand_v",
     "feature_dim",
     "feature_map",
@@ -329,6 +378,8 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "fuse_norm",
     "fuse_swiglu",
     "head_dim",
+    "gate_logit_normalizer",
+    "gate_low_rank_dim",
     "hidden_act",
     "hidden_ratio",
     "hidden_size",
@@ -352,6 +403,7 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "num_kv_heads",
     "num_v_heads",
     "output_gate_activation",
+    "num_slots",
     "pad_token_id",
     "qk_activation",
     "qk_norm",
@@ -376,6 +428,10 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "use_output_correction",
     "use_output_gate",
     "use_output_norm",
+    "use_lower_bound",
+    "use_norm",
+    "use_output_gate",
+    "use_rope",
     "use_short_conv",
     "vocab_size",
     "window_size",

@@ -15,6 +15,19 @@ pub struct ShortConv {
     pub silu: bool,
 }
 
+/// The widest short convolution that the operator takes.
+const LARGEST_CONV: usize = 16;
+
+/// Checks `conv_size`, where a layer has short convolutions.
+pub(crate) fn check_conv(conv_size: Option<usize>) -> Result<(), NnError> {
+    match conv_size {
+        Some(size) if !(1..=LARGEST_CONV).contains(&size) => {
+            Err(NnError::config("conv_size", format!("must be from 1 to {LARGEST_CONV}, and it is {size}")))
+        }
+        _ => Ok(()),
+    }
+}
+
 impl ShortConv {
     /// A convolution over `size` tokens, taps from N(0, std).
     pub fn new(scope: &ParamScope<'_, '_>, channels: usize, size: usize) -> Self {
