@@ -29,6 +29,7 @@ pub const GOLDEN: [&str; 12] = [
     "linear_attn",
     "nsa",
 ];
+pub const GOLDEN: [&str; 6] = ["retnet", "gla", "gla_hybrid", "transformer", "rwkv6", "rwkv7"];
 
 /// The folders of expected cases of bare layers.
 pub const GOLDEN_LAYERS: [&str; 2] = ["layer_based", "layer_rebased"];

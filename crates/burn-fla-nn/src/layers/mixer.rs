@@ -109,6 +109,10 @@ mixers! {
     Rebased: Rebased, RebasedConfig, RecurrentState;
     /// Multi-scale retention.
     Retention: Retention, RetentionConfig, RecurrentState;
+    /// RWKV6.
+    Rwkv6: Rwkv6, Rwkv6Config, ShiftState;
+    /// RWKV7.
+    Rwkv7: Rwkv7, Rwkv7Config, ShiftState;
 }
 
 impl MixerConfig {

@@ -22,6 +22,8 @@ mod mixer;
 mod nsa;
 mod rebased;
 mod retention;
+mod rwkv6;
+mod rwkv7;
 mod state;
 
 pub use attention::{Attention, AttentionConfig};
@@ -38,8 +40,10 @@ pub use mixer::{LayerState, Mixer, MixerConfig};
 pub use nsa::{NativeSparseAttention, NativeSparseAttentionConfig};
 pub use rebased::{QuadraticMap, Rebased, RebasedConfig};
 pub use retention::{Retention, RetentionConfig};
+pub use rwkv6::{Rwkv6, Rwkv6Config};
+pub use rwkv7::{Rwkv7, Rwkv7Config};
 pub(crate) use state::Convs;
-pub use state::{KeyValueState, MixerState, RecurrentState};
+pub use state::{KeyValueState, MixerState, RecurrentState, ShiftState};
 
 use crate::NnError;
 
