@@ -16,3 +16,5 @@ mod models;
 mod norms;
 #[path = "nn/parts.rs"]
 mod parts;
+#[path = "nn/rwkv.rs"]
+mod rwkv;

@@ -326,7 +326,7 @@ impl Rwkv7 {
         let a = sigmoid(self.a_lora.forward(seen_by(&self.x_a))?);
         let gate = heads(self.g_lora.forward(seen_by(&self.x_g))?);
 
-        let removal = self.unit(heads(k.clone() * self.k_k.val().unsqueeze())).cast(dtype);
+        let removal = self.unit(heads(k.clone() * self.k_k.val().unsqueeze()))?.cast(dtype);
         let k = k * ((a.clone() - 1.0) * self.k_a.val().unsqueeze() + 1.0);
         let (k, a) = (heads(k).cast(dtype), heads(a).cast(dtype));
         let options = SequenceOptions { scale: Some(1.0), ..context.options(state) };
@@ -360,10 +360,12 @@ impl Rwkv7 {
     }
 
     /// Each head at length 1.
-    fn unit(&self, x: Tensor<4>) -> Tensor<4> {
+    fn unit(&self, x: Tensor<4>) -> Result<Tensor<4>, NnError> {
+        if self.fuse_norm {
+            return Ok(ops::l2_norm(x, ops::l2_norm::EPS)?);
+        }
         let square = x.clone().square().sum_dim(3);
-        let length = if self.fuse_norm { (square + 1e-6).sqrt() } else { square.clamp_min(1e-24).sqrt() };
-        x / length
+        Ok(x / square.clamp_min(1e-24).sqrt())
     }
 }
 
