@@ -16,5 +16,7 @@ mod models;
 mod norms;
 #[path = "nn/parts.rs"]
 mod parts;
+#[path = "nn/rwkv.rs"]
+mod rwkv;
 #[path = "nn/slots.rs"]
 mod slots;

@@ -122,21 +122,43 @@ impl<'s, 'a> ParamScope<'s, 'a> {
 
     /// A parameter that starts as `init` says.
     pub fn start<const D: usize>(&self, name: &str, shape: [usize; D], init: &Init<'_>) -> Param<Tensor<D>> {
-        self.param(name, shape, |seed, std, path| init.draw(&mut Draws::new(seed, path), &shape, std))
+        self.param(name, shape, init, None)
+    }
+
+    /// A parameter that starts as `init` says. Files that lack it may hold it as row `row` of an older parameter of
+    /// `rows` rows, called `stack`.
+    pub fn start_or_row<const D: usize>(
+        &self,
+        name: &str,
+        shape: [usize; D],
+        init: &Init<'_>,
+        stack: &str,
+        [row, rows]: [usize; 2],
+    ) -> Param<Tensor<D>> {
+        self.param(name, shape, init, Some((self.full(stack), row, rows)))
     }
 
     fn param<const D: usize>(
         &self,
         name: &str,
         shape: [usize; D],
-        draw: impl FnOnce(u64, f64, &str) -> Vec<f32>,
+        init: &Init<'_>,
+        older: Option<(String, usize, usize)>,
     ) -> Param<Tensor<D>> {
         let path = self.full(name);
         let device = &self.source.device;
         let values = match &self.source.kind {
-            Kind::Seeded(seed) => draw(*seed, self.source.std, &path),
+            Kind::Seeded(seed) => init.draw(&mut Draws::new(*seed, &path), &shape, self.source.std),
             Kind::Stored { store, used, problems } => {
-                let values = store.read_f32(&path, &shape);
+                let values = match older {
+                    Some((stack, row, rows)) if !store.contains(&path) && store.contains(&stack) => {
+                        let count = shape.iter().product();
+                        let values = store.read_f32(&stack, &[rows, count]);
+                        used.borrow_mut().insert(stack);
+                        values.map(|values| values[row * count..(row + 1) * count].to_vec())
+                    }
+                    _ => store.read_f32(&path, &shape),
+                };
                 used.borrow_mut().insert(path);
                 match values {
                     Ok(values) => values,
@@ -174,10 +196,11 @@ impl ParamPath {
         Self { segments: Vec::new(), names: Some(names) }
     }
 
-    /// To be called from `enter_module`.
+    /// To be called from `enter_module`. A field `_2` is called `2`: its place in a sequence of the format.
     pub fn enter(&mut self, name: &str, container_type: &str) {
         if !container_type.starts_with("Enum:") {
-            self.segments.push(name.to_string());
+            let place = name.strip_prefix('_').filter(|place| place.bytes().all(|byte| byte.is_ascii_digit()));
+            self.segments.push(place.unwrap_or(name).to_string());
         }
     }
 

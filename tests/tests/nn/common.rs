@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Int, Tensor, TensorData};
+use burn_fla_nn::layers::MixerConfig;
 use burn_fla_nn::models::registry::{ARCHITECTURES, Architecture};
 use burn_fla_nn::{CausalLm, ModelConfig, ParamPath};
-use burn_fla_tests::numbers;
+use burn_fla_tests::{numbers, tensor, uniform};
 
 /// The folder of an expected case.
 pub fn golden(case: &str) -> PathBuf {
@@ -15,7 +16,7 @@ pub fn golden(case: &str) -> PathBuf {
 }
 
 /// The folders of all expected cases.
-pub const GOLDEN: [&str; 17] = [
+pub const GOLDEN: [&str; 19] = [
     "retnet",
     "gla",
     "gla_hybrid",
@@ -33,6 +34,8 @@ pub const GOLDEN: [&str; 17] = [
     "hgrn",
     "hgrn2",
     "lightnet",
+    "rwkv6",
+    "rwkv7",
 ];
 
 /// The folders of expected cases of bare layers.
@@ -203,6 +206,38 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
             ),
         ),
         (
+            "rwkv6, wide keys, narrow values, norms without biases, no norm of the embedding",
+            config(
+                "rwkv6",
+                r#", "num_heads": 3, "expand_k": 1.5, "expand_v": 0.5, "proj_low_rank_dim": 5, "gate_low_rank_dim": 7,
+                    "norm_bias": false, "norm_first": false, "use_l2warp": true, "tie_word_embeddings": true"#,
+            ),
+        ),
+        (
+            "rwkv6, one layer of windowed attention",
+            config(
+                "rwkv6",
+                r#", "num_heads": 2, "attn": {"layers": [0], "num_heads": 4, "num_kv_heads": 2, "window_size": 5}"#,
+            ),
+        ),
+        (
+            "rwkv7, wide values, ranks of the widths, unfused norms",
+            config(
+                "rwkv7",
+                r#", "head_dim": null, "num_heads": 4, "value_dim": 96, "decay_low_rank_dim": null, "fuse_norm": false,
+                    "gate_low_rank_dim": null, "a_low_rank_dim": null, "v_low_rank_dim": null, "use_l2warp": false"#,
+            ),
+        ),
+        (
+            "rwkv7, layers of attention before and between",
+            config(
+                "rwkv7",
+                r#", "head_dim": 16, "num_hidden_layers": 4, "norm_bias": false, "norm_first": false,
+                    "value_dim": [48, 48, 48, 48],
+                    "attn": [{"layers": [0], "num_heads": 2, "window_size": 4}, {"layers": [2], "num_heads": 4, "window_size": 3}]"#,
+            ),
+        ),
+        (
             "transformer, norms, biases",
             config("transformer", r#", "num_heads": 4, "qk_norm": true, "qkv_bias": true, "hidden_act": "powlu""#),
         ),
@@ -276,9 +311,29 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
     ]
 }
 
-/// The model of a config, from a fixed seed.
+/// The model of a config, from a fixed seed. What RWKV starts at zero, the output maps among it, is moved off there: a
+/// layer whose output is zero would agree with any other.
 pub fn model(config: &ModelConfig, device: &Device) -> CausalLm {
-    CausalLm::init(config, 11, device).expect("a model")
+    let model = CausalLm::init(config, 11, device).expect("a model");
+    let rwkv = |mixer: &MixerConfig| matches!(mixer, MixerConfig::Rwkv6(_) | MixerConfig::Rwkv7(_));
+    match config.layers().iter().any(|layer| rwkv(&layer.mixer)) {
+        true => model.map(&mut Shake(0)),
+        false => model,
+    }
+}
+
+/// Adds a small number to every element of every parameter.
+struct Shake(u64);
+
+impl ModuleMapper for Shake {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let (id, value, mapper) = param.consume();
+        self.0 += 1;
+        let shape = value.dims();
+        let by = uniform(self.0, shape.iter().product(), (-0.2, 0.2));
+        let moved = value.clone().detach() + tensor(&by, shape, &value.device(), value.dtype());
+        Param::from_mapped_value(id, moved.detach().set_require_grad(value.is_require_grad()), mapper)
+    }
 }
 
 /// `[rows, tokens]` of ids, the same on every device. None is the padding.

@@ -197,7 +197,8 @@ fn weights_start_as_they_should() {
             self.0.exit(container_type);
         }
     }
-    for (name, config) in configs() {
+    // RWKV starts otherwise: see its own tests.
+    for (name, config) in configs().into_iter().filter(|(name, _)| !name.starts_with("rwkv")) {
         let model = model(&config, &reference_device());
         let mut statistics = Statistics(model.param_path(), Vec::new());
         model.visit(&mut statistics);

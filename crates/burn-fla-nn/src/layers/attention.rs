@@ -8,7 +8,7 @@ use burn_fla_ops as ops;
 use super::{KeyValueState, SequenceContext, check_groups};
 use crate::models::Fields;
 use crate::modules::{Linear, RmsNorm, Rotary, merge_heads, split_heads};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{Init, NnError, ParamScope, ParamSource};
 
 /// The norm on queries and keys has an ε of its own, whatever `norm_eps` is.
 const QK_NORM_EPS: f64 = 1e-5;
@@ -33,6 +33,9 @@ pub struct AttentionConfig {
     /// Base θ of the rotary frequencies.
     #[config(default = "10000.0")]
     pub rope_theta: f64,
+    /// For a residual stream of this many layers `o_proj` starts evenly from ±1 / √(2 · layers · width); `None`: as the
+    /// other maps.
+    pub residual_layers: Option<usize>,
 }
 
 /// Causal softmax attention with rotary positions, grouped heads and an optional sliding window:
@@ -126,12 +129,16 @@ impl AttentionConfig {
         let groups = self.num_kv_heads.unwrap_or(heads);
         let width = hidden / heads;
         let linear = |name, input, output, bias| Linear::new(&scope.at(name), input, output, bias);
+        let output = match self.residual_layers {
+            Some(layers) => Init::Uniform(((2 * layers * hidden) as f64).powf(-0.5)),
+            None => Init::Normal,
+        };
         let norm = |name| self.qk_norm.then(|| RmsNorm::new(&scope.at(name), width, QK_NORM_EPS));
         Ok(Attention {
             q_proj: linear("q_proj", hidden, hidden, self.qkv_bias),
             k_proj: linear("k_proj", hidden, groups * width, self.qkv_bias),
             v_proj: linear("v_proj", hidden, groups * width, self.qkv_bias),
-            o_proj: linear("o_proj", hidden, hidden, false),
+            o_proj: Linear::start(&scope.at("o_proj"), hidden, hidden, &output, None),
             q_norm: norm("q_norm"),
             k_norm: norm("k_norm"),
             num_heads: heads,

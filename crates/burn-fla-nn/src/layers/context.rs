@@ -3,7 +3,7 @@
 use std::cell::{OnceCell, RefCell};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_fla_ops::{AttentionOptions, CuSeqlens, Engine, ScanOptions, SequenceOptions};
+use burn_fla_ops::{self as ops, AttentionOptions, CuSeqlens, Engine, ScanOptions, SequenceOptions, TokenShiftOptions};
 
 use crate::{Compute, NnError};
 
@@ -122,7 +122,6 @@ impl SequenceContext {
 
     /// The values of the first layer that calls this, which later layers mix with their own (RWKV7). `None` for that
     /// first layer, whose `values` are kept.
-    #[expect(dead_code, reason = "for RWKV7")]
     pub(crate) fn first_values(&self, values: &Tensor<3>) -> Option<Tensor<3>> {
         let mut first = self.first_values.borrow_mut();
         if first.is_none() {
@@ -211,6 +210,14 @@ impl SequenceContext {
     /// Options of a scan along time that goes on from `state`.
     pub(crate) fn scan_options(&self, state: Option<Tensor<2>>) -> ScanOptions {
         ScanOptions { initial_state: state, cu_seqlens: self.cu_seqlens.clone(), engine: self.compute.engine }
+    }
+
+    /// The difference of each token to the one before it, and the last token of each sequence, `[N, width]`; `past` are
+    /// the tokens before the first ones.
+    pub(crate) fn token_shift(&self, x: Tensor<3>, past: Option<Tensor<2>>) -> Result<(Tensor<3>, Tensor<2>), NnError> {
+        let options =
+            TokenShiftOptions { initial: past, cu_seqlens: self.cu_seqlens.clone(), engine: self.compute.engine };
+        Ok(ops::token_shift(x, options)?)
     }
 
     /// An error when `x` is not of the context's shape.

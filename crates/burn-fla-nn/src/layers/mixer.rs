@@ -119,6 +119,10 @@ mixers! {
     LightNet: LightNet, LightNetConfig, LightNetState;
     /// Multi-scale retention.
     Retention: Retention, RetentionConfig, RecurrentState;
+    /// RWKV6.
+    Rwkv6: Rwkv6, Rwkv6Config, ShiftState;
+    /// RWKV7.
+    Rwkv7: Rwkv7, Rwkv7Config, ShiftState;
 }
 
 impl MixerConfig {

@@ -27,6 +27,8 @@ mod mixer;
 mod nsa;
 mod rebased;
 mod retention;
+mod rwkv6;
+mod rwkv7;
 mod state;
 
 pub use abc::{Abc, AbcConfig, AbcLayerState};
@@ -48,8 +50,10 @@ pub use mixer::{LayerState, Mixer, MixerConfig};
 pub use nsa::{NativeSparseAttention, NativeSparseAttentionConfig};
 pub use rebased::{QuadraticMap, Rebased, RebasedConfig};
 pub use retention::{Retention, RetentionConfig};
+pub use rwkv6::{Rwkv6, Rwkv6Config};
+pub use rwkv7::{Rwkv7, Rwkv7Config};
 pub(crate) use state::Convs;
-pub use state::{KeyValueState, MixerState, RecurrentState};
+pub use state::{KeyValueState, MixerState, RecurrentState, ShiftState};
 
 use crate::NnError;
 

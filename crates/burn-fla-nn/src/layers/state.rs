@@ -32,6 +32,21 @@ pub(crate) fn conv_elements(conv: &[Tensor<3>]) -> usize {
     conv.iter().map(|c| c.shape().num_elements()).sum()
 }
 
+/// The state of a recurrent mixer that mixes each token with the one before it.
+#[derive(Clone, Debug)]
+pub struct ShiftState {
+    /// S, f32 `[N, H, K, V]`.
+    pub state: Tensor<4>,
+    /// The last input of the layer, `[N, hidden]`.
+    pub last: Tensor<2>,
+}
+
+impl MixerState for ShiftState {
+    fn elements(&self) -> usize {
+        self.state.shape().num_elements() + self.last.shape().num_elements()
+    }
+}
+
 /// The keys (already rotated) and values of the tokens seen, or of those in the window, `[N, S, G, K]`. A sequence of
 /// fewer than S tokens stands at the end, behind zeros.
 #[derive(Clone, Debug)]

@@ -62,14 +62,23 @@ impl CausalLm {
         let lower_bounds = config.layers().iter().find_map(|layer| layer.mixer.lower_bounds());
         Ok(Self {
             model: Backbone {
-                embeddings: Embedding::new(&inner.at("embeddings"), vocabulary, width, padding),
+                embeddings: Embedding::start(
+                    &inner.at("embeddings"),
+                    vocabulary,
+                    width,
+                    padding,
+                    &common.outer_init.embedding(),
+                ),
                 layers: (config.layers().iter().enumerate())
                     .map(|(i, layer)| Block::build(common, layer, i == 0, &layers.at(i)))
                     .collect::<Result<_, _>>()?,
                 norm: common.norm.build(&inner.at(names.norm), width, common.norm_eps),
                 lower_bounds: lower_bounds.map(|width| inner.zeros("lower_bounds", [config.num_layers(), width])),
             },
-            lm_head: (!common.tie_word_embeddings).then(|| Linear::new(&scope.at("lm_head"), width, vocabulary, false)),
+            lm_head: (!common.tie_word_embeddings).then(|| {
+                let init = common.outer_init.output(vocabulary, width);
+                Linear::start(&scope.at("lm_head"), width, vocabulary, &init, None)
+            }),
             config: Arc::new(config.clone()),
         })
     }

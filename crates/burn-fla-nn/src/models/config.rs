@@ -9,9 +9,9 @@ use super::hybrid::{self, HybridAttention};
 use super::json::with_named_floats;
 use super::names::Names;
 use super::registry::{self, Architecture};
-use crate::NnError;
 use crate::layers::MixerConfig;
 use crate::modules::{FeedForwardConfig, NormKind};
+use crate::{Init, NnError};
 
 /// The config of a [`CausalLm`](crate::CausalLm), read from and written as a Hugging Face `config.json`.
 ///
@@ -65,6 +65,8 @@ pub struct CommonConfig {
     pub norm_first: bool,
     /// The norm around the mixers.
     pub norm: NormKind,
+    /// How the embedding and the output map start.
+    pub outer_init: OuterInit,
     /// What the parts of the model are called.
     pub names: &'static Names,
     /// Standard deviation of the weights at the start.
@@ -75,6 +77,34 @@ pub struct CommonConfig {
     pub bos_token_id: Option<u32>,
     /// The id that ends a text.
     pub eos_token_id: Option<u32>,
+}
+
+/// How the embedding and the output map start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OuterInit {
+    /// Both from N(0, `initializer_range`²).
+    Normal,
+    /// The embedding evenly from ±1e-4, so that the norm after it decides its scale from the first step on; the output map
+    /// orthogonal, with a gain of ½ √(vocabulary / width) where the vocabulary is the larger, else ½ (RWKV7).
+    Small,
+}
+
+impl OuterInit {
+    /// Of the embedding.
+    pub(crate) fn embedding(self) -> Init<'static> {
+        match self {
+            Self::Normal => Init::Normal,
+            Self::Small => Init::Uniform(1e-4),
+        }
+    }
+
+    /// Of the output map.
+    pub(crate) fn output(self, vocabulary: usize, width: usize) -> Init<'static> {
+        match self {
+            Self::Normal => Init::Normal,
+            Self::Small => Init::Orthogonal(0.5 * (vocabulary as f64 / width as f64).sqrt().max(1.0)),
+        }
+    }
 }
 
 impl ModelConfig {
@@ -123,11 +153,15 @@ impl ModelConfig {
         let feed_forward = (architecture.feed_forward)(&fields, &architecture.defaults, common.hidden_size)?;
         let layer = |index: usize| {
             let mixer = match attn.iter().find(|entry| entry.layers.contains(&index)) {
-                Some(entry) => MixerConfig::Attention(entry.attention.clone()),
+                Some(entry) => {
+                    let layers = architecture.defaults.rescale_outputs.then_some(common.num_hidden_layers);
+                    MixerConfig::Attention(entry.attention.clone().with_residual_layers(layers))
+                }
                 None => (architecture.mixer)(&fields, &common, index)?,
             };
             mixer.check()?;
-            Ok(LayerConfig { mixer, feed_forward: feed_forward.clone() })
+            let feed_forward = feed_forward.as_ref().map(|config| config.in_layer(index, common.num_hidden_layers));
+            Ok(LayerConfig { mixer, feed_forward })
         };
         let layers = (0..common.num_hidden_layers).map(layer).collect::<Result<_, NnError>>()?;
         warn_of_near_misses(&raw);
@@ -232,7 +266,11 @@ fn common(fields: &Fields<'_>, architecture: &Architecture) -> Result<CommonConf
         use_l2warp: fields.bool("use_l2warp", defaults.use_l2warp)?,
         residual_in_fp32: fields.bool("residual_in_fp32", defaults.residual_in_fp32)?,
         norm_first: defaults.norm_first && fields.bool("norm_first", true)?,
-        norm: architecture.norm,
+        norm: match architecture.norm {
+            NormKind::Layer { .. } => NormKind::Layer { bias: fields.bool("norm_bias", true)? },
+            other => other,
+        },
+        outer_init: architecture.outer_init,
         names: architecture.names,
         initializer_range: fields.positive("initializer_range", 0.02)?,
         pad_token_id,

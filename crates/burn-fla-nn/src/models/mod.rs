@@ -13,7 +13,7 @@ mod state;
 pub use crate::modules::LossOutput;
 pub use block::{Block, BlockState};
 pub use causal_lm::{Backbone, CausalLm};
-pub use config::{CommonConfig, LayerConfig, ModelConfig};
+pub use config::{CommonConfig, LayerConfig, ModelConfig, OuterInit};
 pub(crate) use fields::Fields;
 pub use hybrid::HybridAttention;
 pub use names::Names;

@@ -23,6 +23,9 @@ impl Names {
     pub const COMMON: Names =
         Names { model: "model", attn_norm: "attn_norm", attn: "attn", mlp_norm: "mlp_norm", mlp: "mlp", norm: "norm" };
 
+    /// The names of RWKV.
+    pub const RWKV: Names = Names { mlp_norm: "ffn_norm", mlp: "ffn", ..Self::COMMON };
+
     /// The dotted name of the parameter at these fields of a [`CausalLm`](crate::CausalLm).
     pub(crate) fn of(&self, segments: &[String]) -> String {
         let inside = segments.first().is_some_and(|first| first == "model");

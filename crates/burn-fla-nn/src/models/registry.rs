@@ -5,14 +5,14 @@
 
 use serde_json::Value;
 
-use super::config::{CommonConfig, ModelConfig};
+use super::config::{CommonConfig, ModelConfig, OuterInit};
 use super::fields::Fields;
 use super::names::Names;
 use crate::NnError;
 use crate::layers::{
     AbcConfig, AttentionConfig, BasedConfig, CombaConfig, DeltaNetConfig, GatedDeltaNetConfig, GatedDeltaProductConfig,
     GlaConfig, GsaConfig, Hgrn2Config, HgrnConfig, KdaConfig, LightNetConfig, LinearAttentionConfig, MixerConfig,
-    NativeSparseAttentionConfig, RebasedConfig, RetentionConfig,
+    NativeSparseAttentionConfig, RebasedConfig, RetentionConfig, Rwkv6Config, Rwkv7Config,
 };
 use crate::modules::{FeedForwardConfig, MlpActivation, NormKind};
 
@@ -37,6 +37,8 @@ pub struct Architecture {
     pub(crate) norm: NormKind,
     /// What fields are that are not given.
     pub(crate) defaults: Defaults,
+    /// How its embedding and its output map start.
+    pub(crate) outer_init: OuterInit,
     /// Reads the fields of the feed-forward networks.
     pub(crate) feed_forward: fn(&Fields<'_>, &Defaults, usize) -> Result<Option<FeedForwardConfig>, NnError>,
     /// Reads the fields of the mixer of a layer, counted from 0.
@@ -55,6 +57,8 @@ pub(crate) struct Defaults {
     pub residual_in_fp32: bool,
     /// The first layer normalises the embedding.
     pub norm_first: bool,
+    /// The output maps of a hybrid's attention layers start smaller the more layers there are.
+    pub rescale_outputs: bool,
     /// The values of `hidden_act` that are supported; the first is the default.
     pub hidden_act: &'static [&'static str],
 }
@@ -68,6 +72,7 @@ const DEFAULTS: Defaults = Defaults {
     use_l2warp: false,
     residual_in_fp32: false,
     norm_first: false,
+    rescale_outputs: false,
     hidden_act: &["swish", "powlu"],
 };
 
@@ -81,9 +86,18 @@ const COMMON: Architecture = Architecture {
     tiny: r#"{"num_heads": 2}"#,
     names: &Names::COMMON,
     norm: NormKind::Rms,
+    outer_init: OuterInit::Normal,
     defaults: DEFAULTS,
     feed_forward: gated,
     mixer: |fields, _, _| Err(fields.error("model_type", "has no mixer")),
+};
+
+/// What the RWKV architectures have in common.
+const RWKV: Architecture = Architecture {
+    names: &Names::RWKV,
+    norm: NormKind::Layer { bias: true },
+    defaults: Defaults { norm_eps: 1e-5, norm_first: true, rescale_outputs: true, hidden_act: &["sqrelu"], ..DEFAULTS },
+    ..COMMON
 };
 
 /// Every architecture.
@@ -236,6 +250,27 @@ pub const ARCHITECTURES: &[Architecture] = &[
         ..COMMON
     },
     Architecture {
+        model_type: "rwkv6",
+        title: "RWKV6",
+        paper: "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence, arXiv:2404.05892",
+        tiny: r#"{"num_heads": 2, "proj_low_rank_dim": 8, "gate_low_rank_dim": 8}"#,
+        feed_forward: rwkv6_channel_mix,
+        mixer: |fields, common, _| Rwkv6Config::from_fields(fields, common).map(MixerConfig::Rwkv6),
+        ..RWKV
+    },
+    Architecture {
+        model_type: "rwkv7",
+        title: "RWKV7",
+        paper: "RWKV-7 \"Goose\" with Expressive Dynamic State Evolution, arXiv:2503.14456",
+        tiny: r#"{"head_dim": 24, "decay_low_rank_dim": 8, "gate_low_rank_dim": 8, "a_low_rank_dim": 8,
+            "v_low_rank_dim": 8}"#,
+        defaults: Defaults { use_l2warp: true, ..RWKV.defaults },
+        outer_init: OuterInit::Small,
+        feed_forward: rwkv7_channel_mix,
+        mixer: |fields, common, layer| Rwkv7Config::from_fields(fields, common, layer).map(MixerConfig::Rwkv7),
+        ..RWKV
+    },
+    Architecture {
         model_type: HYBRID,
         title: "Hybrid of any mixers",
         paper: "the papers of its mixers",
@@ -336,6 +371,37 @@ pub(crate) fn gated(
     Ok(Some(FeedForwardConfig::Gated { intermediate_size, activation }))
 }
 
+fn rwkv6_channel_mix(
+    fields: &Fields<'_>,
+    _: &Defaults,
+    hidden_size: usize,
+) -> Result<Option<FeedForwardConfig>, NnError> {
+    let intermediate_size = channel_mix_size(fields, 3.5, hidden_size)?;
+    Ok(Some(FeedForwardConfig::Rwkv6 { intermediate_size }))
+}
+
+fn rwkv7_channel_mix(
+    fields: &Fields<'_>,
+    _: &Defaults,
+    hidden_size: usize,
+) -> Result<Option<FeedForwardConfig>, NnError> {
+    let intermediate_size = channel_mix_size(fields, 4.0, hidden_size)?;
+    Ok(Some(FeedForwardConfig::Rwkv7 { intermediate_size, layer: [0, 1] }))
+}
+
+/// `intermediate_size`, or `hidden_ratio` (null: `ratio`) times the width, rounded up to a multiple of 32.
+fn channel_mix_size(fields: &Fields<'_>, ratio: f64, hidden_size: usize) -> Result<usize, NnError> {
+    if let Some(size) = fields.optional_usize("intermediate_size")? {
+        return Ok(size);
+    }
+    let ratio = match fields.get("hidden_ratio") {
+        Some(_) => hidden_ratio(fields, &DEFAULTS)?,
+        None => ratio,
+    };
+    let size = (hidden_size as f64 * ratio) as usize;
+    Ok(32 * size.max(1).div_ceil(32))
+}
+
 /// The field `hidden_ratio`; null means 4.
 pub(crate) fn hidden_ratio(fields: &Fields<'_>, defaults: &Defaults) -> Result<f64, NnError> {
     match fields.optional_f64("hidden_ratio")? {
@@ -348,6 +414,7 @@ pub(crate) fn hidden_ratio(fields: &Fields<'_>, defaults: &Defaults) -> Result<f
 
 /// Fields that have a meaning for some architecture, or are common in files of this format.
 pub(crate) const KNOWN_FIELDS: &[&str] = &[
+    "a_low_rank_dim",
     "allow_neg_eigval",
     "architectures",
     "attn",
@@ -361,6 +428,7 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "clamp_min",
     "conv_size",
     "correction_factor",
+    "decay_low_rank_dim",
     "dtype",
     "elementwise_affine",
     "eos_token_id",
@@ -377,9 +445,9 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "fuse_linear_cross_entropy",
     "fuse_norm",
     "fuse_swiglu",
-    "head_dim",
     "gate_logit_normalizer",
     "gate_low_rank_dim",
+    "head_dim",
     "hidden_act",
     "hidden_ratio",
     "hidden_size",
@@ -390,6 +458,7 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "mixers",
     "mode",
     "model_type",
+    "norm_bias",
     "norm_eps",
     "norm_feature_map",
     "norm_first",
@@ -401,10 +470,11 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "num_householder",
     "num_key_value_heads",
     "num_kv_heads",
+    "num_slots",
     "num_v_heads",
     "output_gate_activation",
-    "num_slots",
     "pad_token_id",
+    "proj_low_rank_dim",
     "qk_activation",
     "qk_norm",
     "qkv_bias",
@@ -425,14 +495,15 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "use_gv",
     "use_inner_decay",
     "use_l2warp",
+    "use_lower_bound",
+    "use_norm",
     "use_output_correction",
     "use_output_gate",
     "use_output_norm",
-    "use_lower_bound",
-    "use_norm",
-    "use_output_gate",
     "use_rope",
     "use_short_conv",
+    "v_low_rank_dim",
+    "value_dim",
     "vocab_size",
     "window_size",
 ];

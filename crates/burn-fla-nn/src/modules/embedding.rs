@@ -3,7 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Int, Tensor, module};
 
-use crate::ParamScope;
+use crate::{Init, ParamScope};
 
 /// h = W\[id\].
 #[derive(Module, Debug)]
@@ -17,7 +17,18 @@ pub struct Embedding {
 impl Embedding {
     /// A table from N(0, std), the row of `padding_id` included.
     pub fn new(scope: &ParamScope<'_, '_>, vocabulary: usize, width: usize, padding_id: Option<usize>) -> Self {
-        Self { weight: scope.normal("weight", [vocabulary, width]), padding_id }
+        Self::start(scope, vocabulary, width, padding_id, &Init::Normal)
+    }
+
+    /// A table that starts as told.
+    pub fn start(
+        scope: &ParamScope<'_, '_>,
+        vocabulary: usize,
+        width: usize,
+        padding_id: Option<usize>,
+        init: &Init<'_>,
+    ) -> Self {
+        Self { weight: scope.start("weight", [vocabulary, width], init), padding_id }
     }
 
     /// # Shapes

@@ -3,7 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor};
 
-use crate::{NnError, ParamScope};
+use crate::{Init, NnError, ParamScope};
 
 /// (x − mean(x)) / √(var(x) + ε) over the last dimension, the variance biased; `x` is f32.
 fn standardise<const D: usize>(x: Tensor<D>, eps: f64) -> Tensor<D> {
@@ -90,7 +90,16 @@ pub struct GroupNorm {
 impl GroupNorm {
     /// A norm over `width` features of all heads with w = 1 and b = 0.
     pub fn new(scope: &ParamScope<'_, '_>, width: usize, bias: bool, eps: f64) -> Self {
-        Self { weight: scope.ones("weight", [width]), bias: bias.then(|| scope.zeros("bias", [width])), eps }
+        Self::start(scope, width, 1.0, bias, eps)
+    }
+
+    /// A norm over `width` features of all heads with w = `weight` and b = 0.
+    pub fn start(scope: &ParamScope<'_, '_>, width: usize, weight: f64, bias: bool, eps: f64) -> Self {
+        Self {
+            weight: scope.start("weight", [width], &Init::Constant(weight)),
+            bias: bias.then(|| scope.zeros("bias", [width])),
+            eps,
+        }
     }
 
     /// # Shapes

@@ -4,7 +4,7 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use burn_fla_ops as ops;
 
-use crate::{NnError, ParamScope};
+use crate::{Init, NnError, ParamScope};
 
 /// y = x Wᵀ (+ b), with W stored `[out, in]` as in PyTorch.
 #[derive(Module, Debug)]
@@ -19,6 +19,20 @@ impl Linear {
     /// A map of `input` to `output` features: W from N(0, std), b zero.
     pub fn new(scope: &ParamScope<'_, '_>, input: usize, output: usize, bias: bool) -> Self {
         Self { weight: scope.normal("weight", [output, input]), bias: bias.then(|| scope.zeros("bias", [output])) }
+    }
+
+    /// A map of `input` to `output` features that starts as told; without a bias where `bias` is `None`.
+    pub fn start(
+        scope: &ParamScope<'_, '_>,
+        input: usize,
+        output: usize,
+        weight: &Init<'_>,
+        bias: Option<&Init<'_>>,
+    ) -> Self {
+        Self {
+            weight: scope.start("weight", [output, input], weight),
+            bias: bias.map(|bias| scope.start("bias", [output], bias)),
+        }
     }
 
     /// # Shapes

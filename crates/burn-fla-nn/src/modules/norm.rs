@@ -4,6 +4,7 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use burn_fla_ops::{self as ops, Engine, GateActivation};
 
+use super::LayerNorm;
 use crate::{NnError, ParamScope};
 
 /// y = x / √(mean(x²) + ε) ⊙ w over the last dimension, statistics in f32 (Zhang and Sennrich 2019).
@@ -49,6 +50,11 @@ impl RmsNorm {
 pub enum NormKind {
     /// [`RmsNorm`].
     Rms,
+    /// [`LayerNorm`].
+    Layer {
+        /// Whether it has a bias.
+        bias: bool,
+    },
 }
 
 /// A norm around the mixers.
@@ -56,6 +62,8 @@ pub enum NormKind {
 pub enum Norm {
     /// Root mean square norm.
     Rms(RmsNorm),
+    /// Layer norm.
+    Layer(LayerNorm),
 }
 
 impl NormKind {
@@ -63,6 +71,7 @@ impl NormKind {
     pub(crate) fn build(self, scope: &ParamScope<'_, '_>, width: usize, eps: f64) -> Norm {
         match self {
             Self::Rms => Norm::Rms(RmsNorm::new(scope, width, eps)),
+            Self::Layer { bias } => Norm::Layer(LayerNorm::new(scope, width, bias, eps)),
         }
     }
 }
@@ -76,6 +85,7 @@ impl Norm {
     pub fn forward(&self, x: Tensor<3>, engine: Engine) -> Result<Tensor<3>, NnError> {
         match self {
             Self::Rms(norm) => norm.forward(x, engine),
+            Self::Layer(norm) => norm.forward(x),
         }
     }
 
@@ -91,6 +101,7 @@ impl Norm {
     ) -> Result<(Tensor<3>, Tensor<3>), NnError> {
         match self {
             Self::Rms(norm) => norm.forward_add(x, residual, engine),
+            Self::Layer(norm) => norm.forward_add(x, residual),
         }
     }
 
@@ -98,6 +109,7 @@ impl Norm {
     pub(crate) fn device(&self) -> burn::tensor::Device {
         match self {
             Self::Rms(norm) => norm.weight.device(),
+            Self::Layer(norm) => norm.weight.device(),
         }
     }
 }

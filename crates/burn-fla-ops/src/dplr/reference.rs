@@ -3,11 +3,12 @@
 //!
 //! Both take `q`, `k`, `v`, `a`, `b` and the log decay as one list, in this order.
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::Tensor;
 
 use crate::chunked::{compute_dtype, merge, split};
 use crate::key_decay::{KeyDecay, Reads};
 use crate::matmul::product;
+use crate::triangular;
 
 /// Token by token: `S_t = diag(e^{g_t}) S_{t−1} + b_t (a_tᵀ S_{t−1}) + k_t v_tᵀ`, `o_t = scale · S_tᵀ q_t`.
 ///
@@ -47,7 +48,7 @@ pub fn chunked(inputs: [Tensor<4>; 6], scale: f64, state: Tensor<4>, chunk: usiz
     let decay = KeyDecay::new(g);
     let (updated, previous) = (Reads::Updated, Reads::Previous);
 
-    let inverse = inverse(decay.scores(&a, &b, previous));
+    let inverse = triangular::unchecked(decay.scores(&a, &b, previous).neg());
     let u = product(inverse.clone(), product(decay.scores(&a, &k, previous), v.clone()));
     let w = product(inverse, a.clone() * decay.sum(previous).exp());
 
@@ -80,33 +81,4 @@ fn pass_through(transition: Tensor<4>, local: Tensor<4>, first: Tensor<4>) -> (T
         state = product(transition.clone().narrow(1, m, 1), state) + local.clone().narrow(1, m, 1);
     }
     (Tensor::cat(starts, 1), state)
-}
-
-/// `(I − L)^{−1}` of strictly lower triangles `L`, `[…, C, C]`.
-///
-/// Blocks of 1, 2, 4, … rows are inverted in turn: two neighbours with inverses `X` and `Y` and the block `L'` between
-/// them make `[[X, 0], [Y L' X, Y]]`. Powers of `L`, whose entries would grow like binomial coefficients where keys
-/// repeat, are never formed.
-///
-/// That much is untracked. One step of Newton's iteration, `M + M (I − (I − L) M)`, then removes most of its rounding, and
-/// has the derivative of the inverse, `M dL M`: the gradient costs two products whatever the size.
-fn inverse(l: Tensor<4>) -> Tensor<4> {
-    let c = l.dims()[3];
-    let (device, dtype) = (l.device(), l.dtype());
-    let identity = Tensor::<2>::eye(c, &device).cast(dtype).reshape([1, 1, c, c]);
-    let fixed = l.clone().detach();
-    let mut m = identity.clone().expand(l.dims());
-    let mut size = 1;
-    while size < c {
-        let between: Vec<f32> = (0..c * c)
-            .map(|at| (at / c / size, at % c / size))
-            .map(|(row, column)| f32::from(u8::from(row % 2 == 1 && column + 1 == row)))
-            .collect();
-        let between = Tensor::<2>::from_data(TensorData::new(between, [c, c]), &device.clone().inner());
-        let block = fixed.clone() * between.cast(dtype).reshape([1, 1, c, c]);
-        m = if size == 1 { m + block } else { m.clone() + product(product(m.clone(), block), m) };
-        size *= 2;
-    }
-    let residual = identity - m.clone() + product(l, m.clone());
-    m.clone() + product(m, residual)
 }
