@@ -9,7 +9,7 @@ use super::state::conv_elements;
 use super::{Convs, MixerDims, MixerState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{
-    FeatureMap, Linear, RmsNorm, ShortConv, check_conv, log_sigmoid, merge_heads, output_norm, repeat_heads,
+    FeatureMap, Linear, LinearMap, RmsNorm, ShortConv, check_conv, log_sigmoid, merge_heads, output_norm, repeat_heads,
     split_heads,
 };
 use crate::{NnError, ParamScope, ParamSource};
@@ -81,8 +81,8 @@ pub struct Gsa {
     pub k_conv1d: Option<ShortConv>,
     /// `[G·V, 1, W]`
     pub v_conv1d: Option<ShortConv>,
-    /// The map of queries and keys, where it is learned.
-    pub feature_map: Option<T2rMap>,
+    /// W of the map of queries and keys, where it is learned.
+    pub feature_map: Option<LinearMap>,
     /// `[hidden]`
     pub g_norm: Option<RmsNorm>,
     /// `[hidden, H·V]`
@@ -95,13 +95,6 @@ pub struct Gsa {
     pub gate_logit_normalizer: f64,
     #[module(skip)]
     map: FeatureMap,
-}
-
-/// x → W x, the learned part of [`GsaFeatureMap::T2r`].
-#[derive(Module, Debug)]
-pub struct T2rMap {
-    /// `[K, K]`
-    pub layer: Linear,
 }
 
 /// What a [`Gsa`] layer keeps of the tokens it has seen.
@@ -196,7 +189,7 @@ impl GsaConfig {
             q_conv1d: conv("q_conv1d", dims.keys),
             k_conv1d: conv("k_conv1d", keys),
             v_conv1d: conv("v_conv1d", values),
-            feature_map: learned.then(|| T2rMap { layer: linear("feature_map.layer", width, width) }),
+            feature_map: learned.then(|| LinearMap { layer: linear("feature_map.layer", width, width) }),
             g_norm: self.elementwise_affine.then(|| RmsNorm::new(&scope.at("g_norm"), hidden, NORM_EPS)),
             o_proj: linear("o_proj", dims.values, hidden),
             num_heads: dims.heads,

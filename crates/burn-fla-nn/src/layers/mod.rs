@@ -40,7 +40,7 @@ pub use delta_net::{DeltaNet, DeltaNetConfig, QkActivation, QkNorm};
 pub use gated_deltanet::{GatedDeltaNet, GatedDeltaNetConfig};
 pub use gated_deltaproduct::{GatedDeltaProduct, GatedDeltaProductConfig};
 pub use gla::{Gla, GlaConfig};
-pub use gsa::{Gsa, GsaConfig, GsaFeatureMap, GsaLayerState, T2rMap};
+pub use gsa::{Gsa, GsaConfig, GsaFeatureMap, GsaLayerState};
 pub use hgrn::{Hgrn, HgrnConfig, HgrnState};
 pub use hgrn2::{Hgrn2, Hgrn2Config};
 pub use kda::{Kda, KdaConfig};
