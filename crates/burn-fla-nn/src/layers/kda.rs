@@ -125,7 +125,7 @@ impl KdaConfig {
             (Some(bound), true) if !(SAFE_BOUND..0.0).contains(&bound) => {
                 return wrong(format!("must be from {SAFE_BOUND} to below 0 with safe_gate, and it is {bound}"));
             }
-            (Some(bound), false) if !(bound < 0.0) => {
+            (Some(bound), false) if bound.is_nan() || bound >= 0.0 => {
                 return wrong(format!("must be below 0, as log decays are, and it is {bound}"));
             }
             _ => {}
