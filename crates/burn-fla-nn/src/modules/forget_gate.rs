@@ -27,7 +27,7 @@ pub(crate) fn forget_gate(f: Tensor<3>, bound: Option<Tensor<1>>) -> (Tensor<3>,
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "flex"))]
 mod tests {
     use burn::tensor::{Device, TensorData};
 

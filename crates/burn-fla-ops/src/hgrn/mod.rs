@@ -32,21 +32,6 @@ use crate::{OpError, ScanOptions};
 ///
 /// # Errors
 /// [`OpError`] where shapes, dtypes, devices or offsets do not fit together.
-///
-/// ```
-/// use burn::tensor::{Device, Tensor};
-/// use burn_fla_ops::{ScanOptions, hgrn};
-/// let device = Device::flex();
-/// let x = Tensor::<3>::ones([1, 3, 1], &device);
-/// let log_decay = Tensor::<3>::full([1, 3, 1], 0.5f32.ln(), &device);
-/// let (h, end) = hgrn(x, log_decay, ScanOptions::default())?;
-/// let h: Vec<f32> = h.into_data().try_to_vec().unwrap();
-/// for (found, expected) in h.iter().zip([1.0, 1.5, 1.75]) {
-///     assert!((found - expected).abs() < 1e-6);
-/// }
-/// assert_eq!(end.dims(), [1, 1]);
-/// # Ok::<(), burn_fla_ops::OpError>(())
-/// ```
 pub fn hgrn(x: Tensor<3>, log_decay: Tensor<3>, options: ScanOptions) -> Result<(Tensor<3>, Tensor<2>), OpError> {
     const OP: &str = "hgrn";
     let scan = Scan::new(OP, "x", &x, options)?;
