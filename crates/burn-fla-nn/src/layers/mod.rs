@@ -23,11 +23,14 @@ mod hgrn2;
 mod kda;
 mod lightnet;
 mod linear_attn;
+mod mamba;
+mod mamba2;
 mod mixer;
 mod nsa;
 mod rebased;
 mod retention;
 mod state;
+mod step_size;
 
 pub use abc::{Abc, AbcConfig, AbcLayerState};
 pub use attention::{Attention, AttentionConfig};
@@ -44,12 +47,16 @@ pub use hgrn2::{Hgrn2, Hgrn2Config};
 pub use kda::{Kda, KdaConfig};
 pub use lightnet::{LightNet, LightNetConfig, LightNetState};
 pub use linear_attn::{LinearAttention, LinearAttentionConfig};
+pub(crate) use mamba::inner_size;
+pub use mamba::{Mamba, MambaConfig, MambaState};
+pub use mamba2::{Mamba2, Mamba2Config};
 pub use mixer::{LayerState, Mixer, MixerConfig};
 pub use nsa::{NativeSparseAttention, NativeSparseAttentionConfig};
 pub use rebased::{QuadraticMap, Rebased, RebasedConfig};
 pub use retention::{Retention, RetentionConfig};
 pub(crate) use state::Convs;
 pub use state::{KeyValueState, MixerState, RecurrentState};
+pub use step_size::StepSizes;
 
 use crate::NnError;
 
