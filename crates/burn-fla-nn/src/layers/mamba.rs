@@ -1,4 +1,6 @@
 //! Mamba.
+// Parameters have the names of the format.
+#![allow(non_snake_case)]
 
 use burn::config::Config;
 use burn::module::{Module, Param};
@@ -83,7 +85,6 @@ pub(crate) fn inner_size(fields: &Fields<'_>, hidden_size: usize) -> Result<usiz
 ///
 /// In packed rows convolution and state restart at each sequence.
 #[derive(Module, Debug)]
-#[allow(non_snake_case)]
 pub struct Mamba {
     /// To x and z, `[2·I, hidden]`
     pub in_proj: Linear,

@@ -1,4 +1,6 @@
 //! Mamba2.
+// Parameters have the names of the format.
+#![allow(non_snake_case)]
 
 use burn::config::Config;
 use burn::module::{Module, Param};
@@ -77,7 +79,6 @@ pub struct Mamba2Config {
 ///
 /// In packed rows convolution and state restart at each sequence.
 #[derive(Module, Debug)]
-#[allow(non_snake_case)]
 pub struct Mamba2 {
     /// To z, (x, B, C) and Δ, `[2·I + 2·G·N_s + H, hidden]`
     pub in_proj: Linear,
