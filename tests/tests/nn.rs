@@ -10,6 +10,8 @@ mod generation;
 mod golden;
 #[path = "nn/lengths.rs"]
 mod lengths;
+#[path = "nn/mamba.rs"]
+mod mamba;
 #[path = "nn/models.rs"]
 mod models;
 #[path = "nn/norms.rs"]

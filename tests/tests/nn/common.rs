@@ -16,7 +16,7 @@ pub fn golden(case: &str) -> PathBuf {
 }
 
 /// The folders of all expected cases.
-pub const GOLDEN: [&str; 19] = [
+pub const GOLDEN: [&str; 22] = [
     "retnet",
     "gla",
     "gla_hybrid",
@@ -36,6 +36,9 @@ pub const GOLDEN: [&str; 19] = [
     "lightnet",
     "rwkv6",
     "rwkv7",
+    "mamba",
+    "mamba2",
+    "samba",
 ];
 
 /// The folders of expected cases of bare layers.
@@ -59,7 +62,7 @@ pub fn configs() -> Vec<(&'static str, ModelConfig)> {
         let name = architecture.model_type;
         (name, architecture.tiny_config().unwrap_or_else(|error| panic!("{name}: {error}")))
     };
-    ARCHITECTURES.iter().map(tiny).chain(variants()).collect()
+    ARCHITECTURES.iter().map(tiny).chain(variants()).chain(crate::mamba::variants()).collect()
 }
 
 /// Configs that use the fields which the small ones leave alone.

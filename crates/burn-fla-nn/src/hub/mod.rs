@@ -49,6 +49,8 @@ pub fn load_model(folder: impl AsRef<Path>, device: &Device) -> Result<CausalLm,
         // Some writers store the shared matrix under both names.
         store.ignore("lm_head.weight");
     }
+    // The name of the first writers of Mamba.
+    store.rename("backbone.embedding.weight", "backbone.embeddings.weight");
     let source = ParamSource::stored(&store, device);
     let model = CausalLm::build(&config, &source.root())?;
     source.finish()?;

@@ -163,6 +163,15 @@ impl TensorStore {
         self.tensors.remove(name);
     }
 
+    /// Calls the tensor `old` `new`, where there is one, and none of the new name.
+    pub(crate) fn rename(&mut self, old: &str, new: &str) {
+        if !self.tensors.contains_key(new)
+            && let Some(entry) = self.tensors.remove(old)
+        {
+            self.tensors.insert(new.to_string(), entry);
+        }
+    }
+
     /// The tensor called `name`.
     pub fn get(&self, name: &str) -> Option<StoredTensor<'_>> {
         let entry = self.tensors.get(name)?;

@@ -4,7 +4,7 @@ use burn::module::Param;
 use burn::tensor::{DType, Tensor, activation};
 use burn_fla_ops::{self as ops, DeltaOptions, Engine, GateActivation};
 
-use super::{Convs, SequenceContext};
+use super::{Convs, SequenceContext, StepSizes};
 use crate::init::Init;
 pub(crate) use crate::modules::check_conv;
 use crate::modules::{Linear, RmsNorm, ShortConv, softplus};
@@ -70,13 +70,7 @@ pub(crate) fn a_log(scope: &ParamScope<'_, '_>, heads: usize, low: f64) -> Param
 
 /// The bias of a step size before the softplus: step sizes start between 0.001 and 0.1, evenly in their logarithm.
 pub(crate) fn dt_bias(scope: &ParamScope<'_, '_>, count: usize) -> Param<Tensor<1>> {
-    let (low, high) = (0.001f64.ln(), 0.1f64.ln());
-    let inverse_softplus = |dt: f64| dt + (-(-dt).exp_m1()).ln();
-    scope.start(
-        "dt_bias",
-        [count],
-        &Init::Drawn(&|draws| inverse_softplus((low + (high - low) * draws.uniform()).exp())),
-    )
+    StepSizes::new().bias(scope, "dt_bias", count)
 }
 
 /// The log decays −A softplus(a + dt_bias), f32 `[B, T, HV]`.

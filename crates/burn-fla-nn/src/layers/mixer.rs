@@ -117,6 +117,10 @@ mixers! {
     Rebased: Rebased, RebasedConfig, RecurrentState;
     /// Linear attention to running means.
     LightNet: LightNet, LightNetConfig, LightNetState;
+    /// Selective state space.
+    Mamba: Mamba, MambaConfig, MambaState;
+    /// State space duality.
+    Mamba2: Mamba2, Mamba2Config, RecurrentState;
     /// Multi-scale retention.
     Retention: Retention, RetentionConfig, RecurrentState;
     /// RWKV6.

@@ -23,6 +23,8 @@ mod hgrn2;
 mod kda;
 mod lightnet;
 mod linear_attn;
+mod mamba;
+mod mamba2;
 mod mixer;
 mod nsa;
 mod rebased;
@@ -30,6 +32,7 @@ mod retention;
 mod rwkv6;
 mod rwkv7;
 mod state;
+mod step_size;
 
 pub use abc::{Abc, AbcConfig, AbcLayerState};
 pub use attention::{Attention, AttentionConfig};
@@ -46,6 +49,9 @@ pub use hgrn2::{Hgrn2, Hgrn2Config};
 pub use kda::{Kda, KdaConfig};
 pub use lightnet::{LightNet, LightNetConfig, LightNetState};
 pub use linear_attn::{LinearAttention, LinearAttentionConfig};
+pub(crate) use mamba::inner_size;
+pub use mamba::{Mamba, MambaConfig, MambaState};
+pub use mamba2::{Mamba2, Mamba2Config};
 pub use mixer::{LayerState, Mixer, MixerConfig};
 pub use nsa::{NativeSparseAttention, NativeSparseAttentionConfig};
 pub use rebased::{QuadraticMap, Rebased, RebasedConfig};
@@ -54,6 +60,7 @@ pub use rwkv6::{Rwkv6, Rwkv6Config};
 pub use rwkv7::{Rwkv7, Rwkv7Config};
 pub(crate) use state::Convs;
 pub use state::{KeyValueState, MixerState, RecurrentState, ShiftState};
+pub use step_size::StepSizes;
 
 use crate::NnError;
 

@@ -144,7 +144,7 @@ impl ModelConfig {
         let architecture = registry::find(model_type)?;
         let common = common(&fields, architecture)?;
         let attn = if architecture.hybrid {
-            hybrid::parse(&fields, &common, architecture.ignored_in_attn)?
+            hybrid::parse(&fields, &common, architecture)?
         } else if fields.get("attn").is_some() {
             return Err(fields.error("attn", format!("{model_type} has no hybrid form")));
         } else {

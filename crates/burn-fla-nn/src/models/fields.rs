@@ -112,6 +112,24 @@ impl<'a> Fields<'a> {
         if self.is_absent(field) { Ok(Some(default)) } else { self.optional_f64(field) }
     }
 
+    /// Two numbers, the second not below the first. Either may be infinite, as `{"__float__": "Infinity"}`.
+    pub fn range(&self, field: &str, default: (f64, f64)) -> Result<(f64, f64), NnError> {
+        if self.absent(field)? {
+            return Ok(default);
+        }
+        let number = |value: &Value| match value.get("__float__").and_then(Value::as_str) {
+            Some("Infinity") => Some(f64::INFINITY),
+            Some("-Infinity") => Some(f64::NEG_INFINITY),
+            Some(_) => None,
+            None => value.as_f64(),
+        };
+        let value = &self.map[field];
+        match value.as_array().map(|pair| pair.iter().map(number).collect::<Vec<_>>()).as_deref() {
+            Some([Some(low), Some(high)]) if low <= high => Ok((*low, *high)),
+            _ => Err(self.wrong(field, "two numbers, the smaller first", value)),
+        }
+    }
+
     /// A number above 0.
     pub fn positive(&self, field: &str, default: f64) -> Result<f64, NnError> {
         if self.absent(field)? {

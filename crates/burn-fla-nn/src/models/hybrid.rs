@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::config::CommonConfig;
 use super::fields::Fields;
+use super::registry::Architecture;
 use crate::NnError;
 use crate::layers::AttentionConfig;
 
@@ -16,14 +17,26 @@ pub struct HybridAttention {
     pub attention: AttentionConfig,
 }
 
-/// The field `attn`: null, one object or a list of objects. No layer may be out of range or named twice. The fields in
-/// `ignored` are as if they were not given.
+/// The field `attn`: null, one object or a list of objects. No layer may be out of range or named twice. The fields that
+/// the architecture ignores there are as if they were not given.
+///
+/// An architecture may have an object of its own where the field is not given. That very object also stands in the files
+/// of old writers for models of fewer layers: the layers that are not there are dropped.
 pub(crate) fn parse(
     fields: &Fields<'_>,
     common: &CommonConfig,
-    ignored: &[&str],
+    architecture: &Architecture,
 ) -> Result<Vec<HybridAttention>, NnError> {
-    let objects: Vec<(String, &Value)> = match fields.get("attn") {
+    let ignored = architecture.ignored_in_attn;
+    // What the registry has is JSON: a test reads it all.
+    let mut own: Option<Value> = architecture.defaults.attn.and_then(|text| serde_json::from_str(text).ok());
+    let given = fields.get("attn");
+    let is_own = fields.is_absent("attn") || (given.is_some() && given == own.as_ref());
+    if let (true, Some(Value::Array(layers))) = (is_own, own.as_mut().and_then(|own| own.get_mut("layers"))) {
+        layers.retain(|layer| layer.as_u64().is_some_and(|layer| layer < common.num_hidden_layers as u64));
+    }
+    let attn = if is_own { own.as_ref() } else { given };
+    let objects: Vec<(String, &Value)> = match attn {
         None => return Ok(Vec::new()),
         Some(Value::Array(list)) => list.iter().enumerate().map(|(i, value)| (format!("attn[{i}]"), value)).collect(),
         Some(value) => vec![("attn".to_string(), value)],

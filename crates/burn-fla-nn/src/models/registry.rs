@@ -11,8 +11,9 @@ use super::names::Names;
 use crate::NnError;
 use crate::layers::{
     AbcConfig, AttentionConfig, BasedConfig, CombaConfig, DeltaNetConfig, GatedDeltaNetConfig, GatedDeltaProductConfig,
-    GlaConfig, GsaConfig, Hgrn2Config, HgrnConfig, KdaConfig, LightNetConfig, LinearAttentionConfig, MixerConfig,
-    NativeSparseAttentionConfig, RebasedConfig, RetentionConfig, Rwkv6Config, Rwkv7Config,
+    GlaConfig, GsaConfig, Hgrn2Config, HgrnConfig, KdaConfig, LightNetConfig, LinearAttentionConfig, Mamba2Config,
+    MambaConfig, MixerConfig, NativeSparseAttentionConfig, RebasedConfig, RetentionConfig, Rwkv6Config, Rwkv7Config,
+    inner_size,
 };
 use crate::modules::{FeedForwardConfig, MlpActivation, NormKind};
 
@@ -59,6 +60,8 @@ pub(crate) struct Defaults {
     pub norm_first: bool,
     /// The output maps of a hybrid's attention layers start smaller the more layers there are.
     pub rescale_outputs: bool,
+    /// The field `attn`, as JSON.
+    pub attn: Option<&'static str>,
     /// The values of `hidden_act` that are supported; the first is the default.
     pub hidden_act: &'static [&'static str],
 }
@@ -73,6 +76,7 @@ const DEFAULTS: Defaults = Defaults {
     residual_in_fp32: false,
     norm_first: false,
     rescale_outputs: false,
+    attn: None,
     hidden_act: &["swish", "powlu"],
 };
 
@@ -271,6 +275,54 @@ pub const ARCHITECTURES: &[Architecture] = &[
         ..RWKV
     },
     Architecture {
+        model_type: "mamba",
+        title: "Mamba",
+        paper: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces, arXiv:2312.00752",
+        hybrid: false,
+        tiny: r#"{"state_size": 5, "intermediate_size": 96}"#,
+        names: &MAMBA_NAMES,
+        defaults: MAMBA_DEFAULTS,
+        feed_forward: none_but_inner_channels,
+        mixer: |fields, common, _| MambaConfig::from_fields(fields, common).map(MixerConfig::Mamba),
+        ..COMMON
+    },
+    Architecture {
+        model_type: "mamba2",
+        title: "Mamba2",
+        paper: "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space \
+                Duality, arXiv:2405.21060",
+        hybrid: false,
+        tiny: r#"{"head_dim": 16, "state_size": 7, "intermediate_size": null}"#,
+        names: &MAMBA_NAMES,
+        defaults: Defaults { residual_in_fp32: true, ..MAMBA_DEFAULTS },
+        feed_forward: none_but_heads,
+        mixer: |fields, common, _| Mamba2Config::from_fields(fields, common).map(MixerConfig::Mamba2),
+        ..COMMON
+    },
+    Architecture {
+        model_type: "samba",
+        title: "Samba",
+        paper: "Samba: Simple Hybrid State Space Models for Efficient Unlimited Context Language Modeling, \
+                arXiv:2406.07522",
+        tiny: r#"{"state_size": 5, "intermediate_size": 96,
+            "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 5}}"#,
+        names: &Names { model: "backbone", attn_norm: "mixer_norm", attn: "mixer", norm: "norm_f", ..Names::COMMON },
+        defaults: Defaults {
+            hidden_size: 2304,
+            num_hidden_layers: 18,
+            norm_eps: 1e-5,
+            pad_token_id: Some(0),
+            attn: Some(
+                r#"{"layers": [1, 3, 5, 7, 9, 11, 13, 15, 17], "num_heads": 18, "num_kv_heads": 18,
+                    "qkv_bias": false, "window_size": 2048, "rope_theta": 10000.0}"#,
+            ),
+            ..DEFAULTS
+        },
+        feed_forward: gated_beside_inner_channels,
+        mixer: |fields, common, _| MambaConfig::from_samba_fields(fields, common).map(MixerConfig::Mamba),
+        ..COMMON
+    },
+    Architecture {
         model_type: HYBRID,
         title: "Hybrid of any mixers",
         paper: "the papers of its mixers",
@@ -280,6 +332,18 @@ pub const ARCHITECTURES: &[Architecture] = &[
         ..COMMON
     },
 ];
+
+/// The names of Mamba and Mamba2.
+const MAMBA_NAMES: Names =
+    Names { model: "backbone", attn_norm: "norm", attn: "mixer", norm: "norm_f", ..Names::COMMON };
+
+const MAMBA_DEFAULTS: Defaults = Defaults {
+    num_hidden_layers: 48,
+    norm_eps: 1e-5,
+    pad_token_id: Some(0),
+    hidden_act: &["silu", "swish"],
+    ..DEFAULTS
+};
 
 /// The `model_type` of a stack of any mixers, said by the field `mixers`.
 pub const HYBRID: &str = "hybrid";
@@ -362,13 +426,45 @@ pub(crate) fn gated(
 ) -> Result<Option<FeedForwardConfig>, NnError> {
     let intermediate_size = match fields.optional_usize("intermediate_size")? {
         Some(size) => size,
-        None => {
-            let size = (hidden_size as f64 * hidden_ratio(fields, defaults)? * 2.0 / 3.0) as usize;
-            256 * size.max(1).div_ceil(256)
-        }
+        None => size_of_ratio(fields, defaults, hidden_size)?,
     };
+    gated_of(fields, intermediate_size)
+}
+
+fn gated_of(fields: &Fields<'_>, intermediate_size: usize) -> Result<Option<FeedForwardConfig>, NnError> {
     let activation = fields.optional_str("hidden_act")?.and_then(MlpActivation::from_name).unwrap_or_default();
     Ok(Some(FeedForwardConfig::Gated { intermediate_size, activation }))
+}
+
+fn size_of_ratio(fields: &Fields<'_>, defaults: &Defaults, hidden_size: usize) -> Result<usize, NnError> {
+    let size = (hidden_size as f64 * hidden_ratio(fields, defaults)? * 2.0 / 3.0) as usize;
+    Ok(256 * size.max(1).div_ceil(256))
+}
+
+/// SwiGLU whose size follows from `hidden_ratio` alone: `intermediate_size` is that of the mixers.
+fn gated_beside_inner_channels(
+    fields: &Fields<'_>,
+    defaults: &Defaults,
+    hidden_size: usize,
+) -> Result<Option<FeedForwardConfig>, NnError> {
+    none_but_inner_channels(fields, defaults, hidden_size)?;
+    gated_of(fields, size_of_ratio(fields, defaults, hidden_size)?)
+}
+
+/// No feed-forward network; `intermediate_size` counts the inner channels of the mixers, which `expand` decides.
+fn none_but_inner_channels(
+    fields: &Fields<'_>,
+    _: &Defaults,
+    hidden_size: usize,
+) -> Result<Option<FeedForwardConfig>, NnError> {
+    let inner = inner_size(fields, hidden_size)?;
+    match fields.optional_usize("intermediate_size")? {
+        Some(size) if size != inner => {
+            let message = format!("is {size}, and expand times hidden_size is {inner}; change expand, or leave it out");
+            Err(fields.error("intermediate_size", message))
+        }
+        _ => Ok(None),
+    }
 }
 
 fn rwkv6_channel_mix(
@@ -402,6 +498,23 @@ fn channel_mix_size(fields: &Fields<'_>, ratio: f64, hidden_size: usize) -> Resu
     Ok(32 * size.max(1).div_ceil(32))
 }
 
+/// No feed-forward network; `num_heads` has to agree with the width of the heads.
+fn none_but_heads(
+    fields: &Fields<'_>,
+    defaults: &Defaults,
+    hidden_size: usize,
+) -> Result<Option<FeedForwardConfig>, NnError> {
+    let (inner, width) = (inner_size(fields, hidden_size)?, fields.usize("head_dim", 64)?);
+    match fields.optional_usize("num_heads")? {
+        Some(heads) if heads * width != inner => {
+            let message =
+                format!("{heads} heads of head_dim {width} are not the {inner} channels of expand times hidden_size");
+            Err(fields.error("num_heads", message))
+        }
+        _ => none_but_inner_channels(fields, defaults, hidden_size),
+    }
+}
+
 /// The field `hidden_ratio`; null means 4.
 pub(crate) fn hidden_ratio(fields: &Fields<'_>, defaults: &Defaults) -> Result<f64, NnError> {
     match fields.optional_f64("hidden_ratio")? {
@@ -414,6 +527,8 @@ pub(crate) fn hidden_ratio(fields: &Fields<'_>, defaults: &Defaults) -> Result<f
 
 /// Fields that have a meaning for some architecture, or are common in files of this format.
 pub(crate) const KNOWN_FIELDS: &[&str] = &[
+    "A_init_range",
+    "D_has_hdim",
     "a_low_rank_dim",
     "allow_neg_eigval",
     "architectures",
@@ -424,17 +539,28 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "block_size",
     "bos_token_id",
     "causal",
+    "chunk_size",
     "clamp_max",
     "clamp_min",
+    "conv_init",
+    "conv_kernel",
     "conv_size",
     "correction_factor",
     "decay_low_rank_dim",
+    "dt_init_floor",
+    "dt_init_scheme",
+    "dt_limit",
+    "dt_max",
+    "dt_min",
+    "dt_rank",
+    "dt_scale",
     "dtype",
     "elementwise_affine",
     "eos_token_id",
     "eps",
     "exapnd_k",
     "exapnd_v",
+    "expand",
     "expand_k",
     "expand_ratio",
     "expand_v",
@@ -458,6 +584,8 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "mixers",
     "mode",
     "model_type",
+    "n_groups",
+    "norm_before_gate",
     "norm_bias",
     "norm_eps",
     "norm_feature_map",
@@ -478,16 +606,27 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "qk_activation",
     "qk_norm",
     "qkv_bias",
+    "rescale_prenorm_residual",
     "residual_in_fp32",
+    "rmsnorm",
     "rope_scaling",
     "rope_theta",
     "safe_gate",
+    "state_size",
     "tie_feature_map_qk",
     "tie_word_embeddings",
+    "time_step_floor",
+    "time_step_init_scheme",
+    "time_step_max",
+    "time_step_min",
+    "time_step_rank",
+    "time_step_scale",
     "torch_dtype",
     "transformers_version",
     "use_beta",
+    "use_bias",
     "use_cache",
+    "use_conv_bias",
     "use_forget_gate",
     "use_gamma",
     "use_gate",

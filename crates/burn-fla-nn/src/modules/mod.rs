@@ -36,4 +36,4 @@ pub(crate) use norm::output_norm;
 pub use norm::{Norm, NormKind, RmsNorm};
 pub use rotary::{Rotary, RotaryTables};
 pub use short_conv::ShortConv;
-pub(crate) use short_conv::check_conv;
+pub(crate) use short_conv::{check_conv, check_conv_of};
