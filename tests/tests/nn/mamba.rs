@@ -1,12 +1,15 @@
 //! Mamba, Mamba2 and Samba: how their parameters start, and what their configs may say.
 
+use std::path::Path;
+
 use burn::module::Param;
 use burn::tensor::{Device, Tensor};
+use burn_fla_nn::hub::{load_model, read_safetensors, write_safetensors};
 use burn_fla_nn::layers::{Mamba, Mamba2, Mamba2Config, MambaConfig, MixerConfig, StepSizes};
 use burn_fla_nn::{CausalLm, Compute, ModelConfig, NnError};
 use burn_fla_tests::{assert_close, numbers, ratio, reference_device};
 
-use crate::common::{config, ids, model};
+use crate::common::{config, golden, ids, model};
 
 /// Configs that use the fields which the small ones leave alone.
 pub fn variants() -> Vec<(&'static str, ModelConfig)> {
@@ -292,4 +295,19 @@ fn samba_has_softmax_attention_in_every_second_layer() {
     let model = CausalLm::init(&config, 1, &reference_device()).expect("a model");
     let up = model.named_parameters().into_iter().find(|p| p.name == "backbone.layers.0.mlp.up_proj.weight");
     assert_eq!(up.expect("a network").shape, [512, 72]);
+}
+
+/// The first writers of Mamba called the embedding `embedding`.
+#[test]
+fn an_old_name_of_the_embedding_is_read() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = read_safetensors(golden("mamba")).expect("a store");
+    let rename = |name: &str| name.replace("embeddings.", "embedding.");
+    let tensors: Vec<_> = store.names().map(|name| (rename(name), store.data(name).expect("data"))).collect();
+    assert!(tensors.iter().any(|(name, _)| name == "backbone.embedding.weight"));
+    write_safetensors(folder.path().join("model.safetensors"), &tensors, &[]).expect("written");
+    std::fs::copy(golden("mamba").join("config.json"), folder.path().join("config.json")).expect("a copy");
+    let load = |folder: &Path| load_model(folder, &reference_device()).expect("a model");
+    let weight = |model: CausalLm| numbers(model.model.embeddings.weight.val());
+    assert_eq!(weight(load(folder.path())), weight(load(&golden("mamba"))));
 }
