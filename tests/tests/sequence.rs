@@ -20,6 +20,8 @@ mod attention;
 mod delta;
 #[path = "sequence/linear.rs"]
 mod linear;
+#[path = "sequence/path.rs"]
+mod path;
 #[path = "sequence/scans.rs"]
 mod scans;
 #[path = "sequence/slots.rs"]

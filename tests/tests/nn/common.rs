@@ -16,7 +16,7 @@ pub fn golden(case: &str) -> PathBuf {
 }
 
 /// The folders of all expected cases.
-pub const GOLDEN: [&str; 22] = [
+pub const GOLDEN: [&str; 25] = [
     "retnet",
     "gla",
     "gla_hybrid",
@@ -39,6 +39,9 @@ pub const GOLDEN: [&str; 22] = [
     "mamba",
     "mamba2",
     "samba",
+    "forgetting_transformer",
+    "mla",
+    "path_attn",
 ];
 
 /// The folders of expected cases of bare layers.
@@ -239,6 +242,19 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
                     "value_dim": [48, 48, 48, 48],
                     "attn": [{"layers": [0], "num_heads": 2, "window_size": 4}, {"layers": [2], "num_heads": 4, "window_size": 3}]"#,
             ),
+        ),
+        ("forgetting_transformer, biases", config("forgetting_transformer", r#", "num_heads": 2, "qkv_bias": true"#)),
+        (
+            "mla, queries in one map, no window",
+            config(
+                "mla",
+                r#", "num_heads": 3, "q_lora_rank": null, "kv_lora_rank": 20, "qk_head_dim": null,
+                    "qk_nope_head_dim": 9, "qk_rope_head_dim": 4, "v_head_dim": 16"#,
+            ),
+        ),
+        (
+            "path_attn, whole map, no convolution",
+            config("path_attn", r#", "num_heads": 2, "use_low_rank_w": false, "use_w_shortconv": false"#),
         ),
         (
             "transformer, norms, biases",

@@ -95,6 +95,8 @@ mixers! {
     Comba: Comba, CombaConfig, RecurrentState;
     /// Delta rule.
     DeltaNet: DeltaNet, DeltaNetConfig, RecurrentState;
+    /// Softmax attention that forgets.
+    ForgettingAttention: ForgettingAttention, ForgettingAttentionConfig, ForgettingState;
     /// Gated delta rule.
     GatedDeltaNet: GatedDeltaNet, GatedDeltaNetConfig, RecurrentState;
     /// Several steps of the delta rule a token.
@@ -103,24 +105,28 @@ mixers! {
     Gla: Gla, GlaConfig, RecurrentState;
     /// Gated slot attention.
     Gsa: Gsa, GsaConfig, GsaLayerState;
-    /// Element-wise gated recurrence.
-    Hgrn: Hgrn, HgrnConfig, HgrnState;
     /// Gated recurrence over outer products.
     Hgrn2: Hgrn2, Hgrn2Config, RecurrentState;
+    /// Element-wise gated recurrence.
+    Hgrn: Hgrn, HgrnConfig, HgrnState;
     /// Gated delta rule with a decay by key.
     Kda: Kda, KdaConfig, RecurrentState;
-    /// Linear attention with feature maps.
-    LinearAttention: LinearAttention, LinearAttentionConfig, RecurrentState;
-    /// Native sparse attention.
-    NativeSparseAttention: NativeSparseAttention, NativeSparseAttentionConfig, KeyValueState;
-    /// Linear attention with a quadratic kernel.
-    Rebased: Rebased, RebasedConfig, RecurrentState;
+    /// Multi-head latent attention.
+    LatentAttention: LatentAttention, LatentAttentionConfig, KeyValueState;
     /// Linear attention to running means.
     LightNet: LightNet, LightNetConfig, LightNetState;
-    /// Selective state space.
-    Mamba: Mamba, MambaConfig, MambaState;
+    /// Linear attention with feature maps.
+    LinearAttention: LinearAttention, LinearAttentionConfig, RecurrentState;
     /// State space duality.
     Mamba2: Mamba2, Mamba2Config, RecurrentState;
+    /// Selective state space.
+    Mamba: Mamba, MambaConfig, MambaState;
+    /// Native sparse attention.
+    NativeSparseAttention: NativeSparseAttention, NativeSparseAttentionConfig, KeyValueState;
+    /// Softmax attention with accumulated reflections.
+    PathAttention: PathAttention, PathAttentionConfig, PathAttentionState;
+    /// Linear attention with a quadratic kernel.
+    Rebased: Rebased, RebasedConfig, RecurrentState;
     /// Multi-scale retention.
     Retention: Retention, RetentionConfig, RecurrentState;
     /// RWKV6.

@@ -94,6 +94,21 @@ impl MixerState for KeyValueState {
     }
 }
 
+/// The keys and values of attention that forgets.
+#[derive(Clone, Debug)]
+pub struct ForgettingState {
+    /// Keys and values.
+    pub keys: KeyValueState,
+    /// Natural logarithm of the forget gate at each key, f32 `[N, S, H]`.
+    pub log_forget: Tensor<3>,
+}
+
+impl MixerState for ForgettingState {
+    fn elements(&self) -> usize {
+        self.keys.elements() + self.log_forget.shape().num_elements()
+    }
+}
+
 /// Runs the short convolutions of a layer one after the other, each from its history, and collects the new ones.
 pub(crate) struct Convs<'a> {
     context: &'a SequenceContext,

@@ -10,9 +10,10 @@ use super::fields::Fields;
 use super::names::Names;
 use crate::NnError;
 use crate::layers::{
-    AbcConfig, AttentionConfig, BasedConfig, CombaConfig, DeltaNetConfig, GatedDeltaNetConfig, GatedDeltaProductConfig,
-    GlaConfig, GsaConfig, Hgrn2Config, HgrnConfig, KdaConfig, LightNetConfig, LinearAttentionConfig, Mamba2Config,
-    MambaConfig, MixerConfig, NativeSparseAttentionConfig, RebasedConfig, RetentionConfig, Rwkv6Config, Rwkv7Config,
+    AbcConfig, AttentionConfig, BasedConfig, CombaConfig, DeltaNetConfig, ForgettingAttentionConfig,
+    GatedDeltaNetConfig, GatedDeltaProductConfig, GlaConfig, GsaConfig, Hgrn2Config, HgrnConfig, KdaConfig,
+    LatentAttentionConfig, LightNetConfig, LinearAttentionConfig, Mamba2Config, MambaConfig, MixerConfig,
+    NativeSparseAttentionConfig, PathAttentionConfig, RebasedConfig, RetentionConfig, Rwkv6Config, Rwkv7Config,
     inner_size,
 };
 use crate::modules::{FeedForwardConfig, MlpActivation, NormKind};
@@ -323,6 +324,36 @@ pub const ARCHITECTURES: &[Architecture] = &[
         ..COMMON
     },
     Architecture {
+        model_type: "forgetting_transformer",
+        title: "Forgetting Transformer",
+        paper: "Forgetting Transformer: Softmax Attention with a Forget Gate, arXiv:2503.02130",
+        hybrid: false,
+        tiny: r#"{"num_heads": 4, "num_kv_heads": 2, "qk_norm": true, "use_output_gate": true}"#,
+        mixer: |fields, common, _| {
+            ForgettingAttentionConfig::from_fields(fields, common).map(MixerConfig::ForgettingAttention)
+        },
+        ..COMMON
+    },
+    Architecture {
+        model_type: "mla",
+        title: "MLA",
+        paper: "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model, arXiv:2405.04434",
+        hybrid: false,
+        tiny: r#"{"num_heads": 2, "q_lora_rank": 20, "kv_lora_rank": 24, "qk_head_dim": 14, "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 6, "v_head_dim": 10, "window_size": 7}"#,
+        mixer: |fields, common, _| LatentAttentionConfig::from_fields(fields, common).map(MixerConfig::LatentAttention),
+        ..COMMON
+    },
+    Architecture {
+        model_type: "path_attn",
+        title: "PaTH",
+        paper: "PaTH Attention: Position Encoding via Accumulating Householder Transformations, arXiv:2505.16381",
+        hybrid: false,
+        tiny: r#"{"num_heads": 4, "num_kv_heads": 2, "use_forget_gate": true}"#,
+        mixer: |fields, common, _| PathAttentionConfig::from_fields(fields, common).map(MixerConfig::PathAttention),
+        ..COMMON
+    },
+    Architecture {
         model_type: HYBRID,
         title: "Hybrid of any mixers",
         paper: "the papers of its mixers",
@@ -579,6 +610,7 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "hidden_size",
     "initializer_range",
     "intermediate_size",
+    "kv_lora_rank",
     "lower_bound",
     "max_position_embeddings",
     "mixers",
@@ -603,12 +635,17 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "output_gate_activation",
     "pad_token_id",
     "proj_low_rank_dim",
+    "q_lora_rank",
     "qk_activation",
+    "qk_head_dim",
+    "qk_nope_head_dim",
     "qk_norm",
+    "qk_rope_head_dim",
     "qkv_bias",
     "rescale_prenorm_residual",
     "residual_in_fp32",
     "rmsnorm",
+    "rope_parameters",
     "rope_scaling",
     "rope_theta",
     "safe_gate",
@@ -634,6 +671,7 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "use_gv",
     "use_inner_decay",
     "use_l2warp",
+    "use_low_rank_w",
     "use_lower_bound",
     "use_norm",
     "use_output_correction",
@@ -641,6 +679,8 @@ pub(crate) const KNOWN_FIELDS: &[&str] = &[
     "use_output_norm",
     "use_rope",
     "use_short_conv",
+    "use_w_shortconv",
+    "v_head_dim",
     "v_low_rank_dim",
     "value_dim",
     "vocab_size",

@@ -1,7 +1,7 @@
 //! Root mean square norm, plain, with a residual, and gated.
 
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_fla_ops::{self as ops, Engine, GateActivation};
 
 use super::LayerNorm;
@@ -29,6 +29,25 @@ impl RmsNorm {
     /// Shapes that do not fit.
     pub fn forward<const D: usize>(&self, x: Tensor<D>, engine: Engine) -> Result<Tensor<D>, NnError> {
         Ok(ops::rms_norm(x, Some(self.weight.val()), self.eps, engine)?)
+    }
+
+    /// Each head normalised by itself, w over all heads.
+    ///
+    /// # Shapes
+    /// - input and output `[B, T, H, K]`, with w `[H·K]`
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn forward_heads(&self, x: Tensor<4>, engine: Engine) -> Result<Tensor<4>, NnError> {
+        let dtype = x.dtype();
+        let [_, _, heads, width] = x.dims();
+        let features = self.weight.dims()[0];
+        if heads * width != features {
+            let message = format!("the shape is {:?}, and {features} features are expected over all heads", x.dims());
+            return Err(NnError::argument("x", message));
+        }
+        let y = ops::rms_norm(x.cast(DType::F32), None, self.eps, engine)?;
+        Ok((y * self.weight.val().reshape([1, 1, heads, width])).cast(dtype))
     }
 
     /// With s = `x` + `residual`: (norm(s), s), both in the type of `x`.
