@@ -235,6 +235,14 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
             ),
         ),
         (
+            "rwkv6 and rwkv7 as mixers of a pattern",
+            config(
+                "hybrid",
+                r#", "num_heads": 2, "num_hidden_layers": 4, "mixers": ["gla", {"model_type": "rwkv7", "head_dim": 24},
+                    {"model_type": "rwkv6", "proj_low_rank_dim": 8}, {"model_type": "rwkv7", "head_dim": 24}]"#,
+            ),
+        ),
+        (
             "rwkv7, layers of attention before and between",
             config(
                 "rwkv7",

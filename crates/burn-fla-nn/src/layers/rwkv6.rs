@@ -197,13 +197,11 @@ impl Rwkv6 {
         let low = self.x_proj._0.forward(x, delta)?.tanh();
         let up = self.x_proj._2.weight.val().cast(x.dtype());
         let rank = up.dims()[1] / MIXES;
-        let mut mixes = Vec::with_capacity(MIXES);
-        for n in 0..MIXES {
+        let mix = |n: usize| -> Result<Tensor<3>, NnError> {
             let bias = self.x_bias.val().narrow(0, n, 1).squeeze_dim(0).cast(x.dtype());
             let up = up.clone().narrow(1, n * rank, rank);
-            mixes.push(lerp(x, delta, ops::linear(low.clone().narrow(2, n * rank, rank), up, Some(bias))?));
-        }
-        // As many as were pushed.
-        Ok(mixes.try_into().expect("five mixes"))
+            Ok(lerp(x, delta, ops::linear(low.clone().narrow(2, n * rank, rank), up, Some(bias))?))
+        };
+        Ok([mix(0)?, mix(1)?, mix(2)?, mix(3)?, mix(4)?])
     }
 }
