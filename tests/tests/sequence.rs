@@ -26,6 +26,8 @@ mod path;
 mod scans;
 #[path = "sequence/slots.rs"]
 mod slots;
+#[path = "sequence/triangular.rs"]
+mod triangular;
 
 /// A flat input in its shape.
 fn view<const D: usize>(x: &Tensor<1>, shape: [usize; D]) -> Tensor<D> {
