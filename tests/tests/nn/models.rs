@@ -215,9 +215,9 @@ fn weights_start_as_they_should() {
                 assert!((-6.91..-2.25).contains(&mean), "{what}");
             } else if parameter.ends_with(".D") || parameter.ends_with(".decay") {
                 assert_eq!((mean, std), (1.0, 0.0), "{what}");
-            } else if parameter.ends_with("bias") || parameter.ends_with("lower_bounds") {
+            } else if ["bias", "beta", "lower_bounds"].iter().any(|end| parameter.ends_with(end)) {
                 assert_eq!((mean, std), (0.0, 0.0), "{what}");
-            } else if parameter.contains("norm") || parameter.ends_with("gamma") {
+            } else if ["norm", "gamma", ".q_proj.1.", ".kv_proj.1."].iter().any(|part| parameter.contains(part)) {
                 assert_eq!((mean, std), (1.0, 0.0), "{what}");
             } else {
                 // Five standard errors of the mean and of the standard deviation.
