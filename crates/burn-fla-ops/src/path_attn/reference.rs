@@ -77,7 +77,8 @@ pub fn recurrent(
                 let along = (seen.clone() * w.clone()).sum_dim(3);
                 Tensor::cat(vec![seen - along * w * beta, k], 1)
             }
-            None => k,
+            // The first reflection has no key to act on: its gradient is zero, and not absent.
+            None => k + (w * beta).mul_scalar(0.0),
         };
         let q = token(&q).reshape([b, 1, groups, share, keys]);
         let mut scores = (q * all.clone().unsqueeze_dim::<5>(3)).sum_dim(4).mul_scalar(scale);
