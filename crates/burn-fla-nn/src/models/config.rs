@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use super::fields::Fields;
 use super::hybrid::{self, HybridAttention};
 use super::json::with_named_floats;
+use super::known_fields::KNOWN_FIELDS;
 use super::names::Names;
 use super::registry::{self, Architecture};
 use crate::layers::MixerConfig;
@@ -302,11 +303,10 @@ fn refuse_unsupported(fields: &Fields<'_>, hidden_act: &[&str]) -> Result<(), Nn
 /// A field nobody knows is kept, but one letter beside a known name it is most likely a mistake.
 fn warn_of_near_misses(raw: &Map<String, Value>) {
     for field in raw.keys() {
-        if registry::KNOWN_FIELDS.contains(&field.as_str()) {
+        if KNOWN_FIELDS.contains(&field.as_str()) {
             continue;
         }
-        if let Some(known) = registry::KNOWN_FIELDS.iter().find(|known| strsim::damerau_levenshtein(known, field) <= 2)
-        {
+        if let Some(known) = KNOWN_FIELDS.iter().find(|known| strsim::damerau_levenshtein(known, field) <= 2) {
             tracing::warn!("model config: the unknown field `{field}` is kept and not used; did you mean `{known}`?");
         }
     }

@@ -6,7 +6,9 @@ mod config;
 mod fields;
 mod hybrid;
 mod json;
+mod known_fields;
 mod names;
+mod networks;
 pub mod registry;
 mod state;
 

@@ -8,15 +8,17 @@ use serde_json::Value;
 use super::config::{CommonConfig, ModelConfig, OuterInit};
 use super::fields::Fields;
 use super::names::Names;
+use super::networks::{
+    gated, gated_beside_inner_channels, none_but_heads, none_but_inner_channels, rwkv6_channel_mix, rwkv7_channel_mix,
+};
 use crate::NnError;
 use crate::layers::{
     AbcConfig, AttentionConfig, BasedConfig, CombaConfig, DeltaNetConfig, ForgettingAttentionConfig,
     GatedDeltaNetConfig, GatedDeltaProductConfig, GlaConfig, GsaConfig, Hgrn2Config, HgrnConfig, KdaConfig,
     LatentAttentionConfig, LightNetConfig, LinearAttentionConfig, Mamba2Config, MambaConfig, MixerConfig,
     NativeSparseAttentionConfig, PathAttentionConfig, RebasedConfig, RetentionConfig, Rwkv6Config, Rwkv7Config,
-    inner_size,
 };
-use crate::modules::{FeedForwardConfig, MlpActivation, NormKind};
+use crate::modules::{FeedForwardConfig, NormKind};
 
 /// An architecture.
 #[derive(Debug)]
@@ -67,7 +69,7 @@ pub(crate) struct Defaults {
     pub hidden_act: &'static [&'static str],
 }
 
-const DEFAULTS: Defaults = Defaults {
+pub(super) const DEFAULTS: Defaults = Defaults {
     hidden_size: 2048,
     hidden_ratio: 4.0,
     num_hidden_layers: 24,
@@ -448,241 +450,3 @@ fn mixer_of_pattern(fields: &Fields<'_>, common: &CommonConfig, layer: usize) ->
     let merged = Fields::new(&merged, format!("{name}."));
     (find(model_type)?.mixer)(&merged, common, layer)
 }
-
-/// SwiGLU of `intermediate_size` features, or of 2/3 · `hidden_ratio` times the width, rounded up to a multiple of 256.
-pub(crate) fn gated(
-    fields: &Fields<'_>,
-    defaults: &Defaults,
-    hidden_size: usize,
-) -> Result<Option<FeedForwardConfig>, NnError> {
-    let intermediate_size = match fields.optional_usize("intermediate_size")? {
-        Some(size) => size,
-        None => size_of_ratio(fields, defaults, hidden_size)?,
-    };
-    gated_of(fields, intermediate_size)
-}
-
-fn gated_of(fields: &Fields<'_>, intermediate_size: usize) -> Result<Option<FeedForwardConfig>, NnError> {
-    let activation = fields.optional_str("hidden_act")?.and_then(MlpActivation::from_name).unwrap_or_default();
-    Ok(Some(FeedForwardConfig::Gated { intermediate_size, activation }))
-}
-
-fn size_of_ratio(fields: &Fields<'_>, defaults: &Defaults, hidden_size: usize) -> Result<usize, NnError> {
-    let size = (hidden_size as f64 * hidden_ratio(fields, defaults)? * 2.0 / 3.0) as usize;
-    Ok(256 * size.max(1).div_ceil(256))
-}
-
-/// SwiGLU whose size follows from `hidden_ratio` alone: `intermediate_size` is that of the mixers.
-fn gated_beside_inner_channels(
-    fields: &Fields<'_>,
-    defaults: &Defaults,
-    hidden_size: usize,
-) -> Result<Option<FeedForwardConfig>, NnError> {
-    none_but_inner_channels(fields, defaults, hidden_size)?;
-    gated_of(fields, size_of_ratio(fields, defaults, hidden_size)?)
-}
-
-/// No feed-forward network; `intermediate_size` counts the inner channels of the mixers, which `expand` decides.
-fn none_but_inner_channels(
-    fields: &Fields<'_>,
-    _: &Defaults,
-    hidden_size: usize,
-) -> Result<Option<FeedForwardConfig>, NnError> {
-    let inner = inner_size(fields, hidden_size)?;
-    match fields.optional_usize("intermediate_size")? {
-        Some(size) if size != inner => {
-            let message = format!("is {size}, and expand times hidden_size is {inner}; change expand, or leave it out");
-            Err(fields.error("intermediate_size", message))
-        }
-        _ => Ok(None),
-    }
-}
-
-fn rwkv6_channel_mix(
-    fields: &Fields<'_>,
-    _: &Defaults,
-    hidden_size: usize,
-) -> Result<Option<FeedForwardConfig>, NnError> {
-    let intermediate_size = channel_mix_size(fields, 3.5, hidden_size)?;
-    Ok(Some(FeedForwardConfig::Rwkv6 { intermediate_size }))
-}
-
-fn rwkv7_channel_mix(
-    fields: &Fields<'_>,
-    _: &Defaults,
-    hidden_size: usize,
-) -> Result<Option<FeedForwardConfig>, NnError> {
-    let intermediate_size = channel_mix_size(fields, 4.0, hidden_size)?;
-    Ok(Some(FeedForwardConfig::Rwkv7 { intermediate_size, layer: [0, 1] }))
-}
-
-/// `intermediate_size`, or `hidden_ratio` (null: `ratio`) times the width, rounded up to a multiple of 32.
-fn channel_mix_size(fields: &Fields<'_>, ratio: f64, hidden_size: usize) -> Result<usize, NnError> {
-    if let Some(size) = fields.optional_usize("intermediate_size")? {
-        return Ok(size);
-    }
-    let ratio = match fields.get("hidden_ratio") {
-        Some(_) => hidden_ratio(fields, &DEFAULTS)?,
-        None => ratio,
-    };
-    let size = (hidden_size as f64 * ratio) as usize;
-    Ok(32 * size.max(1).div_ceil(32))
-}
-
-/// No feed-forward network; `num_heads` has to agree with the width of the heads.
-fn none_but_heads(
-    fields: &Fields<'_>,
-    defaults: &Defaults,
-    hidden_size: usize,
-) -> Result<Option<FeedForwardConfig>, NnError> {
-    let (inner, width) = (inner_size(fields, hidden_size)?, fields.usize("head_dim", 64)?);
-    match fields.optional_usize("num_heads")? {
-        Some(heads) if heads * width != inner => {
-            let message =
-                format!("{heads} heads of head_dim {width} are not the {inner} channels of expand times hidden_size");
-            Err(fields.error("num_heads", message))
-        }
-        _ => none_but_inner_channels(fields, defaults, hidden_size),
-    }
-}
-
-/// The field `hidden_ratio`; null means 4.
-pub(crate) fn hidden_ratio(fields: &Fields<'_>, defaults: &Defaults) -> Result<f64, NnError> {
-    match fields.optional_f64("hidden_ratio")? {
-        Some(ratio) if ratio > 0.0 && ratio <= 1024.0 => Ok(ratio),
-        Some(_) => Err(fields.error("hidden_ratio", "must be above 0")),
-        None if fields.is_null("hidden_ratio") => Ok(4.0),
-        None => Ok(defaults.hidden_ratio),
-    }
-}
-
-/// Fields that have a meaning for some architecture, or are common in files of this format.
-pub(crate) const KNOWN_FIELDS: &[&str] = &[
-    "A_init_range",
-    "D_has_hdim",
-    "a_low_rank_dim",
-    "allow_neg_eigval",
-    "architectures",
-    "attn",
-    "attn_mode",
-    "attnres_block_size",
-    "block_counts",
-    "block_size",
-    "bos_token_id",
-    "causal",
-    "chunk_size",
-    "clamp_max",
-    "clamp_min",
-    "conv_init",
-    "conv_kernel",
-    "conv_size",
-    "correction_factor",
-    "decay_low_rank_dim",
-    "dt_init_floor",
-    "dt_init_scheme",
-    "dt_limit",
-    "dt_max",
-    "dt_min",
-    "dt_rank",
-    "dt_scale",
-    "dtype",
-    "elementwise_affine",
-    "eos_token_id",
-    "eps",
-    "exapnd_k",
-    "exapnd_v",
-    "expand",
-    "expand_k",
-    "expand_ratio",
-    "expand_v",
-    "feature_dim",
-    "feature_map",
-    "feature_name",
-    "fuse_cross_entropy",
-    "fuse_linear_cross_entropy",
-    "fuse_norm",
-    "fuse_swiglu",
-    "gate_logit_normalizer",
-    "gate_low_rank_dim",
-    "head_dim",
-    "hidden_act",
-    "hidden_ratio",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "kv_lora_rank",
-    "lower_bound",
-    "max_position_embeddings",
-    "mixers",
-    "mode",
-    "model_type",
-    "n_groups",
-    "norm_before_gate",
-    "norm_bias",
-    "norm_eps",
-    "norm_feature_map",
-    "norm_first",
-    "norm_k",
-    "norm_q",
-    "normalize",
-    "num_heads",
-    "num_hidden_layers",
-    "num_householder",
-    "num_key_value_heads",
-    "num_kv_heads",
-    "num_slots",
-    "num_v_heads",
-    "output_gate_activation",
-    "pad_token_id",
-    "proj_low_rank_dim",
-    "q_lora_rank",
-    "qk_activation",
-    "qk_head_dim",
-    "qk_nope_head_dim",
-    "qk_norm",
-    "qk_rope_head_dim",
-    "qkv_bias",
-    "rescale_prenorm_residual",
-    "residual_in_fp32",
-    "rmsnorm",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "safe_gate",
-    "state_size",
-    "tie_feature_map_qk",
-    "tie_word_embeddings",
-    "time_step_floor",
-    "time_step_init_scheme",
-    "time_step_max",
-    "time_step_min",
-    "time_step_rank",
-    "time_step_scale",
-    "torch_dtype",
-    "transformers_version",
-    "use_beta",
-    "use_bias",
-    "use_cache",
-    "use_conv_bias",
-    "use_forget_gate",
-    "use_gamma",
-    "use_gate",
-    "use_gk",
-    "use_gv",
-    "use_inner_decay",
-    "use_l2warp",
-    "use_low_rank_w",
-    "use_lower_bound",
-    "use_norm",
-    "use_output_correction",
-    "use_output_gate",
-    "use_output_norm",
-    "use_rope",
-    "use_short_conv",
-    "use_w_shortconv",
-    "v_head_dim",
-    "v_low_rank_dim",
-    "value_dim",
-    "vocab_size",
-    "window_size",
-];
