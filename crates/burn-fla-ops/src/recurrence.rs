@@ -1,7 +1,7 @@
 //! What the decayed linear recurrences share around their kernels and references: the checks of the arguments, the
 //! defaults, packed sequences, and the choice of the engine.
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Tensor};
 
 use crate::arguments::{self, query_key_value};
 use crate::bridge::{has_kernels, same_device, same_shape};
@@ -22,13 +22,19 @@ enum Implementation {
     /// Kernels in plain f32 arithmetic, on any CubeCL device.
     #[cfg(feature = "cube")]
     Portable,
+    /// Kernels on the tensor cores of Hopper GPUs, for bf16.
+    #[cfg(feature = "cuda")]
+    Hopper,
 }
 
 impl Implementation {
     /// The kernels take f32 and bf16 and need at least one token to launch over.
-    fn choose(device: &Device, dtype: DType, tokens: usize, engine: Engine) -> Self {
-        let kernels = has_kernels(device, engine) && dtype != DType::F64 && tokens > 0;
+    fn choose(problem: &Problem) -> Self {
+        let (device, tokens) = (problem.q.device(), problem.sequences.total());
+        let kernels = has_kernels(&device, problem.engine) && problem.q.dtype() != DType::F64 && tokens > 0;
         match kernels {
+            #[cfg(feature = "cuda")]
+            true if crate::scalar_walk::takes(problem) => Self::Hopper,
             #[cfg(feature = "cube")]
             true => Self::Portable,
             _ => Self::Reference,
@@ -119,11 +125,12 @@ impl Problem {
 
     /// Runs on the engine that the device and the options choose.
     pub(crate) fn run(self) -> Result<(Tensor<4>, Tensor<4>), OpError> {
-        let tokens = self.sequences.total();
-        Ok(match Implementation::choose(&self.q.device(), self.q.dtype(), tokens, self.engine) {
+        Ok(match Implementation::choose(&self) {
             Implementation::Reference => self.reference(),
             #[cfg(feature = "cube")]
             Implementation::Portable => crate::linear_walk::run(self),
+            #[cfg(feature = "cuda")]
+            Implementation::Hopper => crate::scalar_walk::run(self),
         })
     }
 

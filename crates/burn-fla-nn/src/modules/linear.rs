@@ -1,7 +1,7 @@
 //! Linear map.
 
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_fla_ops as ops;
 
 use crate::{Init, NnError, ParamScope};
@@ -44,6 +44,9 @@ impl Linear {
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Result<Tensor<D>, NnError> {
         let dtype = x.dtype();
         let bias = self.bias.as_ref().map(|b| b.val().cast(dtype));
-        Ok(ops::linear(x, self.weight.val().cast(dtype), bias)?)
+        // A bf16 product takes the f32 weight as it is and rounds it once for both directions.
+        let weight = self.weight.val();
+        let weight = if dtype == DType::BF16 { weight } else { weight.cast(dtype) };
+        Ok(ops::linear(x, weight, bias)?)
     }
 }

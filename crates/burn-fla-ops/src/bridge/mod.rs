@@ -55,6 +55,17 @@ pub fn is_cuda(device: &Device) -> bool {
     matches!(device.clone().inner().as_dispatch(), DispatchDevice::Cube(CubeDevice::Cuda(_)))
 }
 
+/// Whether this is a CUDA device on which the kernels for Hopper run.
+#[cfg(feature = "cuda")]
+pub fn is_hopper(device: &Device) -> bool {
+    use burn::backend::DispatchDevice;
+    use burn_cubecl::CubeDevice;
+    match device.clone().inner().as_dispatch() {
+        DispatchDevice::Cube(device @ CubeDevice::Cuda(_)) => crate::tile::hopper::supported(&device.client()),
+        _ => false,
+    }
+}
+
 /// Checks that `tensor` lives on `device`.
 pub(crate) fn same_device<const D: usize>(
     op: &'static str,

@@ -1,14 +1,15 @@
 //! Matrix products whose accuracy does not depend on the device.
 //!
 //! On CUDA, Burn's own product stages f32 operands as TF32 on tensor cores, which is off by 1e-3. Here f32 stays f32: the
-//! product runs on the plain cores there, and Burn's everywhere else. Other dtypes always take Burn's.
+//! product runs on the plain cores there, and Burn's everywhere else. bf16 takes the kernels of [`hopper`] on a Hopper
+//! GPU; all else takes Burn's.
 
 #[cfg(feature = "cube")]
 mod exact;
+#[cfg(feature = "cuda")]
+pub mod hopper;
 
-#[cfg(feature = "cube")]
-use burn::tensor::DType;
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use crate::OpError;
 use crate::bridge::{same_device, same_dtype};
@@ -43,7 +44,8 @@ pub(crate) fn product<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> Tensor<D> {
 /// A linear layer, `y = x Wᵀ + bias`.
 ///
 /// # Shapes
-/// `x`: `[…, in]`, `weight`: `[out, in]`, `bias`: `[out]`, of one dtype; returns `[…, out]`.
+/// `x`: `[…, in]`, `weight`: `[out, in]`, `bias`: `[out]`, of one dtype; returns `[…, out]`. Beside a bf16 `x` the weight may
+/// be f32: it is rounded for the product, and its gradient is f32.
 ///
 /// # Errors
 /// [`OpError`] where shapes, dtypes or devices do not fit together.
@@ -52,7 +54,10 @@ pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tens
     let (rows, inner) = (dims[..D - 1].iter().product::<usize>(), dims[D - 1]);
     let out = weight.dims()[0];
     crate::bridge::same_shape("linear", "weight", &weight, [out, inner], "[out, in]")?;
-    same_dtype("linear", "weight", &weight, x.dtype())?;
+    let rounded = x.dtype() == DType::BF16 && weight.dtype() == DType::F32;
+    if !rounded {
+        same_dtype("linear", "weight", &weight, x.dtype())?;
+    }
     same_device("linear", "weight", &weight, &x.device())?;
     if let Some(bias) = &bias {
         crate::bridge::same_shape("linear", "bias", bias, [out], "[out]")?;
@@ -60,11 +65,21 @@ pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tens
         same_device("linear", "bias", bias, &x.device())?;
     }
     // One product over all rows: its weight gradient is one product too.
-    let y = matmul(x.reshape([rows, inner]), weight.transpose())?;
+    let y = rows_times_weight(x.reshape([rows, inner]), weight)?;
     let y = match bias {
         Some(bias) => y + bias.unsqueeze(),
         None => y,
     };
     dims[D - 1] = out;
     Ok(y.reshape(dims))
+}
+
+/// `x Wᵀ` of two matrices.
+fn rows_times_weight(x: Tensor<2>, weight: Tensor<2>) -> Result<Tensor<2>, OpError> {
+    #[cfg(feature = "cuda")]
+    if hopper::takes(&x, &weight) {
+        return Ok(hopper::product(x, weight, false, false, DType::BF16));
+    }
+    let weight = weight.cast(x.dtype());
+    matmul(x, weight.transpose())
 }

@@ -1,0 +1,251 @@
+//! The kernels: tiles of 128 rows by one producer and two consumer warpgroups, and the sum over split contractions.
+
+use cubecl::prelude::*;
+use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
+use half::bf16;
+
+use super::plan::{DEPTH, Plan, ROWS, STAGING};
+use crate::tile::hopper::{
+    Acc, Ring, barrier_expect, barrier_fence, commit, commit_stores, declare, fence, fence_shared, give_registers,
+    k_major, load_2d, mma_shared, mn_major, pack_pair, read, row_of, store_3d, store_f32_pair, store_u32, swizzled,
+    sync_warpgroup, take_registers, wait, wait_stores_read,
+};
+
+/// Units of a cube: two consumer warpgroups and the producer's.
+pub(super) const UNITS: u32 = 384;
+/// Tile rows that are worked on together, so that what they share stays in L2.
+const GROUP: u32 = 16;
+/// Bytes of 64 rows of a panel.
+const BLOCK: usize = 64 * 128;
+
+/// One item of work: a tile and a part of the contraction.
+#[derive(CubeType, Clone, Copy)]
+struct Item {
+    tile_m: u32,
+    tile_n: u32,
+    split: u32,
+    first: u32,
+    last: u32,
+}
+
+#[cube]
+fn item_at(index: u32, tiles_m: u32, tiles_n: u32, steps: u32, #[comptime] plan: Plan) -> Item {
+    let tiles = tiles_m * tiles_n;
+    let split = index / tiles;
+    let tile = index % tiles;
+    let per_group = comptime!(GROUP) * tiles_n;
+    let start = tile / per_group * comptime!(GROUP);
+    let rows = u32::min(tiles_m - start, comptime!(GROUP));
+    let at = tile % per_group;
+    let splits = comptime!(plan.splits as u32);
+    Item {
+        tile_m: start + at % rows,
+        tile_n: at / rows,
+        split,
+        first: steps * split / splits,
+        last: steps * (split + 1u32) / splits,
+    }
+}
+
+/// `c[m, n] = Σ_k a(m, k) b(n, k)`: a persistent cube takes every `CUBE_COUNT`-th item.
+///
+/// The producer fills a ring of stages; each consumer warpgroup multiplies 64 rows and writes them through shared memory
+/// by asynchronous stores, which go on while the next tile is multiplied. The two warpgroups wait for each other nowhere,
+/// so one multiplies while the other writes.
+#[cube(launch_unchecked)]
+pub(super) fn product<E: Float>(
+    a: &TensorMap<bf16, Tiled>,
+    b: &TensorMap<bf16, Tiled>,
+    c: &TensorMap<E, Tiled>,
+    tiles_m: u32,
+    tiles_n: u32,
+    steps: u32,
+    #[comptime] plan: Plan,
+    #[define(E)] _out: ElemType,
+) {
+    let stages = comptime!(plan.stages());
+    let columns = comptime!(plan.columns);
+    let a_bytes = comptime!((ROWS * DEPTH * 2) as u32);
+    let b_bytes = comptime!((plan.columns * DEPTH * 2) as u32);
+    let acc = comptime!(Acc::new("acc", plan.columns));
+    let shared_a = Shared::<[bf16]>::new_aligned_slice(comptime!(stages * ROWS * DEPTH), 1024usize);
+    let shared_b = Shared::<[bf16]>::new_aligned_slice(comptime!(stages * columns * DEPTH), 1024usize);
+    let shared_c = Shared::<[bf16]>::new_aligned_slice(comptime!(STAGING), 1024usize);
+    let barriers = Shared::<[u64]>::new_slice(comptime!(2 * stages));
+    let tiles_a = generic_to_shared::<bf16>(shared_a.as_ptr());
+    let tiles_b = generic_to_shared::<bf16>(shared_b.as_ptr());
+    let staging = generic_to_shared::<bf16>(shared_c.as_ptr());
+    let ring = Ring::new(generic_to_shared::<u64>(barriers.as_ptr()), comptime!(stages as u32));
+    declare(acc);
+    if UNIT_POS == 0 {
+        ring.init(1u32, 2u32);
+        barrier_fence();
+    }
+    sync_cube();
+
+    let items = tiles_m * tiles_n * comptime!(plan.splits as u32);
+    let warpgroup = UNIT_POS / 128u32;
+    let mut step = 0u32;
+    let mut index = CUBE_POS_X;
+    if warpgroup == 2u32 {
+        give_registers(40u32);
+        if UNIT_POS % 128u32 == 0 {
+            let map_a = tensor_map_address(a);
+            let map_b = tensor_map_address(b);
+            while index < items {
+                let item = item_at(index, tiles_m, tiles_n, steps, plan);
+                let row = item.tile_m * comptime!(ROWS as u32);
+                let column = item.tile_n * comptime!(columns as u32);
+                for part in item.first..item.last {
+                    ring.wait_room(step);
+                    let full = ring.full(step);
+                    let stage = ring.stage(step);
+                    barrier_expect(full, comptime!(a_bytes + b_bytes));
+                    let depth = part * comptime!(DEPTH as u32);
+                    load_operand(tiles_a + stage * a_bytes, map_a, row, depth, full, ROWS, plan.a_rows);
+                    load_operand(tiles_b + stage * b_bytes, map_b, column, depth, full, columns, plan.b_rows);
+                    step += 1u32;
+                }
+                index += CUBE_COUNT_X;
+            }
+        }
+    } else {
+        take_registers(232u32);
+        let map_c = tensor_map_address(c);
+        let lane = UNIT_POS % 32u32;
+        let row = row_of((UNIT_POS % 128u32) / 32u32, lane, 0usize);
+        let elected = UNIT_POS % 128u32 == 0;
+        let out = staging + warpgroup * comptime!(STAGING as u32);
+        while index < items {
+            let item = item_at(index, tiles_m, tiles_n, steps, plan);
+            for part in item.first..item.last {
+                ring.wait_full(step);
+                let stage = ring.stage(step);
+                let tile_a = tiles_a + stage * a_bytes + warpgroup * comptime!(BLOCK as u32);
+                let tile_b = tiles_b + stage * b_bytes;
+                fence();
+                #[unroll]
+                for k in 0..comptime!(DEPTH / 16) {
+                    let left =
+                        if comptime!(plan.a_rows) { mn_major(tile_a, DEPTH, k) } else { k_major(tile_a, ROWS, k) };
+                    let right =
+                        if comptime!(plan.b_rows) { mn_major(tile_b, DEPTH, k) } else { k_major(tile_b, columns, k) };
+                    let keep = part - item.first + comptime!(k as u32);
+                    mma_shared(acc, left, right, keep, plan.a_rows, plan.b_rows);
+                }
+                commit();
+                // The products of the step before are done: its stage is free.
+                wait(1u32);
+                if part > item.first {
+                    if elected {
+                        ring.release(step - 1u32);
+                    }
+                }
+                step += 1u32;
+            }
+            wait(0u32);
+            if elected {
+                ring.release(step - 1u32);
+            }
+            let first_row = item.tile_m * comptime!(ROWS as u32) + warpgroup * 64u32;
+            let width = comptime!(plan.panel_columns());
+            #[unroll]
+            for panel in 0..comptime!(columns / width) {
+                let to = out + comptime!((panel % 2 * BLOCK) as u32);
+                // The store of two panels ago has left the buffer.
+                if elected {
+                    wait_stores_read(1u32);
+                }
+                sync_warpgroup(warpgroup + 1u32, 128u32);
+                write_panel(acc, comptime!(panel * width), to, row, lane, plan.f32_out);
+                fence_shared();
+                sync_warpgroup(warpgroup + 1u32, 128u32);
+                if elected {
+                    let column = item.tile_n * comptime!(columns as u32) + comptime!((panel * width) as u32);
+                    store_3d(to, map_c, column, first_row, item.split);
+                    commit_stores();
+                }
+            }
+            index += CUBE_COUNT_X;
+        }
+        if elected {
+            wait_stores_read(0u32);
+        }
+    }
+}
+
+/// Loads the stage of an operand: `width` rows or columns of it from `at` on, the contraction from `depth` on.
+#[cube]
+fn load_operand(
+    to: u32,
+    map: u64,
+    at: u32,
+    depth: u32,
+    full: u32,
+    #[comptime] width: usize,
+    #[comptime] contraction_in_rows: bool,
+) {
+    if comptime!(contraction_in_rows) {
+        #[unroll]
+        for panel in 0..comptime!(width / 64) {
+            load_2d(to + comptime!((panel * BLOCK) as u32), map, at + comptime!(64 * panel as u32), depth, full);
+        }
+    } else {
+        load_2d(to, map, depth, at, full);
+    }
+}
+
+/// Writes 128 bytes of each of 64 rows of an accumulator, from column `first` on, into a swizzled panel.
+#[cube]
+fn write_panel(
+    #[comptime] acc: Acc,
+    #[comptime] first: usize,
+    panel: u32,
+    row: u32,
+    lane: u32,
+    #[comptime] f32_out: bool,
+) {
+    if comptime!(f32_out) {
+        let base = swizzled(panel, row, (lane % 4u32) * 8u32);
+        #[unroll]
+        for j in 0..4usize {
+            #[unroll]
+            for half in 0..2usize {
+                let i = comptime!(first / 2 + j * 4 + 2 * half);
+                let to = (base ^ comptime!(32 * j as u32)) + comptime!(1024 * half as u32);
+                store_f32_pair(to, read(acc, i), read(acc, comptime!(i + 1)));
+            }
+        }
+    } else {
+        let base = swizzled(panel, row, (lane % 4u32) * 4u32);
+        #[unroll]
+        for j in 0..8usize {
+            #[unroll]
+            for half in 0..2usize {
+                let i = comptime!(first / 2 + j * 4 + 2 * half);
+                let to = (base ^ comptime!(16 * j as u32)) + comptime!(1024 * half as u32);
+                store_u32(to, pack_pair(acc, i));
+            }
+        }
+    }
+}
+
+/// Adds up the results of split contractions, in their order.
+#[cube(launch, address_type = "dynamic")]
+pub(super) fn sum_splits<E: Float, N: Size>(
+    parts: &Tensor<Vector<f32, N>>,
+    out: &mut Tensor<Vector<E, N>>,
+    count: usize,
+    #[comptime] splits: usize,
+    #[define(E)] _out: ElemType,
+) {
+    if ABSOLUTE_POS >= count {
+        terminate!();
+    }
+    let mut sum = parts[ABSOLUTE_POS];
+    #[unroll]
+    for split in 1..splits {
+        sum += parts[ABSOLUTE_POS + split * count];
+    }
+    out[ABSOLUTE_POS] = Vector::cast_from(sum);
+}

@@ -1,0 +1,185 @@
+//! Products of bf16 matrices on Hopper, with f32 accumulation.
+//!
+//! Tiles of 128 × 256 or 128 × 128 are multiplied by `wgmma` from a ring of stages that tensor memory copies fill. Where
+//! there are few tiles, the contraction is split and the parts are added in their order, so that a run repeats to the
+//! last bit. Nothing is tuned at run time: [`plan`] counts clocks.
+
+mod kernel;
+mod plan;
+
+use burn::tensor::{DType, Shape, Tensor};
+use cubecl::prelude::{CubeCount, CubeDim};
+
+use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous, storage};
+use crate::tile::hopper::panel_map;
+use kernel::UNITS;
+use plan::{DEPTH, Plan, ROWS};
+
+/// Units of a cube of the kernel that adds up.
+const SUM_UNITS: usize = 256;
+
+/// Whether these operands are taken: bf16 (the right one f32 too, rounded here), on a Hopper GPU, with rows of whole
+/// 16 bytes and nothing empty.
+pub fn takes(a: &Tensor<2>, b: &Tensor<2>) -> bool {
+    let [rows, inner] = a.dims();
+    let [left, right] = b.dims();
+    let whole = |n: usize| n > 0 && n.is_multiple_of(8);
+    a.dtype() == DType::BF16
+        && matches!(b.dtype(), DType::BF16 | DType::F32)
+        && rows > 0
+        && left > 0
+        && whole(inner)
+        && whole(right)
+        && whole(left)
+        && crate::bridge::is_hopper(&a.device())
+}
+
+/// `c[m, n] = Σ_k a(m, k) b(k, n)` in bf16 with f32 accumulation, where [`takes`] says so; differentiable.
+///
+/// # Shapes
+/// - `a`: `[m, k]`, or `[k, m]` with `a_rows` (the contraction is along its rows)
+/// - `b`: `[n, k]`, or `[k, n]` with `b_rows`
+/// - returns `[m, n]`, bf16 or f32 as `dtype` says; the gradients have the dtypes of their inputs
+pub fn product(a: Tensor<2>, b: Tensor<2>, a_rows: bool, b_rows: bool, dtype: DType) -> Tensor<2> {
+    let operator = Product { a_rows, b_rows, dtype };
+    let mut outputs = apply(operator, vec![a.into_dispatch(), b.into_dispatch()], Vec::new());
+    Tensor::from_dispatch(outputs.remove(0))
+}
+
+#[derive(Debug)]
+struct Product {
+    a_rows: bool,
+    b_rows: bool,
+    dtype: DType,
+}
+
+/// An operand and whether the contraction is along its rows.
+struct Operand<'a> {
+    tensor: &'a CubeTensor,
+    rows: bool,
+}
+
+impl Operand<'_> {
+    /// Its size across the contraction, and along it.
+    fn sizes(&self) -> (usize, usize) {
+        let [first, second] = self.tensor.meta.shape().dims::<2>();
+        if self.rows { (second, first) } else { (first, second) }
+    }
+}
+
+/// The operand in bf16 with rows that a tensor map can describe.
+fn readable(tensor: CubeTensor) -> CubeTensor {
+    let tensor = burn_cubecl::kernel::cast(tensor, DType::BF16);
+    let strides = tensor.meta.strides();
+    let aligned = tensor.handle.offset_start.unwrap_or(0).is_multiple_of(16);
+    if strides[1] == 1 && strides[0].is_multiple_of(8) && strides[0] > 0 && aligned {
+        return tensor;
+    }
+    contiguous(tensor)
+}
+
+fn launch(a: Operand<'_>, b: Operand<'_>, dtype: DType) -> CubeTensor {
+    let ((m, k), (n, _)) = (a.sizes(), b.sizes());
+    let client = a.tensor.client.clone();
+    let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
+    let plan = Plan::choose(m, n, k, [a.rows, b.rows], dtype == DType::F32, processors);
+    let tile_dtype = if plan.f32_out { DType::F32 } else { DType::BF16 };
+    let tiles = alloc(a.tensor, [plan.splits, m, n], tile_dtype);
+    let map = |operand: &Operand<'_>, width: usize| {
+        let [first, second] = operand.tensor.meta.shape().dims::<2>();
+        let stride = if first == 1 { second } else { operand.tensor.meta.strides()[0] };
+        let rows = if operand.rows { DEPTH } else { width };
+        panel_map(operand.tensor, [first, second], [stride, 1], [rows, 64])
+    };
+    let (tiles_m, tiles_n) = (m.div_ceil(ROWS), n.div_ceil(plan.columns));
+    let cubes = (tiles_m * tiles_n * plan.splits).min(processors) as u32;
+    // SAFETY: the kernel touches device memory through tensor maps alone, and these clip what is outside.
+    unsafe {
+        kernel::product::launch_unchecked(
+            &client,
+            CubeCount::new_1d(cubes),
+            CubeDim::new_1d(UNITS),
+            map(&a, ROWS),
+            map(&b, plan.columns),
+            panel_map(&tiles, [plan.splits, m, n], [m * n, n, 1], [1, 64, plan.panel_columns()]),
+            tiles_m as u32,
+            tiles_n as u32,
+            k.div_ceil(DEPTH) as u32,
+            plan,
+            storage(tile_dtype),
+        );
+    }
+    let out = if plan.splits == 1 { tiles } else { sum(tiles, [m, n], plan.splits, dtype) };
+    reshaped(out, [m, n])
+}
+
+fn sum(parts: CubeTensor, shape: [usize; 2], splits: usize, dtype: DType) -> CubeTensor {
+    const VECTOR: usize = 4;
+    let out = alloc(&parts, shape, dtype);
+    let count = shape[0] * shape[1] / VECTOR;
+    let client = parts.client.clone();
+    let address = parts.required_address_type();
+    kernel::sum_splits::launch(
+        &client,
+        crate::rows::grid(count.div_ceil(SUM_UNITS)),
+        CubeDim::new_1d(SUM_UNITS as u32),
+        address,
+        VECTOR,
+        parts.into_tensor_arg(),
+        out.clone().into_tensor_arg(),
+        count,
+        splits,
+        storage(dtype),
+    );
+    out
+}
+
+fn reshaped(x: CubeTensor, shape: [usize; 2]) -> CubeTensor {
+    CubeTensor::new_contiguous(x.client, x.device, Shape::from(shape), x.handle, x.dtype)
+}
+
+impl Operator for Product {
+    fn name(&self) -> &'static str {
+        "hopper_matmul"
+    }
+
+    fn outputs(&self, inputs: &[TensorSpec]) -> Vec<TensorSpec> {
+        let across = |spec: &TensorSpec, rows: bool| spec.shape.dims::<2>()[usize::from(rows)];
+        let shape = Shape::from([across(&inputs[0], self.a_rows), across(&inputs[1], self.b_rows)]);
+        vec![TensorSpec::new(shape, self.dtype)]
+    }
+
+    fn forward(&self, inputs: Vec<CubeTensor>, _ints: Vec<CubeTensor>, _save: bool) -> Vec<CubeTensor> {
+        let [a, b] = inputs.try_into().expect("two operands");
+        let (a, b) = (readable(a), readable(b));
+        let a = Operand { tensor: &a, rows: self.a_rows };
+        let b = Operand { tensor: &b, rows: self.b_rows };
+        vec![launch(a, b, self.dtype)]
+    }
+
+    fn backward(
+        &self,
+        inputs: Vec<CubeTensor>,
+        _ints: Vec<CubeTensor>,
+        _saved: Vec<CubeTensor>,
+        grads: Vec<Option<CubeTensor>>,
+        wanted: &[bool],
+    ) -> Vec<Option<CubeTensor>> {
+        let [a, b] = inputs.try_into().expect("two operands");
+        let dc = readable(grads.into_iter().flatten().next().expect("the only output's gradient"));
+        // Each gradient is a product of the other operand with that of the output, in the layout of its own operand.
+        let da = wanted[0].then(|| {
+            let other = readable(b.clone());
+            let other = Operand { tensor: &other, rows: !self.b_rows };
+            let grad = Operand { tensor: &dc, rows: false };
+            if self.a_rows { launch(other, grad, a.dtype) } else { launch(grad, other, a.dtype) }
+        });
+        let db = wanted[1].then(|| {
+            let other = readable(a.clone());
+            let other = Operand { tensor: &other, rows: !self.a_rows };
+            let grad = Operand { tensor: &dc, rows: true };
+            if self.b_rows { launch(other, grad, b.dtype) } else { launch(grad, other, b.dtype) }
+        });
+        vec![da, db]
+    }
+}

@@ -1,0 +1,111 @@
+//! What a product is specialised on, and how it is chosen: no tuning at run time, no shape that waits.
+
+/// Rows of a tile: 64 for each of two warpgroups.
+pub(super) const ROWS: usize = 128;
+/// Contraction of a stage.
+pub(super) const DEPTH: usize = 64;
+/// Bytes of a panel row, which is the width of the swizzle.
+const PANEL: usize = 128;
+/// Bytes in which one warpgroup stages its outputs: two panels of 64 rows.
+pub(super) const STAGING: usize = 2 * 64 * PANEL;
+/// Bytes of shared memory for operands: what is left of 227 KiB beside outputs and barriers.
+const OPERANDS: usize = 196_608;
+
+/// How a product is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Plan {
+    /// The left operand is stored with the contraction along its rows.
+    pub(super) a_rows: bool,
+    /// The right operand is stored with the contraction along its rows.
+    pub(super) b_rows: bool,
+    /// Columns of a tile, 128 or 256.
+    pub(super) columns: usize,
+    /// Parts into which the contraction is cut, each with an f32 result of its own that a second kernel adds up.
+    pub(super) splits: usize,
+    /// Whether tiles are written as f32.
+    pub(super) f32_out: bool,
+}
+
+impl Plan {
+    /// Stages that fit.
+    pub(super) fn stages(&self) -> usize {
+        OPERANDS / self.stage_bytes()
+    }
+
+    /// Bytes a stage.
+    pub(super) fn stage_bytes(&self) -> usize {
+        (ROWS + self.columns) * DEPTH * 2
+    }
+
+    /// Columns of an output panel.
+    pub(super) fn panel_columns(&self) -> usize {
+        if self.f32_out { PANEL / 4 } else { PANEL / 2 }
+    }
+
+    /// The plan that takes the least time by a count of clocks.
+    pub(super) fn choose(m: usize, n: usize, k: usize, rows: [bool; 2], f32_out: bool, processors: usize) -> Self {
+        let steps = k.div_ceil(DEPTH);
+        let mut best = (f64::INFINITY, 256, 1);
+        for columns in [256, 128] {
+            let tiles = m.div_ceil(ROWS) * n.div_ceil(columns);
+            for splits in [1, 2, 3, 4, 6, 8, 12, 16] {
+                if splits > steps {
+                    continue;
+                }
+                let clocks = clocks(m, n, steps, columns, splits, f32_out, (tiles * splits).div_ceil(processors));
+                if clocks < best.0 {
+                    best = (clocks, columns, splits);
+                }
+            }
+        }
+        let (_, columns, splits) = best;
+        Self { a_rows: rows[0], b_rows: rows[1], columns, splits, f32_out: f32_out || splits > 1 }
+    }
+}
+
+/// An estimate of the clocks that `waves` rounds of items take, and the second kernel after them.
+fn clocks(m: usize, n: usize, steps: usize, columns: usize, splits: usize, f32_out: bool, waves: usize) -> f64 {
+    /// Multiply-adds of one processor's tensor cores in a clock.
+    const RATE: f64 = 2048.0 * 0.9;
+    /// Filling the ring for the first time, and the start of the kernel.
+    const START: f64 = 2500.0;
+    /// A second kernel: its start, and the bytes that it moves in a clock while they are in L2.
+    const SECOND: f64 = 5000.0;
+    const BYTES: f64 = 2000.0;
+    // A narrow tile reads more for each product.
+    let narrow = if columns == 128 { 1.15 } else { 1.0 };
+    let step = (ROWS * columns * DEPTH) as f64 / RATE * narrow;
+    let wide_out = f32_out || splits > 1;
+    let epilogue = (ROWS * columns) as f64 / 32.0 * if wide_out { 2.0 } else { 1.0 } * 0.7;
+    let item = steps.div_ceil(splits) as f64 * step + epilogue;
+    let second = if splits > 1 { SECOND + (m * n * (4 * splits + 4)) as f64 / BYTES } else { 0.0 };
+    START + waves as f64 * item + second
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(m: usize, n: usize, k: usize) -> Plan {
+        Plan::choose(m, n, k, [false, false], false, 132)
+    }
+
+    #[test]
+    fn few_tiles_are_split_and_many_are_not() {
+        assert_eq!(plan(8192, 8192, 8192).splits, 1);
+        assert_eq!(plan(16384, 1024, 1024).splits, 1);
+        assert!(plan(1024, 1024, 16384).splits >= 2);
+        assert!(plan(512, 1024, 65536).splits >= 4);
+    }
+
+    #[test]
+    fn no_part_is_empty_and_operands_fit() {
+        for k in [8, 64, 72, 200, 1024] {
+            for m in [1, 100, 4096] {
+                let plan = plan(m, 64, k);
+                assert!(plan.splits <= k.div_ceil(DEPTH));
+                assert!(plan.stages() >= 4);
+            }
+        }
+    }
+}

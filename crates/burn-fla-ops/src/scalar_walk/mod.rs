@@ -1,0 +1,91 @@
+//! The engine for Hopper of the recurrences with a scalar decay, in bf16:
+//!
+//! ```text
+//! S_t = e^{g_t} S_{t−1} + k_t v_tᵀ ,   o_t = scale · S_tᵀ q_t
+//! ```
+//!
+//! One kernel ([`walk`]) walks a sequence from chunk to chunk with the state in registers, and it is the whole backward
+//! pass too: with `o = walk(q, k, v)`, `dq = walk(do, v, k)`, and against time `dv = walk(k, q, do)` and
+//! `dk = walk(v, do, q)`. Nothing is saved between forward and backward but the inputs: 0 bytes a token.
+//!
+//! Where batch and heads do not fill the GPU, a sequence is cut into segments ([`segments`]).
+//!
+//! The gate's gradient ([`gate`]) needs `q · dq` and `k · dk`, which two of the walks sum up from their f32 outputs, and
+//! the product of the state with its gradient at every 512th token: the walk for dq writes the states there in bf16
+//! (`2 K V / 512` bytes a token and head, for the time of the backward pass), that for dk multiplies them with its own.
+
+mod gate;
+mod operator;
+mod parts;
+mod plan;
+mod segments;
+mod table;
+mod walk;
+
+use burn::tensor::{DType, Int, Tensor, TensorData};
+
+use crate::bridge::{apply, is_hopper};
+use crate::recurrence::{Decay, Problem};
+use operator::ScalarWalk;
+use plan::{Borders, Roles, WalkPlan};
+
+/// The roles of the forward pass, and of the gradients.
+const FORWARD: Roles = Roles { outer_is_value: true, against_time: false, borders: Borders::None };
+const QUERIES: Roles = Roles { outer_is_value: false, against_time: false, borders: Borders::None };
+const KEYS: Roles = Roles { outer_is_value: false, against_time: true, borders: Borders::None };
+const VALUES: Roles = Roles { outer_is_value: true, against_time: true, borders: Borders::None };
+
+/// Whether this engine takes a problem: bf16 on a Hopper GPU, a scalar decay, chunks of its own choice, key and value
+/// channels in multiples of 16 up to 256, and some sequence of more than one token.
+pub(crate) fn takes(problem: &Problem) -> bool {
+    let (keys, values) = (problem.q.dims()[3], problem.v.dims()[3]);
+    let fits = |n: usize| n.is_multiple_of(16) && n <= 256;
+    problem.q.dtype() == DType::BF16
+        && !matches!(problem.decay, Decay::Key(_))
+        && problem.chunk.is_none()
+        && problem.scale.abs() > f64::from(f32::MIN_POSITIVE)
+        && problem.sequences.lengths().any(|n| n > 1)
+        && fits(keys)
+        && fits(values)
+        && is_hopper(&problem.q.device())
+}
+
+/// Runs a problem that [`takes`] accepts.
+pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
+    let Problem { op, q, k, v, decay, scale, state, sequences, .. } = problem;
+    let [b, t, h, dk] = q.dims();
+    let dv = v.dims()[3];
+    let device = q.device().inner();
+    let (per_head, g) = match decay {
+        Decay::Token(g) => (false, g.into_dispatch()),
+        Decay::Head(g) => (true, g.detach().into_dispatch()),
+        Decay::None | Decay::Key(_) => (true, Tensor::<1>::zeros([h], (&device, DType::F32)).into_dispatch()),
+    };
+    let plan = WalkPlan::new(FORWARD, dk, dv, per_head).expect("a size that `takes` accepts has a plan");
+    let longest = sequences.lengths().max().unwrap_or(0);
+    let processors = operator::processors(&device);
+    let segment = table::segment_tokens(longest, sequences.num_sequences(), h * plan.slices(), processors);
+    let table = table::build(&sequences, segment);
+    let operator = ScalarWalk {
+        name: op,
+        per_head,
+        has_state: state.is_some(),
+        scale: scale as f32,
+        tokens: b * t,
+        heads: h,
+        keys: dk,
+        values: dv,
+        sequences: sequences.num_sequences(),
+        items: table.items,
+        borders: table.borders,
+    };
+    let size = table.entries.len();
+    let table = Tensor::<1, Int>::from_data(TensorData::new(table.entries, [size]), &device);
+    let mut floats = vec![q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), g];
+    if let Some(state) = state {
+        floats.push(state.cast(DType::F32).into_dispatch());
+    }
+    let mut outputs = apply(operator, floats, vec![table.into_dispatch()]).into_iter();
+    let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and a state"));
+    (next(), next())
+}

@@ -1,0 +1,401 @@
+//! The steps of a walk.
+
+use cubecl::prelude::*;
+
+use super::plan::{BORDER, BORDER_WORDS, CHUNK, PANEL, VALUES, WalkPlan};
+use super::table::{FIRST, ITEM_WORDS, LAST};
+use crate::tile::hopper::{
+    bf16_high, bf16_low, column_of, exp2, load_3d, load_transposed, load_u32, pack, pack_pair, read, store_u32,
+    swizzled, write, zero,
+};
+
+/// `1 / ln 2`: decays are kept as powers of two.
+const LOG2_E: f32 = core::f32::consts::LOG2_E;
+
+/// Where a cube works: a segment of a sequence, a head, a slice of its outer channels.
+#[derive(CubeType, Clone, Copy)]
+pub(super) struct Place {
+    pub(super) slice: u32,
+    pub(super) head: u32,
+    pub(super) item: u32,
+    pub(super) start: u32,
+    pub(super) length: u32,
+    pub(super) chunks: u32,
+    pub(super) sequence: u32,
+    pub(super) flags: u32,
+    pub(super) border: u32,
+}
+
+#[cube]
+pub(super) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: WalkPlan) -> Place {
+    let slices = comptime!(plan.slices() as u32);
+    let item = index / slices / heads;
+    let at = (item * comptime!(ITEM_WORDS as u32)) as usize;
+    let length = table[at + 1] as u32;
+    Place {
+        slice: index % slices,
+        head: (index / slices) % heads,
+        item,
+        start: table[at] as u32,
+        length,
+        chunks: length.div_ceil(comptime!(CHUNK as u32)),
+        sequence: table[at + 2] as u32,
+        flags: table[at + 3] as u32,
+        border: table[at + 4] as u32,
+    }
+}
+
+/// The chunk of step `i`.
+#[cube]
+pub(super) fn chunk_at(i: u32, chunks: u32, #[comptime] plan: WalkPlan) -> u32 {
+    if comptime!(plan.roles.against_time) { chunks - 1u32 - i } else { i + 0u32 }
+}
+
+/// Loads `panels` panels of 64 tokens, from channel `channel` of a head on.
+#[cube]
+pub(super) fn load_tile(to: u32, map: u64, channel: u32, head: u32, token: u32, full: u32, #[comptime] panels: usize) {
+    #[unroll]
+    for panel in 0..panels {
+        let x = channel + comptime!(64 * panel as u32);
+        load_3d(to + comptime!((panel * PANEL) as u32), map, x, head, token, full);
+    }
+}
+
+/// One warp writes the running sum of a chunk's log decays, in powers of two, to `to[at..at + 64]`; tokens after the last
+/// one add nothing.
+#[cube]
+pub(super) fn decays_of_chunk(
+    g: &[f32],
+    to: &mut [f32],
+    at: usize,
+    place: &Place,
+    chunk: u32,
+    heads: u32,
+    lane: u32,
+    #[comptime] plan: WalkPlan,
+) {
+    let first = chunk * comptime!(CHUNK as u32) + lane;
+    let low = decay_at(g, place, first, heads, plan);
+    let high = decay_at(g, place, first + 32u32, heads, plan);
+    let low = plane_inclusive_sum(low);
+    let high = plane_inclusive_sum(high) + plane_broadcast(low, 31u32);
+    to[at + lane as usize] = low;
+    to[at + lane as usize + 32] = high;
+}
+
+#[cube]
+fn decay_at(g: &[f32], place: &Place, token: u32, heads: u32, #[comptime] plan: WalkPlan) -> f32 {
+    let mut value = f32::new(0.0);
+    if token < place.length {
+        value = if comptime!(plan.per_head) {
+            g[place.head as usize]
+        } else {
+            g[((place.start + token) * heads + place.head) as usize]
+        };
+    }
+    value * LOG2_E
+}
+
+/// The decay between the token of a row and that of a column, zero where the row's output does not depend on the
+/// column's token.
+#[cube]
+pub(super) fn factor(row: u32, column: u32, g_row: f32, g_column: f32, count: u32, #[comptime] plan: WalkPlan) -> f32 {
+    if comptime!(plan.roles.against_time) {
+        select(column >= row && column < count, exp2(g_column - g_row), 0.0f32)
+    } else {
+        select(column <= row, exp2(g_row - g_column), 0.0f32)
+    }
+}
+
+/// Transposes a warpgroup's values into a left operand, each token decayed to the chunk's end (against time: to its
+/// start).
+#[cube]
+pub(super) fn decayed_values(
+    tile: u32,
+    g: &[f32],
+    at: usize,
+    g_last: f32,
+    count: u32,
+    warp: u32,
+    lane: u32,
+    #[comptime] plan: WalkPlan,
+) {
+    #[unroll]
+    for step in 0..4usize {
+        let token = comptime!(step as u32 * 16) + (lane / 16u32) * 8u32 + lane % 8u32;
+        let found = load_transposed(swizzled(tile, token, (warp * 2u32 + (lane / 8u32) % 2u32) * 16u32));
+        #[unroll]
+        for half in 0..2usize {
+            let column = column_of(lane, comptime!(4 * (2 * step + half)));
+            let a = token_factor(column, g[at + column as usize], g_last, count, plan);
+            let b = token_factor(column + 1u32, g[at + column as usize + 1], g_last, count, plan);
+            #[unroll]
+            for rows in 0..2usize {
+                let word = found.extract(comptime!(2 * half + rows));
+                pack(VALUES, comptime!(step * 4 + 2 * half + rows), bf16_low(word) * a, bf16_high(word) * b);
+            }
+        }
+    }
+}
+
+#[cube]
+fn token_factor(token: u32, g: f32, g_last: f32, count: u32, #[comptime] plan: WalkPlan) -> f32 {
+    let exponent = if comptime!(plan.roles.against_time) { g + 0.0f32 } else { g_last - g };
+    select(token < count, exp2(exponent), 0.0f32)
+}
+
+/// Writes the state, rounded to bf16, as an operand of 64 rows.
+#[cube]
+pub(super) fn publish_state(tile: u32, row: u32, lane: u32, #[comptime] plan: WalkPlan) {
+    let state = comptime!(plan.state());
+    let base = swizzled(tile, row, (lane % 4u32) * 4u32);
+    #[unroll]
+    for j in 0..comptime!(8 * plan.panels()) {
+        #[unroll]
+        for half in 0..2usize {
+            let to = (base ^ comptime!((j % 8 * 16) as u32)) + comptime!((j / 8 * PANEL + half * 1024) as u32);
+            store_u32(to, pack_pair(state, comptime!(4 * j + 2 * half)));
+        }
+    }
+}
+
+/// Writes the outputs of a whole chunk as a panel.
+#[cube]
+pub(super) fn write_tile(tile: u32, row: u32, lane: u32, #[comptime] plan: WalkPlan) {
+    let out = comptime!(plan.out());
+    let base = swizzled(tile, row, (lane % 4u32) * 4u32);
+    #[unroll]
+    for j in 0..8usize {
+        #[unroll]
+        for half in 0..2usize {
+            let to = (base ^ comptime!((j * 16) as u32)) + comptime!((half * 1024) as u32);
+            store_u32(to, pack_pair(out, comptime!(4 * j + 2 * half)));
+        }
+    }
+}
+
+/// Writes the outputs of a chunk of `count` tokens straight to device memory: what follows belongs to others.
+#[cube]
+pub(super) fn write_rows(
+    rows: &mut [u32],
+    token: u32,
+    head: u32,
+    heads: u32,
+    channel: u32,
+    row: u32,
+    lane: u32,
+    count: u32,
+    #[comptime] plan: WalkPlan,
+) {
+    let out = comptime!(plan.out());
+    #[unroll]
+    for j in 0..8usize {
+        let column = channel + column_of(lane, comptime!(4 * j));
+        #[unroll]
+        for half in 0..2usize {
+            let at = row + comptime!(8 * half as u32);
+            let word = pack_pair(out, comptime!(4 * j + 2 * half));
+            if at < count && column < comptime!(plan.outer as u32) {
+                let to = ((token + at) * heads + head) * comptime!(plan.outer as u32 / 2) + column / 2u32;
+                rows[to as usize] = word;
+            }
+        }
+    }
+}
+
+/// The products of each output row with the same row of the tile at `tile`, over this warpgroup's channels.
+#[cube]
+pub(super) fn row_products(
+    tile: u32,
+    dots: &mut [f32],
+    token: u32,
+    head: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    count: u32,
+    #[comptime] plan: WalkPlan,
+) {
+    let out = comptime!(plan.out());
+    let base = swizzled(tile, row, (lane % 4u32) * 4u32);
+    #[unroll]
+    for half in 0..2usize {
+        let mut sum = f32::new(0.0);
+        #[unroll]
+        for j in 0..8usize {
+            let word = load_u32((base ^ comptime!((j * 16) as u32)) + comptime!((half * 1024) as u32));
+            let i = comptime!(4 * j + 2 * half);
+            sum += bf16_low(word) * read(out, i) + bf16_high(word) * read(out, comptime!(i + 1));
+        }
+        sum += plane_shuffle_xor(sum, 1u32);
+        sum += plane_shuffle_xor(sum, 2u32);
+        let at = row + comptime!(8 * half as u32);
+        if lane % 4u32 == 0u32 && at < count {
+            dots[((token + at) * heads + head) as usize] = sum;
+        }
+    }
+}
+
+/// Whether the walk enters its sequence here.
+#[cube]
+fn enters(place: &Place, #[comptime] plan: WalkPlan) -> bool {
+    place.flags & comptime!(if plan.roles.against_time { LAST } else { FIRST }) != 0u32
+}
+
+/// Where register `n` of a unit stands in a state `[N, H, K, V]`, and whether it is inside.
+#[cube]
+fn state_at(
+    place: &Place,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    #[comptime] n: usize,
+    #[comptime] plan: WalkPlan,
+) -> (bool, usize) {
+    let outer = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
+    let inner = column_of(lane, n);
+    let base = (place.sequence * heads + place.head) * comptime!((plan.inner * plan.outer) as u32);
+    let at = if comptime!(plan.roles.outer_is_value) {
+        inner * comptime!(plan.outer as u32) + outer
+    } else {
+        outer * comptime!(plan.inner as u32) + inner
+    };
+    (outer < comptime!(plan.outer as u32) && inner < comptime!(plan.inner as u32), (base + at) as usize)
+}
+
+/// Where the registers of a warpgroup stand in the states between segments.
+#[cube]
+pub(super) fn blob_at(item: u32, head: u32, heads: u32, panel: u32, unit: u32, #[comptime] plan: WalkPlan) -> usize {
+    let block = (item * heads + head) * comptime!(plan.outer_panels() as u32) + panel;
+    block as usize * comptime!(plan.state().len() * 128) + unit as usize
+}
+
+/// Sets the state from which a segment is walked.
+#[cube]
+pub(super) fn load_state(
+    initial: &[f32],
+    blobs: &[f32],
+    place: &Place,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    unit: u32,
+    factor: f32,
+    #[comptime] plan: WalkPlan,
+) {
+    let state = comptime!(plan.state());
+    zero(state);
+    if enters(place, plan) {
+        if comptime!(plan.initial) {
+            #[unroll]
+            for n in 0..comptime!(state.len()) {
+                let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
+                if inside {
+                    write(state, n, initial[at] * factor);
+                }
+            }
+        }
+    } else if comptime!(plan.segmented) {
+        let before = if comptime!(plan.roles.against_time) { place.item + 1u32 } else { place.item - 1u32 };
+        let at = blob_at(before, place.head, heads, panel, unit, plan);
+        #[unroll]
+        for n in 0..comptime!(state.len()) {
+            write(state, n, blobs[at + n * 128]);
+        }
+    }
+}
+
+/// Writes the state where the walk leaves its sequence.
+#[cube]
+pub(super) fn store_state(
+    last: &mut [f32],
+    place: &Place,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    factor: f32,
+    #[comptime] plan: WalkPlan,
+) {
+    let state = comptime!(plan.state());
+    let leaves = place.flags & comptime!(if plan.roles.against_time { FIRST } else { LAST }) != 0u32;
+    if comptime!(plan.last) && leaves {
+        #[unroll]
+        for n in 0..comptime!(state.len()) {
+            let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
+            if inside {
+                last[at] = read(state, n) * factor;
+            }
+        }
+    }
+}
+
+/// Whether a border of the gate's gradient follows this chunk, and which.
+#[cube]
+fn border_after(place: &Place, chunk: u32) -> (bool, u32) {
+    let is = chunk % comptime!(BORDER as u32) == comptime!(BORDER as u32 - 1) || chunk == place.chunks - 1u32;
+    (is, place.border + chunk / comptime!(BORDER as u32))
+}
+
+#[cube]
+fn border_at(border: u32, place: &Place, panel: u32, heads: u32, #[comptime] plan: WalkPlan) -> usize {
+    let block = (border * heads + place.head) * comptime!(plan.outer_panels() as u32) + panel;
+    block as usize * comptime!(plan.panels() * BORDER_WORDS)
+}
+
+/// Keeps the state after a chunk, where a border follows it.
+#[cube]
+pub(super) fn write_border(
+    borders: &mut [u32],
+    place: &Place,
+    chunk: u32,
+    panel: u32,
+    heads: u32,
+    unit: u32,
+    #[comptime] plan: WalkPlan,
+) {
+    let (is, border) = border_after(place, chunk);
+    if is {
+        let state = comptime!(plan.state());
+        let at = border_at(border, place, panel, heads, plan) + unit as usize;
+        #[unroll]
+        for n in 0..comptime!(16 * plan.panels()) {
+            borders[at + n * 128] = pack_pair(state, comptime!(2 * n));
+        }
+    }
+}
+
+/// The product of the state after a chunk with its gradient, which is in the registers, where a border is between them:
+/// one sum a warp.
+#[cube]
+pub(super) fn multiply_border(
+    borders: &mut [u32],
+    ends: &mut [f32],
+    place: &Place,
+    chunk: u32,
+    panel: u32,
+    heads: u32,
+    unit: u32,
+    factor: f32,
+    #[comptime] plan: WalkPlan,
+) {
+    let (is, border) = border_after(place, chunk);
+    if is {
+        let state = comptime!(plan.state());
+        let at = border_at(border, place, panel, heads, plan) + unit as usize;
+        let mut sum = f32::new(0.0);
+        #[unroll]
+        for n in 0..comptime!(16 * plan.panels()) {
+            let word = borders[at + n * 128];
+            sum += bf16_low(word) * read(state, comptime!(2 * n));
+            sum += bf16_high(word) * read(state, comptime!(2 * n + 1));
+        }
+        let sum = plane_sum(sum) * factor;
+        if unit % 32u32 == 0u32 {
+            let block = (border * heads + place.head) * comptime!(plan.outer_panels() as u32) + panel;
+            ends[(block * 4u32 + unit / 32u32) as usize] = sum;
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! Plain accesses to swizzled tiles.
+
+use cubecl::prelude::*;
+
+/// The address of byte `byte` (under 128) of row `row` of a panel: its 16-byte pieces are swapped by the row's number.
+///
+/// For a fixed row, the address of another piece differs by an exclusive or: `swizzled(p, r, b) ^ c` is that of byte
+/// `b ^ c`, for `c` a multiple of 16.
+#[cube]
+pub fn swizzled(panel: u32, row: u32, byte: u32) -> u32 {
+    panel + row * 128u32 + (byte ^ ((row % 8u32) * 16u32))
+}
+
+/// Stores a word to shared memory.
+#[cube]
+pub fn store_u32(address: u32, value: u32) {
+    gpu_asm!("st.shared.b32 [{a}], {v};", a = in(_) address, v = in(_) value);
+}
+
+/// Stores two f32 to shared memory, at a multiple of 8 bytes.
+#[cube]
+pub fn store_f32_pair(address: u32, first: f32, second: f32) {
+    gpu_asm!("st.shared.v2.f32 [{a}], {{{x}, {y}}};", a = in(_) address, x = in(_) first, y = in(_) second);
+}
+
+/// Loads a word from shared memory.
+#[cube]
+pub fn load_u32(address: u32) -> u32 {
+    let out: u32;
+    gpu_asm!("ld.shared.b32 {d}, [{a}];", d = out(_) out, a = in(_) address);
+    out
+}
+
+/// Loads four transposed 8 × 8 blocks of bf16, two numbers a word: lane `l` gives the address of row `l % 8` of block
+/// `l / 8`, and receives rows `2 (l % 4)` and the next of column `l / 4` of each block.
+#[cube]
+pub fn load_transposed(address: u32) -> Vector<u32, Const<4>> {
+    let out: Vector<u32, Const<4>>;
+    gpu_asm!("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {d}, [{a}];", d = out(_) out, a = in(_) address);
+    out
+}
+
+/// The number in the low half of a word.
+#[cube]
+pub fn bf16_low(word: u32) -> f32 {
+    f32::reinterpret(word << 16u32)
+}
+
+/// The number in the high half of a word.
+#[cube]
+pub fn bf16_high(word: u32) -> f32 {
+    f32::reinterpret(word & 0xFFFF0000u32)
+}
+
+/// `2^x`, to two units in the last place; 0 where it would be denormal.
+#[cube]
+pub fn exp2(x: f32) -> f32 {
+    let out: f32;
+    gpu_asm!("ex2.approx.ftz.f32 {d}, {x};", d = out(_) out, x = in(_) x + 0.0f32, options(nomem));
+    out
+}

@@ -1,0 +1,39 @@
+//! The vocabulary of kernels for Hopper (compute capability 9.0): tensor memory copies, barriers in shared memory, and
+//! products of a warpgroup (`wgmma`) whose accumulators are registers with names.
+//!
+//! CubeCL has no words for these, so each is one block of inline PTX; an operator's kernel calls them by their meaning.
+//!
+//! - **Tiles.** An operand tile is `rows` × 64 bf16: rows of 128 bytes, in the 128-byte swizzle that tensor maps write
+//!   and `wgmma` reads. A wider tile is several such panels, one after the other, `rows · 128` bytes each. A tile is named
+//!   by its address in shared memory, a multiple of 1024.
+//! - **Accumulators** ([`Acc`]) are declared once, at the top of a kernel, and then named by every block that uses them:
+//!   the compiler allocates them like other registers, and a product stays in flight between blocks.
+//! - **Rings** ([`Ring`]): a producer fills stages, consumers release them; two barriers a stage.
+//!
+//! Two rules of `gpu_asm!` that are easy to break: an operand that is a `let mut` variable goes in as its *address*, so
+//! the functions here copy what they are given; and an operand must be named in the text.
+
+// For each public function `#[cube]` makes a public module, which cannot be given a comment.
+#![allow(missing_docs)]
+
+mod copy;
+mod layout;
+mod registers;
+mod ring;
+mod roles;
+mod wgmma;
+
+pub use copy::{commit_stores, fence_shared, load_2d, load_3d, panel_map, store_3d, wait_stores, wait_stores_read};
+pub use layout::{bf16_high, bf16_low, exp2, load_transposed, load_u32, store_f32_pair, store_u32, swizzled};
+pub use registers::{
+    Acc, Frag, column_of, declare, declare_fragment, pack, pack_pair, read, row_of, scale, write, zero,
+};
+pub use ring::{Ring, barrier_arrive, barrier_expect, barrier_fence, barrier_init, barrier_wait};
+pub use roles::{give_registers, sync_warpgroup, take_registers};
+pub use wgmma::{commit, fence, k_major, mma_registers, mma_shared, mn_major, wait};
+
+/// Whether this device has what this module needs: the instructions of `sm_90a` exist on compute capability 9.0 alone.
+pub fn supported(client: &cubecl::prelude::Client) -> bool {
+    let properties = client.properties();
+    properties.identity.fingerprint == "ptx_sm90" && !properties.features.tma.is_empty()
+}

@@ -1,0 +1,143 @@
+//! Accumulators and fragments: PTX registers that a kernel declares by name.
+
+use cubecl::prelude::*;
+
+/// An f32 tile of 64 rows, spread over the 128 units of a warpgroup: `columns / 2` registers a unit.
+///
+/// Register `i` of a unit stands at row [`row_of`]`(i)` and column [`column_of`]`(i)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Acc {
+    name: &'static str,
+    columns: usize,
+}
+
+impl Acc {
+    /// A tile of 64 × `columns`; `name` is the prefix of its registers, unique in a kernel.
+    pub const fn new(name: &'static str, columns: usize) -> Self {
+        Self { name, columns }
+    }
+
+    /// How many columns it has.
+    pub const fn columns(self) -> usize {
+        self.columns
+    }
+
+    /// Registers a unit.
+    pub const fn len(self) -> usize {
+        self.columns / 2
+    }
+
+    /// Whether it has no registers.
+    pub const fn is_empty(self) -> bool {
+        self.columns == 0
+    }
+
+    pub(super) fn list(self) -> String {
+        names(self.name, 0, self.len())
+    }
+}
+
+/// A bf16 tile of 64 rows as a left operand in registers: `columns / 4` registers a unit, two numbers each.
+///
+/// A step of 16 columns is four registers: rows `r` and `r + 8` of columns `c, c + 1`, then both of `c + 8, c + 9`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Frag {
+    name: &'static str,
+    columns: usize,
+}
+
+impl Frag {
+    /// A tile of 64 × `columns`; `name` is the prefix of its registers, unique in a kernel.
+    pub const fn new(name: &'static str, columns: usize) -> Self {
+        Self { name, columns }
+    }
+
+    /// How many columns it has.
+    pub const fn columns(self) -> usize {
+        self.columns
+    }
+
+    pub(super) fn step(self, step: usize) -> String {
+        names(self.name, 4 * step, 4)
+    }
+}
+
+fn names(prefix: &str, first: usize, count: usize) -> String {
+    (first..first + count).map(|i| format!("{prefix}{i}")).collect::<Vec<_>>().join(",")
+}
+
+/// Declares an accumulator. Call it once a kernel, outside of every branch and loop.
+#[cube]
+pub fn declare(#[comptime] acc: Acc) {
+    let list = comptime!(acc.list());
+    gpu_asm!(".reg .f32 {list};");
+}
+
+/// Declares a fragment. Call it once a kernel, outside of every branch and loop.
+#[cube]
+pub fn declare_fragment(#[comptime] frag: Frag) {
+    let list = comptime!(names(frag.name, 0, frag.columns / 4));
+    gpu_asm!(".reg .b32 {list};");
+}
+
+/// The row of register `i` for the unit at `lane` of warp `warp` of its warpgroup.
+#[cube]
+pub fn row_of(warp: u32, lane: u32, #[comptime] i: usize) -> u32 {
+    warp * 16u32 + lane / 4u32 + comptime!((i / 2 % 2 * 8) as u32)
+}
+
+/// The column of register `i` for the unit at `lane`.
+#[cube]
+pub fn column_of(lane: u32, #[comptime] i: usize) -> u32 {
+    (lane % 4u32) * 2u32 + comptime!((i / 4 * 8 + i % 2) as u32)
+}
+
+/// The value of register `i`.
+#[cube]
+pub fn read(#[comptime] acc: Acc, #[comptime] i: usize) -> f32 {
+    let name = comptime!(acc.name);
+    let out: f32;
+    gpu_asm!("mov.f32 {d}, {name}{i};", d = out(_) out, options(nomem));
+    out
+}
+
+/// Sets register `i`.
+#[cube]
+pub fn write(#[comptime] acc: Acc, #[comptime] i: usize, value: f32) {
+    let name = comptime!(acc.name);
+    gpu_asm!("mov.f32 {name}{i}, {v};", v = in(_) value + 0.0f32, options(nomem));
+}
+
+/// Sets all registers to zero.
+#[cube]
+pub fn zero(#[comptime] acc: Acc) {
+    let name = comptime!(acc.name);
+    #[unroll]
+    for i in 0..comptime!(acc.len()) {
+        gpu_asm!("mov.f32 {name}{i}, 0f00000000;", options(nomem));
+    }
+}
+
+/// Multiplies register `i`.
+#[cube]
+pub fn scale(#[comptime] acc: Acc, #[comptime] i: usize, factor: f32) {
+    let name = comptime!(acc.name);
+    gpu_asm!("mul.f32 {name}{i}, {name}{i}, {f};", f = in(_) factor, options(nomem));
+}
+
+/// Rounds two numbers to bf16 and puts them into register `i` of a fragment, `low` at the lower column.
+#[cube]
+pub fn pack(#[comptime] frag: Frag, #[comptime] i: usize, low: f32, high: f32) {
+    let name = comptime!(frag.name);
+    gpu_asm!("cvt.rn.bf16x2.f32 {name}{i}, {hi}, {lo};", hi = in(_) high, lo = in(_) low, options(nomem));
+}
+
+/// Registers `i` and `i + 1` of an accumulator rounded to bf16, the first in the low half.
+#[cube]
+pub fn pack_pair(#[comptime] acc: Acc, #[comptime] i: usize) -> u32 {
+    let name = comptime!(acc.name);
+    let next = comptime!(i + 1);
+    let out: u32;
+    gpu_asm!("cvt.rn.bf16x2.f32 {d}, {name}{next}, {name}{i};", d = out(_) out, options(nomem));
+    out
+}

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Times the kernels for Hopper beside PyTorch's cuBLAS on a machine with a GPU and no Rust.
+# usage: bench-hopper.sh FOLDER linear TOKENS,… NxK,… | bench-hopper.sh FOLDER simple_gla BxTxHxKxV,…
+#   FOLDER holds bench-hopper.xz: `cargo build --release -p burn-fla-tests --features cuda --bin bench-hopper`, stripped.
+set -uo pipefail
+folder=$1
+shift
+export CUDA_PATH=${CUDA_PATH:-/usr/local/cuda}
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+xz -dkf "$folder/bench-hopper.xz" && chmod +x "$folder/bench-hopper"
+"$folder/bench-hopper" "$@" || exit 1
+if [ "$1" = linear ]; then python3 scripts/cublas.py "$2" "$3"; fi

@@ -1,0 +1,154 @@
+//! simple_gla, forward and backward, in value against the recurrence in f64 over the same bf16 inputs.
+
+use burn::backend::DispatchTensor;
+use burn::tensor::{DType, Device, Distribution, Shape, Tensor};
+use burn_fla_ops::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply};
+use burn_fla_ops::{ScalarDecay, SequenceOptions, simple_gla};
+use burn_fla_tests::{numbers, ratio};
+
+use super::median;
+
+const NAMES: [&str; 5] = ["o", "dq", "dk", "dv", "dg"];
+const BOUNDS: [f64; 5] = [5e-3, 8e-3, 8e-3, 8e-3, 2e-2];
+
+/// The end of a graph: backward through it hands a given gradient on, without a kernel.
+#[derive(Debug)]
+struct Seed;
+
+impl Operator for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    fn outputs(&self, _inputs: &[TensorSpec]) -> Vec<TensorSpec> {
+        vec![TensorSpec::new(Shape::from([1]), DType::F32)]
+    }
+
+    fn forward(&self, inputs: Vec<CubeTensor>, _ints: Vec<CubeTensor>, _save: bool) -> Vec<CubeTensor> {
+        vec![alloc(&inputs[0], [1], DType::F32)]
+    }
+
+    fn backward(
+        &self,
+        inputs: Vec<CubeTensor>,
+        _ints: Vec<CubeTensor>,
+        _saved: Vec<CubeTensor>,
+        _grads: Vec<Option<CubeTensor>>,
+        _wanted: &[bool],
+    ) -> Vec<Option<CubeTensor>> {
+        vec![Some(inputs[1].clone()), None]
+    }
+}
+
+pub(super) fn run(device: &Device, shapes: &[Vec<usize>]) -> bool {
+    println!("simple_gla B T H K V forward_ms both_ms peak_GiB errors: o dq dk dv dg");
+    let mut all = true;
+    for shape in shapes {
+        let [b, t, h, dk, dv] = shape[..] else {
+            eprintln!("error: a shape is BxTxHxKxV");
+            return false;
+        };
+        all &= one(device, [b, t, h, dk, dv]);
+    }
+    all
+}
+
+fn one(plain: &Device, [b, t, h, dk, dv]: [usize; 5]) -> bool {
+    let device = plain.clone().autodiff();
+    let random = |shape: [usize; 4]| -> Tensor<4> {
+        Tensor::random(shape, Distribution::Normal(0.0, 1.0), (&device, DType::BF16)).require_grad()
+    };
+    let (q, k, v) = (random([b, t, h, dk]), random([b, t, h, dk]), random([b, t, h, dv]));
+    let grad: Tensor<4> = random([b, t, h, dv]).detach();
+    // The gates of the peer's benchmark: log σ(x) of normal numbers.
+    let x: Tensor<3> = Tensor::random([b, t, h], Distribution::Normal(0.0, 1.0), (&device, DType::F32));
+    let g = burn::tensor::activation::log_sigmoid(x).detach().require_grad();
+
+    let forward = || {
+        let (q, k, v) = (q.clone(), k.clone(), v.clone());
+        simple_gla(q, k, v, ScalarDecay::PerToken(g.clone()), SequenceOptions::default()).expect("a good problem").0
+    };
+    let both = || {
+        let o = forward();
+        let floats: Vec<DispatchTensor> = vec![o.clone().into_dispatch(), grad.clone().into_dispatch()];
+        let loss = Tensor::<1>::from_dispatch(apply(Seed, floats, Vec::new()).remove(0));
+        (o, loss.backward())
+    };
+    let (o, grads) = both();
+    let of = |x: &Tensor<4>| x.grad(&grads).expect("a gradient");
+    let found = [o.clone().inner(), of(&q), of(&k), of(&v)];
+    let dg = g.grad(&grads).expect("a gradient");
+    let mut errors = [0.0f64; 5];
+    for head in [0, b * h / 2, b * h - 1] {
+        let (row, head) = (head / h, head % h);
+        let cut = |x: &Tensor<4>| numbers(x.clone().inner().narrow(0, row, 1).narrow(2, head, 1));
+        let cut_plain = |x: &Tensor<4>| numbers(x.clone().narrow(0, row, 1).narrow(2, head, 1));
+        let gates = |x: Tensor<3>| numbers(x.narrow(0, row, 1).narrow(2, head, 1));
+        let exact = exact([cut(&q), cut(&k), cut(&v), cut(&grad)], &gates(g.clone().inner()), dk, dv);
+        for (i, x) in found.iter().enumerate() {
+            errors[i] = errors[i].max(ratio(&cut_plain(x), &exact[i]));
+        }
+        errors[4] = errors[4].max(ratio(&gates(dg.clone()), &exact[4]));
+    }
+    drop((o, grads, found, dg));
+    let shown: Vec<String> = errors.iter().map(|e| format!("{e:.1e}")).collect();
+    if let Some(i) = (0..5).find(|i| errors[*i].is_nan() || errors[*i] > BOUNDS[*i]) {
+        println!("simple_gla {b} {t} {h} {dk} {dv}: WRONG in {}: {}", NAMES[i], shown.join(" "));
+        return false;
+    }
+    let forward_time = median(plain, || drop(forward()));
+    let both_time = median(plain, || drop(both()));
+    let peak = plain.memory_pool_usage().map_or(f64::NAN, |usage| usage.bytes_reserved as f64 / (1u64 << 30) as f64);
+    println!(
+        "simple_gla {b} {t} {h} {dk} {dv} {:.3} {:.3} {peak:.2} {}",
+        forward_time * 1e3,
+        both_time * 1e3,
+        shown.join(" ")
+    );
+    true
+}
+
+/// o, dq, dk, dv, dg of one head by the recurrence.
+fn exact([q, k, v, grad]: [Vec<f64>; 4], g: &[f64], dk: usize, dv: usize) -> [Vec<f64>; 5] {
+    let t = g.len();
+    let scale = (dk as f64).powf(-0.5);
+    let mut state = vec![0.0; dk * dv];
+    let (mut o, mut dq) = (vec![0.0; t * dv], vec![0.0; t * dk]);
+    for i in 0..t {
+        let decay = g[i].exp();
+        for a in 0..dk {
+            let (ka, qa) = (k[i * dk + a], q[i * dk + a] * scale);
+            let mut sum = 0.0;
+            for c in 0..dv {
+                let s = &mut state[a * dv + c];
+                *s = *s * decay + ka * v[i * dv + c];
+                o[i * dv + c] += qa * *s;
+                sum += grad[i * dv + c] * *s;
+            }
+            dq[i * dk + a] = sum * scale;
+        }
+    }
+    let mut state = vec![0.0; dk * dv];
+    let (mut dkey, mut dvalue) = (vec![0.0; t * dk], vec![0.0; t * dv]);
+    for i in (0..t).rev() {
+        let decay = if i + 1 < t { g[i + 1].exp() } else { 1.0 };
+        for a in 0..dk {
+            let (ka, qa) = (k[i * dk + a], q[i * dk + a] * scale);
+            let mut sum = 0.0;
+            for c in 0..dv {
+                let z = &mut state[a * dv + c];
+                *z = *z * decay + qa * grad[i * dv + c];
+                dvalue[i * dv + c] += ka * *z;
+                sum += v[i * dv + c] * *z;
+            }
+            dkey[i * dk + a] = sum;
+        }
+    }
+    let mut dg = vec![0.0; t];
+    let mut sum = 0.0;
+    for i in (0..t).rev() {
+        sum += (0..dk).map(|a| q[i * dk + a] * dq[i * dk + a] - k[i * dk + a] * dkey[i * dk + a]).sum::<f64>();
+        dg[i] = sum;
+    }
+    [o, dq, dkey, dvalue, dg]
+}

@@ -1,0 +1,189 @@
+//! The recurrences with a scalar decay on the tensor cores, against the recurrence in f64 over the same bf16 inputs.
+
+use burn::tensor::{DType, Device, Tensor};
+use burn_fla_ops::{CuSeqlens, ScalarDecay, SequenceOptions, bridge, simple_gla};
+use burn_fla_tests::{numbers, ratio, reference_device, tensor, uniform};
+
+use super::hopper;
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    batch: usize,
+    tokens: usize,
+    heads: usize,
+    keys: usize,
+    values: usize,
+    /// Log decays are drawn from this range.
+    decay: (f64, f64),
+    packed: Option<&'static [usize]>,
+    initial: bool,
+    /// A decay by token, or one a head.
+    by_token: bool,
+}
+
+const BASE: Case = Case {
+    batch: 2,
+    tokens: 131,
+    heads: 2,
+    keys: 128,
+    values: 128,
+    decay: (-0.5, 0.0),
+    packed: None,
+    initial: true,
+    by_token: true,
+};
+
+const NAMES: [&str; 7] = ["o", "state", "dq", "dk", "dv", "dg", "dh0"];
+/// Relative RMS errors: bf16 operands round to 2^-9, and each number is a sum of their products.
+const BOUNDS: [f64; 7] = [5e-3, 5e-3, 8e-3, 8e-3, 8e-3, 2e-2, 8e-3];
+
+impl Case {
+    fn sequences(&self) -> usize {
+        self.packed.map_or(self.batch, |offsets| offsets.len() - 1)
+    }
+
+    /// Outputs and gradients: of the public function, or of the recurrence by tensor operations in f64.
+    fn run(&self, device: &Device, exact: bool) -> Vec<Vec<f64>> {
+        let device = device.clone().autodiff();
+        let (dtype, wide) = if exact { (DType::F64, DType::F64) } else { (DType::BF16, DType::F32) };
+        let Self { batch: b, tokens: t, heads: h, keys, values, .. } = *self;
+        let n = self.sequences();
+        // The same rounded numbers on both sides.
+        let rounded = |seed, shape: [usize; 4]| -> Tensor<4> {
+            let x: Tensor<4> =
+                tensor(&uniform(seed, shape.iter().product(), (-1.0, 1.0)), shape, &reference_device(), DType::BF16);
+            tensor(&numbers(x), shape, &device, dtype)
+        };
+        let (q, k) = (rounded(1, [b, t, h, keys]).require_grad(), rounded(2, [b, t, h, keys]).require_grad());
+        let v = rounded(3, [b, t, h, values]).require_grad();
+        let state = |seed| -> Tensor<4> {
+            tensor(&uniform(seed, n * h * keys * values, (-1.0, 1.0)), [n, h, keys, values], &device, wide)
+        };
+        let h0 = self.initial.then(|| state(4).require_grad());
+        let head: Tensor<1> = tensor(&uniform(5, h, self.decay), [h], &device, wide);
+        let g: Tensor<3> = tensor(&uniform(6, b * t * h, self.decay), [b, t, h], &device, wide).require_grad();
+        let by_token = if self.by_token { g.clone() } else { head.clone().reshape([1, 1, h]).expand([b, t, h]) };
+        let (o, end) = if exact {
+            let first = h0.clone().unwrap_or_else(|| Tensor::zeros([n, h, keys, values], (&device, wide)));
+            self.recurrent(q.clone(), k.clone(), v.clone(), by_token, first)
+        } else {
+            let options = SequenceOptions {
+                initial_state: h0.clone(),
+                cu_seqlens: self.packed.map(|offsets| CuSeqlens::new(offsets.to_vec()).unwrap()),
+                ..Default::default()
+            };
+            let decay = if self.by_token { ScalarDecay::PerToken(by_token) } else { ScalarDecay::PerHead(head) };
+            simple_gla(q.clone(), k.clone(), v.clone(), decay, options).unwrap()
+        };
+        let on_o = (o.clone() * rounded(8, [b, t, h, values])).cast(wide).sum();
+        let on_state = (end.clone() * state(9)).sum();
+        let grads = (on_o + on_state).backward();
+        let of = |x: &Tensor<4>| x.grad(&grads).map(numbers).unwrap_or_default();
+        let dg = if self.by_token { g.grad(&grads).map(numbers).unwrap_or_default() } else { Vec::new() };
+        vec![numbers(o), numbers(end), of(&q), of(&k), of(&v), dg, h0.as_ref().map(of).unwrap_or_default()]
+    }
+
+    fn recurrent(
+        &self,
+        q: Tensor<4>,
+        k: Tensor<4>,
+        v: Tensor<4>,
+        g: Tensor<3>,
+        first: Tensor<4>,
+    ) -> (Tensor<4>, Tensor<4>) {
+        use burn_fla_ops::simple_gla::reference::recurrent;
+        let scale = (self.keys as f64).powf(-0.5);
+        let Some(offsets) = self.packed else { return recurrent(q, k, v, g, scale, first) };
+        let (mut outputs, mut states) = (Vec::new(), Vec::new());
+        for (i, w) in offsets.windows(2).enumerate() {
+            let first = first.clone().narrow(0, i, 1);
+            if w[0] == w[1] {
+                states.push(first);
+                continue;
+            }
+            let cut = |x: &Tensor<4>| x.clone().narrow(1, w[0], w[1] - w[0]);
+            let g = g.clone().narrow(1, w[0], w[1] - w[0]);
+            let (o, end) = recurrent(cut(&q), cut(&k), cut(&v), g, scale, first);
+            outputs.push(o);
+            states.push(end);
+        }
+        (Tensor::cat(outputs, 1), Tensor::cat(states, 0))
+    }
+}
+
+fn check(cases: &[Case]) {
+    let Some(device) = hopper() else { return };
+    bridge::poison_outputs(true);
+    let mut wrong = Vec::new();
+    for case in cases {
+        let (found, exact) = (case.run(&device, false), case.run(&reference_device(), true));
+        let mut line = String::new();
+        for (i, (found, exact)) in found.iter().zip(&exact).enumerate() {
+            if found.is_empty() && exact.iter().all(|x| *x == 0.0) {
+                continue;
+            }
+            let error = ratio(found, exact);
+            line += &format!(" {} {error:.1e}", NAMES[i]);
+            // Where every decay is fast, dg is a difference of numbers of order one that all but cancel: its size counts.
+            let vanishes = i == 5 && case.decay.1 < -1.0;
+            let small = found.iter().zip(exact).all(|(a, b)| (a - b).abs() <= 1e-2);
+            if !(error <= BOUNDS[i] || vanishes && small) {
+                wrong.push(format!("{case:?}: {} is off by {error:.1e}", NAMES[i]));
+            }
+        }
+        println!("{case:?}:{line}");
+    }
+    bridge::poison_outputs(false);
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_length_is_right() {
+    let lengths = [2, 63, 64, 65, 131, 600];
+    check(&lengths.map(|tokens| Case { tokens, ..BASE }));
+}
+
+#[test]
+fn every_size_is_right() {
+    let sizes =
+        [(16, 16), (64, 64), (128, 64), (64, 128), (48, 80), (96, 176), (128, 256), (256, 128), (192, 192), (256, 256)];
+    check(&sizes.map(|(keys, values)| Case { keys, values, batch: 1, tokens: 100, ..BASE }));
+}
+
+#[test]
+fn every_decay_is_right() {
+    check(&[
+        Case { decay: (0.0, 0.0), ..BASE },
+        Case { decay: (-30.0, 0.0), ..BASE },
+        Case { decay: (-30.0, -29.0), ..BASE },
+        Case { by_token: false, ..BASE },
+        Case { by_token: false, initial: false, tokens: 600, ..BASE },
+    ]);
+}
+
+#[test]
+fn packed_sequences_are_right() {
+    let base = Case { batch: 1, tokens: 700, ..BASE };
+    check(&[
+        Case { packed: Some(&[0, 64, 64, 65, 73, 140, 700]), ..base },
+        Case { packed: Some(&[0, 64, 64, 65, 73, 140, 700]), initial: false, keys: 64, values: 48, ..base },
+    ]);
+}
+
+/// One head and a long sequence: it is walked in segments.
+#[test]
+fn segments_are_right() {
+    let base = Case { batch: 1, heads: 1, tokens: 2200, decay: (-0.1, 0.0), ..BASE };
+    check(&[
+        base,
+        Case { keys: 64, values: 128, initial: false, ..base },
+        Case { packed: Some(&[0, 2060, 2060, 2063, 2200]), keys: 32, values: 32, ..base },
+    ]);
+}
+
+#[test]
+fn two_runs_are_equal_bit_for_bit() {
+    let Some(device) = hopper() else { return };
+    let case = Case { heads: 1, batch: 1, tokens: 2200, ..BASE };
+    assert_eq!(case.run(&device, false), case.run(&device, false));
+}
