@@ -50,17 +50,17 @@ mod rows;
 pub mod running_softmax;
 pub mod rwkv6;
 pub mod rwkv7;
-pub mod selective_scan;
 #[cfg(feature = "cuda")]
 mod scalar_walk;
+pub mod selective_scan;
 pub mod short_conv;
 pub mod simple_gla;
 pub mod ssd;
 pub mod swiglu;
-pub mod token_shift;
-pub mod triangular;
 #[cfg(feature = "cuda")]
 pub mod tile;
+pub mod token_shift;
+pub mod triangular;
 
 pub use abc::{AbcOptions, AbcState, abc};
 pub use attention::{AttentionOptions, attention};

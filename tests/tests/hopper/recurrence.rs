@@ -35,7 +35,7 @@ const BASE: Case = Case {
 
 const NAMES: [&str; 7] = ["o", "state", "dq", "dk", "dv", "dg", "dh0"];
 /// Relative RMS errors: bf16 operands round to 2^-9, and each number is a sum of their products.
-const BOUNDS: [f64; 7] = [5e-3, 5e-3, 8e-3, 8e-3, 8e-3, 2e-2, 8e-3];
+const BOUNDS: [f64; 7] = [5e-3, 5e-3, 8e-3, 8e-3, 8e-3, 8e-3, 8e-3];
 
 impl Case {
     fn sequences(&self) -> usize {
@@ -124,9 +124,9 @@ fn check(cases: &[Case]) {
             }
             let error = ratio(found, exact);
             line += &format!(" {} {error:.1e}", NAMES[i]);
-            // Where every decay is fast, dg is a difference of numbers of order one that all but cancel: its size counts.
+            // Where every decay is e^-29 or less, so is dg, as a difference of numbers of order one: its size counts.
             let vanishes = i == 5 && case.decay.1 < -1.0;
-            let small = found.iter().zip(exact).all(|(a, b)| (a - b).abs() <= 1e-2);
+            let small = found.iter().zip(exact).all(|(a, b)| (a - b).abs() <= 1e-5);
             if !(error <= BOUNDS[i] || vanishes && small) {
                 wrong.push(format!("{case:?}: {} is off by {error:.1e}", NAMES[i]));
             }

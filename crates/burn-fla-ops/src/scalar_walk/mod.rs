@@ -11,8 +11,9 @@
 //! Where batch and heads do not fill the GPU, a sequence is cut into segments ([`segments`]).
 //!
 //! The gate's gradient ([`gate`]) needs `q · dq` and `k · dk`, which two of the walks sum up from their f32 outputs, and
-//! the product of the state with its gradient at every 512th token: the walk for dq writes the states there in bf16
-//! (`2 K V / 512` bytes a token and head, for the time of the backward pass), that for dk multiplies them with its own.
+//! for each chunk the product of the state before it with the gradient of that after it: the walk for dq writes the
+//! states in bf16 (`2 K V / 64` bytes a token and head, for the time of the backward pass alone), that for dk multiplies
+//! them with its own.
 
 mod gate;
 mod operator;
@@ -77,7 +78,7 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
         values: dv,
         sequences: sequences.num_sequences(),
         items: table.items,
-        borders: table.borders,
+        chunks: table.chunks,
     };
     let size = table.entries.len();
     let table = Tensor::<1, Int>::from_data(TensorData::new(table.entries, [size]), &device);

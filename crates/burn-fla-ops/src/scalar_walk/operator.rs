@@ -26,7 +26,7 @@ pub(super) struct ScalarWalk {
     pub(super) values: usize,
     pub(super) sequences: usize,
     pub(super) items: usize,
-    pub(super) borders: usize,
+    pub(super) chunks: usize,
 }
 
 /// Multiprocessors of a device.
@@ -181,7 +181,7 @@ impl ScalarWalk {
 
     fn gate_gradient(&self, queries: &Gate<'_>, keys: &Gate<'_>, table: &CubeTensor, like: &CubeTensor) -> CubeTensor {
         let dg = alloc(like, like.meta.shape().dims::<3>(), DType::F32);
-        let warps = self.borders * self.heads;
+        let warps = self.chunks * self.heads;
         let panels = queries.dots.meta.shape().dims::<3>()[0];
         gate::gate_gradient::launch(
             &like.client,
@@ -193,7 +193,7 @@ impl ScalarWalk {
             table.clone().into_buffer_arg(),
             dg.clone().into_buffer_arg(),
             self.heads as u32,
-            self.borders as u32,
+            self.chunks as u32,
             (ITEM_WORDS * self.items + SEQUENCE_WORDS * self.sequences) as u32,
             self.tokens as u32,
             panels as u32,
@@ -245,17 +245,18 @@ impl Operator for ScalarWalk {
 
         let with_gate = wanted[3] && !self.per_head;
         let with_state = wanted.get(4).copied().unwrap_or(false);
-        let gate = |x, states: Option<&CubeTensor>| {
+        // The walk for dk gives two products a token: that with all of dk, and that with what later chunks contribute.
+        let gate = |x, states: Option<&CubeTensor>, products: usize| {
             let plan = self.plan(Roles { borders: Borders::Write, ..QUERIES });
             let words = plan.outer_panels() * plan.panels() * BORDER_WORDS;
-            let dots = alloc(&g, [plan.outer_panels(), self.tokens, self.heads], DType::F32);
+            let dots = alloc(&g, [products * plan.outer_panels(), self.tokens, self.heads], DType::F32);
             let states = states.cloned();
-            let states = states.unwrap_or_else(|| alloc(&v, [self.borders, self.heads, 2 * words], DType::BF16));
-            let ends = alloc(&g, [self.borders, self.heads, 4 * plan.outer_panels()], DType::F32);
+            let states = states.unwrap_or_else(|| alloc(&v, [self.chunks, self.heads, 2 * words], DType::BF16));
+            let ends = alloc(&g, [self.chunks, self.heads, 4 * plan.outer_panels()], DType::F32);
             Gate { x, dots, states, ends }
         };
-        let of_queries = with_gate.then(|| gate(&q, None));
-        let of_keys = of_queries.as_ref().map(|first| gate(&k, Some(&first.states)));
+        let of_queries = with_gate.then(|| gate(&q, None, 1));
+        let of_keys = of_queries.as_ref().map(|first| gate(&k, Some(&first.states), 2));
         let borders = |borders| if with_gate { borders } else { Borders::None };
         // `scale` is on the output of a walk: the states of those against time are gradients divided by it.
         let (to, from) = (self.scale.recip(), self.scale);

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::plan::{BORDER, BORDER_WORDS, CHUNK, PANEL, VALUES, WalkPlan};
+use super::plan::{BORDER_WORDS, CHUNK, PANEL, VALUES, WalkPlan};
 use super::table::{FIRST, ITEM_WORDS, LAST};
 use crate::tile::hopper::{
     bf16_high, bf16_low, column_of, exp2, load_3d, load_transposed, load_u32, pack, pack_pair, read, store_u32,
@@ -332,20 +332,12 @@ pub(super) fn store_state(
     }
 }
 
-/// Whether a border of the gate's gradient follows this chunk, and which.
 #[cube]
-fn border_after(place: &Place, chunk: u32) -> (bool, u32) {
-    let is = chunk % comptime!(BORDER as u32) == comptime!(BORDER as u32 - 1) || chunk == place.chunks - 1u32;
-    (is, place.border + chunk / comptime!(BORDER as u32))
+fn border_at(place: &Place, chunk: u32, panel: u32, heads: u32, #[comptime] plan: WalkPlan) -> u32 {
+    ((place.border + chunk) * heads + place.head) * comptime!(plan.outer_panels() as u32) + panel
 }
 
-#[cube]
-fn border_at(border: u32, place: &Place, panel: u32, heads: u32, #[comptime] plan: WalkPlan) -> usize {
-    let block = (border * heads + place.head) * comptime!(plan.outer_panels() as u32) + panel;
-    block as usize * comptime!(plan.panels() * BORDER_WORDS)
-}
-
-/// Keeps the state after a chunk, where a border follows it.
+/// Keeps the state before a chunk.
 #[cube]
 pub(super) fn write_border(
     borders: &mut [u32],
@@ -356,19 +348,17 @@ pub(super) fn write_border(
     unit: u32,
     #[comptime] plan: WalkPlan,
 ) {
-    let (is, border) = border_after(place, chunk);
-    if is {
-        let state = comptime!(plan.state());
-        let at = border_at(border, place, panel, heads, plan) + unit as usize;
-        #[unroll]
-        for n in 0..comptime!(16 * plan.panels()) {
-            borders[at + n * 128] = pack_pair(state, comptime!(2 * n));
-        }
+    let state = comptime!(plan.state());
+    let block = border_at(place, chunk, panel, heads, plan) as usize;
+    let at = block * comptime!(plan.panels() * BORDER_WORDS) + unit as usize;
+    #[unroll]
+    for n in 0..comptime!(16 * plan.panels()) {
+        borders[at + n * 128] = pack_pair(state, comptime!(2 * n));
     }
 }
 
-/// The product of the state after a chunk with its gradient, which is in the registers, where a border is between them:
-/// one sum a warp.
+/// The product of the state before a chunk with the gradient of that after it, which is in the registers, times the
+/// chunk's decay: one sum a warp.
 #[cube]
 pub(super) fn multiply_border(
     borders: &mut [u32],
@@ -381,21 +371,18 @@ pub(super) fn multiply_border(
     factor: f32,
     #[comptime] plan: WalkPlan,
 ) {
-    let (is, border) = border_after(place, chunk);
-    if is {
-        let state = comptime!(plan.state());
-        let at = border_at(border, place, panel, heads, plan) + unit as usize;
-        let mut sum = f32::new(0.0);
-        #[unroll]
-        for n in 0..comptime!(16 * plan.panels()) {
-            let word = borders[at + n * 128];
-            sum += bf16_low(word) * read(state, comptime!(2 * n));
-            sum += bf16_high(word) * read(state, comptime!(2 * n + 1));
-        }
-        let sum = plane_sum(sum) * factor;
-        if unit % 32u32 == 0u32 {
-            let block = (border * heads + place.head) * comptime!(plan.outer_panels() as u32) + panel;
-            ends[(block * 4u32 + unit / 32u32) as usize] = sum;
-        }
+    let state = comptime!(plan.state());
+    let block = border_at(place, chunk, panel, heads, plan);
+    let at = block as usize * comptime!(plan.panels() * BORDER_WORDS) + unit as usize;
+    let mut sum = f32::new(0.0);
+    #[unroll]
+    for n in 0..comptime!(16 * plan.panels()) {
+        let word = borders[at + n * 128];
+        sum += bf16_low(word) * read(state, comptime!(2 * n));
+        sum += bf16_high(word) * read(state, comptime!(2 * n + 1));
+    }
+    let sum = plane_sum(sum) * factor;
+    if unit % 32u32 == 0u32 {
+        ends[(block * 4u32 + unit / 32u32) as usize] = sum;
     }
 }

@@ -8,9 +8,7 @@ pub(super) const CHUNK: usize = 64;
 pub(super) const PANEL: usize = 64 * 128;
 /// Shared memory a cube may use, less what barriers and decays take.
 const SHARED: usize = 232_448 - 4_096;
-/// Chunks between two borders at which the sum of the gate's gradient is restarted.
-pub(super) const BORDER: usize = 8;
-/// Words of registers that a border keeps for each panel of 64 state columns, a warpgroup: two bf16 a word.
+/// Words of registers that the state before a chunk keeps for each panel of 64 state columns, a warpgroup: two bf16 a word.
 pub(super) const BORDER_WORDS: usize = 16 * 128;
 
 /// The scores of a chunk.
@@ -22,13 +20,13 @@ pub(super) const DECAYED: Frag = Frag::new("p", 64);
 /// Transposed, decayed values as a left operand.
 pub(super) const VALUES: Frag = Frag::new("u", 64);
 
-/// What a walk does at the borders of the gate's gradient.
+/// What a walk does with the state before each chunk, for the gate's gradient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Borders {
     None,
-    /// Writes the state after each.
+    /// Writes it.
     Write,
-    /// Multiplies what was written with its own state, the gradient of that one.
+    /// Multiplies what was written with its own state, the gradient of that after the chunk.
     Multiply,
 }
 

@@ -1,32 +1,31 @@
 //! Where each segment lies, as the kernels read it.
 
-use super::plan::{BORDER, CHUNK};
+use super::plan::CHUNK;
 use crate::CuSeqlens;
 
-/// Words of a segment: first token, length, sequence, flags, first border.
+/// Words of a segment: first token, length, sequence, flags, first chunk.
 pub(super) const ITEM_WORDS: usize = 5;
 /// Words of a sequence: first segment, number of segments.
 pub(super) const SEQUENCE_WORDS: usize = 2;
-/// Words of a border's stretch: first token, length.
-pub(super) const BORDER_TABLE_WORDS: usize = 2;
+/// Words of a chunk: first token, length.
+pub(super) const CHUNK_WORDS: usize = 2;
 /// The segment is its sequence's first.
 pub(super) const FIRST: u32 = 1;
 /// The segment is its sequence's last.
 pub(super) const LAST: u32 = 2;
 
-/// Segments, then sequences, then borders.
+/// Segments, then sequences, then chunks.
 pub(super) struct Table {
     pub(super) entries: Vec<i32>,
     pub(super) items: usize,
-    pub(super) borders: usize,
+    pub(super) chunks: usize,
 }
 
-/// Cuts every sequence into segments of at most `segment` tokens, a multiple of the tokens between borders. A sequence
-/// without tokens has one empty segment, which hands its state on.
+/// Cuts every sequence into segments of about `segment` tokens, in whole chunks. A sequence without tokens has one empty
+/// segment, which hands its state on.
 pub(super) fn build(sequences: &CuSeqlens, segment: usize) -> Table {
-    let stretch = BORDER * CHUNK;
-    let segment = segment.next_multiple_of(stretch);
-    let (mut items, mut per_sequence, mut borders) = (Vec::new(), Vec::new(), Vec::new());
+    let segment = segment.next_multiple_of(CHUNK);
+    let (mut items, mut per_sequence, mut chunks) = (Vec::new(), Vec::new(), Vec::new());
     for (i, window) in sequences.offsets().windows(2).enumerate() {
         let length = window[1] - window[0];
         let count = length.div_ceil(segment).max(1);
@@ -35,17 +34,17 @@ pub(super) fn build(sequences: &CuSeqlens, segment: usize) -> Table {
             let start = window[0] + n * segment;
             let end = window[1].min(start + segment);
             let flags = if n == 0 { FIRST } else { 0 } | if n + 1 == count { LAST } else { 0 };
-            let border = borders.len() / BORDER_TABLE_WORDS;
-            items.extend([start as i32, (end - start) as i32, i as i32, flags as i32, border as i32]);
-            for at in (start..end).step_by(stretch) {
-                borders.extend([at as i32, stretch.min(end - at) as i32]);
+            let chunk = chunks.len() / CHUNK_WORDS;
+            items.extend([start as i32, (end - start) as i32, i as i32, flags as i32, chunk as i32]);
+            for at in (start..end).step_by(CHUNK) {
+                chunks.extend([at as i32, CHUNK.min(end - at) as i32]);
             }
         }
     }
-    let (count, border_count) = (items.len() / ITEM_WORDS, borders.len() / BORDER_TABLE_WORDS);
+    let (count, chunk_count) = (items.len() / ITEM_WORDS, chunks.len() / CHUNK_WORDS);
     items.extend(per_sequence);
-    items.extend(borders);
-    Table { entries: items, items: count, borders: border_count }
+    items.extend(chunks);
+    Table { entries: items, items: count, chunks: chunk_count }
 }
 
 /// Tokens a segment: whole sequences where they fill the processors, otherwise as many segments as bring the last round
@@ -73,15 +72,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn segments_and_borders_cover_each_sequence() {
+    fn segments_and_chunks_cover_each_sequence() {
         let packed = CuSeqlens::new(vec![0, 5, 5, 1605]).unwrap();
         let table = build(&packed, 1024);
-        assert_eq!((table.items, table.borders), (4, 5));
+        assert_eq!((table.items, table.chunks), (4, 26));
         let item = |i: usize| &table.entries[i * ITEM_WORDS..(i + 1) * ITEM_WORDS];
         assert_eq!(item(0), [0, 5, 0, 3, 0]);
         assert_eq!(item(1), [5, 0, 1, 3, 1]);
         assert_eq!(item(2), [5, 1024, 2, 1, 1]);
-        assert_eq!(item(3), [1029, 576, 2, 2, 3]);
+        assert_eq!(item(3), [1029, 576, 2, 2, 17]);
     }
 
     #[test]

@@ -173,9 +173,6 @@ pub(super) fn walk(
             for i in 0..p.chunks {
                 let chunk = chunk_at(i, p.chunks, plan);
                 let count = u32::min(p.length - chunk * comptime!(CHUNK as u32), comptime!(CHUNK as u32));
-                if comptime!(plan.roles.borders == Borders::Multiply) {
-                    multiply_border(borders, ends, &p, chunk, panel, heads, unit, last_factor, plan);
-                }
                 ring.wait_full(step);
                 let stage = ring.stage(step);
                 let q0 = tiles_q + stage * wide;
@@ -195,6 +192,7 @@ pub(super) fn walk(
                 }
                 fence_shared();
                 sync_warpgroup(id, 128u32);
+                let g0 = (stage * comptime!(CHUNK as u32)) as usize;
                 if comptime!(!plan.shares_registers()) {
                     fence();
                     #[unroll]
@@ -203,12 +201,20 @@ pub(super) fn walk(
                         mma_shared(out, k_major(q0, CHUNK, n), k_major(s0, 64usize, n), keep, false, false);
                     }
                     commit();
+                }
+                if comptime!(plan.roles.borders == Borders::Write) {
+                    write_border(borders, &p, chunk, panel, heads, unit, plan);
+                }
+                if comptime!(plan.roles.borders == Borders::Multiply) {
+                    let decay = exp2(shared_g[g0 + 63]) * last_factor;
+                    multiply_border(borders, ends, &p, chunk, panel, heads, unit, decay, plan);
+                }
+                if comptime!(!plan.shares_registers()) {
                     wait(1u32);
                 } else {
                     wait(0u32);
                 }
                 // Decayed scores, as the left operand of their product with the values.
-                let g0 = (stage * comptime!(CHUNK as u32)) as usize;
                 let g_low = shared_g[g0 + row as usize];
                 let g_high = shared_g[g0 + row as usize + 8];
                 let g_last = shared_g[g0 + 63];
@@ -256,6 +262,15 @@ pub(super) fn walk(
                 for n in 0..32usize {
                     scale(out, n, if comptime!(n / 2 % 2 == 0) { e_low } else { e_high });
                 }
+                let token = p.start + chunk * comptime!(CHUNK as u32);
+                if comptime!(plan.dots()) {
+                    ring_x.wait_full(step);
+                }
+                if comptime!(plan.roles.borders == Borders::Multiply) {
+                    // What the state alone contributes.
+                    let later = comptime!(plan.outer_panels() as u32) + panel;
+                    row_products(x0, dots, later * tokens + token, p.head, heads, row, lane, count, plan);
+                }
                 fence();
                 #[unroll]
                 for n in 0..4usize {
@@ -268,9 +283,7 @@ pub(super) fn walk(
                 }
                 commit();
                 wait(1u32);
-                let token = p.start + chunk * comptime!(CHUNK as u32);
                 if comptime!(plan.dots()) {
-                    ring_x.wait_full(step);
                     row_products(x0, dots, panel * tokens + token, p.head, heads, row, lane, count, plan);
                 }
                 if count == comptime!(CHUNK as u32) {
@@ -293,9 +306,6 @@ pub(super) fn walk(
                 wait(0u32);
                 if elected {
                     ring.release(step);
-                }
-                if comptime!(plan.roles.borders == Borders::Write) {
-                    write_border(borders, &p, chunk, panel, heads, unit, plan);
                 }
                 step += 1u32;
             }

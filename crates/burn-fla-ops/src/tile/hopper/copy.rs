@@ -32,7 +32,7 @@ pub fn panel_map<const D: usize>(
 pub fn load_2d(to: u32, map: u64, x: u32, y: u32, barrier: u32) {
     gpu_asm!(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [{d}], [{m}, {{{x}, {y}}}], [{b}];",
-        d = in(_) to, m = in(_) map, x = in(_) x, y = in(_) y, b = in(_) barrier
+        d = in(_) to + 0u32, m = in(_) map + 0u64, x = in(_) x + 0u32, y = in(_) y + 0u32, b = in(_) barrier + 0u32
     );
 }
 
@@ -41,7 +41,7 @@ pub fn load_2d(to: u32, map: u64, x: u32, y: u32, barrier: u32) {
 pub fn load_3d(to: u32, map: u64, x: u32, y: u32, z: u32, barrier: u32) {
     gpu_asm!(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [{d}], [{m}, {{{x}, {y}, {z}}}], [{b}];",
-        d = in(_) to, m = in(_) map, x = in(_) x, y = in(_) y, z = in(_) z, b = in(_) barrier
+        d = in(_) to + 0u32, m = in(_) map + 0u64, x = in(_) x + 0u32, y = in(_) y + 0u32, z = in(_) z + 0u32, b = in(_) barrier + 0u32
     );
 }
 
@@ -51,7 +51,7 @@ pub fn load_3d(to: u32, map: u64, x: u32, y: u32, z: u32, barrier: u32) {
 pub fn store_3d(from: u32, map: u64, x: u32, y: u32, z: u32) {
     gpu_asm!(
         "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [{m}, {{{x}, {y}, {z}}}], [{s}];",
-        m = in(_) map, x = in(_) x, y = in(_) y, z = in(_) z, s = in(_) from
+        m = in(_) map + 0u64, x = in(_) x + 0u32, y = in(_) y + 0u32, z = in(_) z + 0u32, s = in(_) from + 0u32
     );
 }
 

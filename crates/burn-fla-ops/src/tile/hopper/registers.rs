@@ -98,14 +98,14 @@ pub fn read(#[comptime] acc: Acc, #[comptime] i: usize) -> f32 {
     let name = comptime!(acc.name);
     let out: f32;
     gpu_asm!("mov.f32 {d}, {name}{i};", d = out(_) out, options(nomem));
-    out
+    out * 1.0f32
 }
 
 /// Sets register `i`.
 #[cube]
 pub fn write(#[comptime] acc: Acc, #[comptime] i: usize, value: f32) {
     let name = comptime!(acc.name);
-    gpu_asm!("mov.f32 {name}{i}, {v};", v = in(_) value + 0.0f32, options(nomem));
+    gpu_asm!("mov.f32 {name}{i}, {v};", v = in(_) value * 1.0f32, options(nomem));
 }
 
 /// Sets all registers to zero.
@@ -122,14 +122,14 @@ pub fn zero(#[comptime] acc: Acc) {
 #[cube]
 pub fn scale(#[comptime] acc: Acc, #[comptime] i: usize, factor: f32) {
     let name = comptime!(acc.name);
-    gpu_asm!("mul.f32 {name}{i}, {name}{i}, {f};", f = in(_) factor, options(nomem));
+    gpu_asm!("mul.f32 {name}{i}, {name}{i}, {f};", f = in(_) factor * 1.0f32, options(nomem));
 }
 
 /// Rounds two numbers to bf16 and puts them into register `i` of a fragment, `low` at the lower column.
 #[cube]
 pub fn pack(#[comptime] frag: Frag, #[comptime] i: usize, low: f32, high: f32) {
     let name = comptime!(frag.name);
-    gpu_asm!("cvt.rn.bf16x2.f32 {name}{i}, {hi}, {lo};", hi = in(_) high, lo = in(_) low, options(nomem));
+    gpu_asm!("cvt.rn.bf16x2.f32 {name}{i}, {hi}, {lo};", hi = in(_) high * 1.0f32, lo = in(_) low * 1.0f32, options(nomem));
 }
 
 /// Registers `i` and `i + 1` of an accumulator rounded to bf16, the first in the low half.
@@ -139,5 +139,5 @@ pub fn pack_pair(#[comptime] acc: Acc, #[comptime] i: usize) -> u32 {
     let next = comptime!(i + 1);
     let out: u32;
     gpu_asm!("cvt.rn.bf16x2.f32 {d}, {name}{next}, {name}{i};", d = out(_) out, options(nomem));
-    out
+    out + 0u32
 }

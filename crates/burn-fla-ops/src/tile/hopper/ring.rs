@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 /// Prepares the barrier at `barrier` for `count` arrivals a phase.
 #[cube]
 pub fn barrier_init(barrier: u32, #[comptime] count: u32) {
-    gpu_asm!("mbarrier.init.shared::cta.b64 [{b}], {count};", b = in(_) barrier);
+    gpu_asm!("mbarrier.init.shared::cta.b64 [{b}], {count};", b = in(_) barrier + 0u32);
 }
 
 /// Makes initialised barriers visible to copies; a cube-wide synchronisation must follow.
@@ -17,13 +17,13 @@ pub fn barrier_fence() {
 /// Arrives, and lets the phase wait for `bytes` that copies will bring.
 #[cube]
 pub fn barrier_expect(barrier: u32, bytes: u32) {
-    gpu_asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{b}], {n};", b = in(_) barrier, n = in(_) bytes);
+    gpu_asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{b}], {n};", b = in(_) barrier + 0u32, n = in(_) bytes + 0u32);
 }
 
 /// Arrives.
 #[cube]
 pub fn barrier_arrive(barrier: u32) {
-    gpu_asm!("mbarrier.arrive.shared::cta.b64 _, [{b}];", b = in(_) barrier);
+    gpu_asm!("mbarrier.arrive.shared::cta.b64 _, [{b}];", b = in(_) barrier + 0u32);
 }
 
 /// Waits until the phase of this parity is over. The phase before the first one counts as parity 1.
@@ -31,7 +31,7 @@ pub fn barrier_arrive(barrier: u32) {
 pub fn barrier_wait(barrier: u32, parity: u32) {
     gpu_asm!(
         "{{ .reg .pred p; W: mbarrier.try_wait.parity.shared::cta.b64 p, [{b}], {ph}; @p bra D; bra W; D: }}",
-        b = in(_) barrier, ph = in(_) parity
+        b = in(_) barrier + 0u32, ph = in(_) parity + 0u32
     );
 }
 

@@ -17,5 +17,5 @@ pub fn take_registers(#[comptime] count: u32) {
 /// Synchronises `units` units over the named barrier `id` (1 to 15; 0 is the cube's own).
 #[cube]
 pub fn sync_warpgroup(id: u32, #[comptime] units: u32) {
-    gpu_asm!("bar.sync {id}, {units};", id = in(_) id);
+    gpu_asm!("bar.sync {id}, {units};", id = in(_) id + 0u32);
 }

@@ -58,7 +58,7 @@ pub fn mma_shared(#[comptime] acc: Acc, a: u64, b: u64, keep: u32, #[comptime] a
     let tb = comptime!(b_rows as u32);
     gpu_asm!(
         "{{ .reg .pred p; setp.ne.b32 p, {s}, 0; wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{list}}}, {a}, {b}, p, 1, 1, {ta}, {tb}; }}",
-        a = in(_) a, b = in(_) b, s = in(_) keep
+        a = in(_) a + 0u64, b = in(_) b + 0u64, s = in(_) keep + 0u32
     );
 }
 
@@ -78,6 +78,6 @@ pub fn mma_registers(
     let tb = comptime!(b_rows as u32);
     gpu_asm!(
         "{{ .reg .pred p; setp.ne.b32 p, {s}, 0; wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{list}}}, {{{left}}}, {b}, p, 1, 1, {tb}; }}",
-        b = in(_) b, s = in(_) keep
+        b = in(_) b + 0u64, s = in(_) keep + 0u32
     );
 }
