@@ -3,6 +3,10 @@
 //! Tiles of 128 × 256 or 128 × 128 are multiplied by `wgmma` from a ring of stages that tensor memory copies fill. Where
 //! there are few tiles, the contraction is split and the parts are added in their order, so that a run repeats to the
 //! last bit. Nothing is tuned at run time: [`plan`] counts clocks.
+//!
+//! Measured on an H100 (`benches/results/60-hopper-linear.json`): 0.99 of cuBLAS's speed in geometric mean over 72
+//! products, the least 0.85 (65,536 × 1024 × 1024) and 0.87 (weight gradients of 2816 × 1024 over 8192 tokens, which are
+//! split in three). Not tried yet: clusters with multicast, and adding split parts through distributed shared memory.
 
 mod kernel;
 mod plan;
