@@ -49,4 +49,5 @@ fi
 
 cargo test --release --workspace
 echo "Once more what touches kernels, with Burn's fusion off:"
-BURN_FUSION_MAX_EXPLORATIONS=0 cargo test --release --workspace --test ops --test support --test nn
+BURN_FUSION_MAX_EXPLORATIONS=0 cargo test --release --workspace --test ops --test support
+BURN_FUSION_MAX_EXPLORATIONS=0 cargo test --release --workspace --test nn -- with_kernels kernels_give

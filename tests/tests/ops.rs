@@ -394,6 +394,35 @@ fn wrong_arguments_are_named() {
 }
 
 /// f32 products are f32 products: on CUDA too, where tensor cores would round the operands to TF32 (1e-3).
+/// Operands as the references of recurrences have them: narrowed, expanded over the leading dimensions, transposed.
+#[test]
+fn products_take_every_view() {
+    let mut devices = kernel_devices();
+    devices.push(("flex", reference_device()));
+    let (b, n, m, k) = (3, 4, 33, 20);
+    let numbers_of = |seed, count| uniform(seed, count, (-1.0, 1.0));
+    let (x, y, w) = (numbers_of(1, b * n * m * k), numbers_of(2, m * k), numbers_of(3, b * m * m));
+    for (name, device) in devices {
+        let run = |device: &Device, dtype| {
+            let device = device.clone().autodiff();
+            let whole: Tensor<4> = tensor(&x, [b, n, m, k], &device, dtype).require_grad();
+            let one: Tensor<4> = tensor(&y, [1, 1, m, k], &device, dtype).require_grad();
+            let narrowed = whole.clone().narrow(1, 2, 1);
+            let expanded = one.clone().expand([b, 1, m, k]);
+            // A narrowed and an expanded operand, each on both sides.
+            let left = matmul(narrowed.clone(), expanded.clone().swap_dims(2, 3)).unwrap();
+            let right = matmul(expanded, narrowed.swap_dims(2, 3)).unwrap();
+            let z = left + right;
+            let grads = (z.clone() * tensor(&w, [b, 1, m, m], &device, dtype)).sum().backward();
+            [numbers(z), numbers(whole.grad(&grads).unwrap()), numbers(one.grad(&grads).unwrap())]
+        };
+        let (found, exact) = (run(&device, DType::F32), run(&reference_device(), DType::F64));
+        for (what, (found, exact)) in ["product", "narrowed", "expanded"].iter().zip(found.iter().zip(&exact)) {
+            assert_close(&format!("{name}, {what}"), found, exact, 2e-6);
+        }
+    }
+}
+
 #[test]
 fn products_keep_f32() {
     let mut devices = kernel_devices();

@@ -118,11 +118,8 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
             ),
         ),
         (
-            "delta_net, silu without convolutions, doubled ones",
-            config(
-                "delta_net",
-                r#", "num_heads": 2, "use_short_conv": false, "allow_neg_eigval": true, "use_beta": false"#,
-            ),
+            "delta_net, silu without convolutions, ones",
+            config("delta_net", r#", "num_heads": 2, "use_short_conv": false, "use_beta": false"#),
         ),
         (
             "gated_deltanet, grouped, doubled, sigmoid gate",

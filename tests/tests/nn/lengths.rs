@@ -8,7 +8,7 @@ use burn_fla_nn::{CausalLm, Compute, State};
 use burn_fla_ops::CuSeqlens;
 use burn_fla_tests::{assert_close, numbers, reference_device, tensor, uniform};
 
-use crate::common::{VOCABULARY, ids, model, parameter_gradients};
+use crate::common::{VOCABULARY, configs, ids, model, parameter_gradients};
 
 const F32: Compute = Compute::f32();
 
@@ -40,6 +40,18 @@ fn pieces_and_single_tokens_give_what_the_whole_gives() {
             let found = numbers(in_pieces(&model, &ids, &pieces));
             assert_close(&format!("{name}, {tokens} tokens"), &found, &numbers(whole), 1e-5);
         }
+    }
+}
+
+/// Every way a layer can be put together, past the chunks of its operators.
+#[test]
+fn single_tokens_give_what_the_whole_gives_in_every_variant() {
+    let device = reference_device();
+    for (name, config) in configs() {
+        let model = model(&config, &device);
+        let ids = ids(1, 70, &device);
+        let whole = model.forward(ids.clone(), None, F32).expect(name).narrow(1, 69, 1);
+        assert_close(name, &numbers(in_pieces(&model, &ids, &[1; 70])), &numbers(whole), 1e-5);
     }
 }
 

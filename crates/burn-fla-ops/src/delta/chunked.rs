@@ -37,14 +37,14 @@ pub(super) fn run(operands: Operands, scale: f64, chunk: usize) -> (Tensor<4>, T
     let p = p.unwrap_or_else(|| k.clone());
 
     let (reads, scores) = scores(&q, &k, &p, sums.as_ref());
-    let inverse = triangular::unchecked(reads * beta.clone());
     let decayed = |x: Tensor<4>, exponent: Option<Tensor<4>>| match exponent {
         Some(exponent) => x * exponent.exp(),
         None => x,
     };
     let read = decayed(p, sums.as_ref().map(|s| s.read.clone()));
-    let u = product(inverse.clone(), v * beta.clone());
-    let w = product(inverse, read * beta);
+    // One substitution for both right-hand sides.
+    let both = triangular::solve(reads * beta.clone(), Tensor::cat(vec![v * beta.clone(), read * beta], 3));
+    let (u, w) = (both.clone().narrow(3, 0, dv), both.narrow(3, dv, dk));
     let written = decayed(k, sums.as_ref().map(|s| s.last.clone() - s.write.clone())).swap_dims(2, 3);
     let forget = sums.as_ref().map(|s| s.last.clone().exp().swap_dims(2, 3));
 
