@@ -4,6 +4,8 @@
 //! cargo run --release --example learner             # on the sources of this crate
 //! cargo run --release --example learner -- my.txt   # on your own text
 //! ```
+//!
+//! Progress is shown by burn-train: as lines here, as a dashboard with Burn's feature `tui`.
 
 use std::error::Error;
 
