@@ -30,33 +30,7 @@ fn transposed(mut x: CubeTensor) -> CubeTensor {
     x
 }
 
-/// Whether the elements lie in the order of the shape, or in that of the shape with its last two dimensions swapped. Views
-/// of other kinds (narrowed, expanded) are copied: the kernels were written for these two.
-fn is_plain(x: &CubeTensor) -> bool {
-    let (shape, strides) = (x.meta.shape().to_vec(), x.meta.strides().to_vec());
-    let rank = shape.len();
-    let contiguous = |order: &[usize]| {
-        let mut expected = 1;
-        order.iter().rev().all(|dim| {
-            let fits = shape[*dim] == 1 || strides[*dim] == expected;
-            expected *= shape[*dim];
-            fits
-        })
-    };
-    let mut order: Vec<usize> = (0..rank).collect();
-    if contiguous(&order) {
-        return true;
-    }
-    order.swap(rank - 2, rank - 1);
-    contiguous(&order)
-}
-
-fn plain(x: CubeTensor) -> CubeTensor {
-    if is_plain(&x) { x } else { contiguous(x) }
-}
-
 fn launch(a: CubeTensor, b: CubeTensor) -> CubeTensor {
-    let (a, b) = (plain(a), plain(b));
     let shape = output_shape(a.meta.shape(), b.meta.shape());
     let out =
         burn_cubecl::ops::numeric::empty_device_contiguous_dtype(a.client.clone(), a.device.clone(), shape, DType::F32);
