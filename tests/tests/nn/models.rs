@@ -354,7 +354,7 @@ fn a_replica_trains_like_its_original() {
 
 /// `cargo test --release -p burn-fla-tests --test nn -- --ignored --nocapture step_time`
 #[test]
-#[ignore = "a measurement"]
+#[ignore = "a measurement of time, to be read by a person: it asserts nothing"]
 fn step_time() {
     use std::time::Instant;
     let device = reference_device().autodiff();
