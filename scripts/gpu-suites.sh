@@ -1,17 +1,35 @@
 #!/usr/bin/env bash
-# Runs suites that were built elsewhere with `--features cuda` on a machine with a GPU and no Rust.
+# Runs suites that were built elsewhere with `--features cuda` on a machine with a GPU and no Rust: every test in a
+# process of its own, side by side (most of a test's time is the compilation of its kernels), then the failures and a
+# line a suite.
 # usage: gpu-suites.sh FOLDER [SUITE…]   FOLDER holds ops.xz, support.xz, nn.xz: stripped test binaries, compressed.
+# FILTER, if set, is a pattern of test names that are left out.
 set -uo pipefail
-folder=$1
+folder=$(realpath "$1")
 shift
 [ $# -gt 0 ] || set -- ops support nn
 export CUDA_PATH=${CUDA_PATH:-/usr/local/cuda}
+logs=$(mktemp -d)
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-failed=0
+one() {
+    local suite=$1 test=$2 log=$3/$1-${2//:/_}
+    (cd tests && timeout 400 "$folder/$suite" --exact "$test" --test-threads=1 >"$log.txt" 2>&1)
+    local code=$?
+    [ $code -eq 0 ] || { echo "$suite $test ($code)" >>"$3/failed"; }
+}
+export -f one
+export folder
 for suite in "$@"; do
-    xz -dkf "$folder/$suite.xz" && chmod +x "$folder/$suite"
-    echo "== $suite"
-    # One thread a GPU: kernels of several threads would wait for each other.
-    (cd tests && timeout 500 "../$folder/$suite" --test-threads=1 2>&1 | grep -vE '^ +[0-9]+: |^stack backtrace|^note:') || failed=1
+    [ -x "$folder/$suite" ] || { xz -dkf "$folder/$suite.xz" && chmod +x "$folder/$suite"; }
+    (cd tests && "$folder/$suite" --list 2>/dev/null) | sed -n 's/: test$//p' | grep -vE "${FILTER:-^$}" | sed "s/^/$suite /" >>"$logs/all"
 done
-exit $failed
+touch "$logs/failed"
+xargs -P 12 -L 1 bash -c 'one "$1" "$2" "$0"' "$logs" <"$logs/all"
+while read -r suite test code; do
+    echo "== $suite $test $code"
+    grep -vE '^ +[0-9]+: |^ +at |^stack backtrace|^note:|^running|^$' "$logs/$suite-${test//:/_}.txt" | cut -c1-400 | head -n 25
+done <"$logs/failed"
+for suite in "$@"; do
+    echo "$suite: $(grep -c "^$suite " "$logs/all") tests, $(grep -c "^$suite " "$logs/failed") failed"
+done
+[ ! -s "$logs/failed" ]

@@ -16,8 +16,8 @@ wait
 for case in tests/fixtures/golden/*/; do
     name=$(basename "$case")
     report=/tmp/verify_${dtype}_$name.txt
-    logits=$(awk '$1 == "logits" || $1 == "y" { print $2; exit }' "$report")
+    logits=$(awk '($1 == "logits" || $1 == "y") && $2 + 0 > 0 { print $2; exit }' "$report")
     worst=$(grep '^grad\.' "$report" | awk '{ if ($2 + 0 > worst) { worst = $2 + 0; name = $1 } } END { printf "%.1e %s", worst, name }')
-    echo "$name | logits $logits | worst gradient $worst | $(tail -n 1 "$report" | cut -c1-150)"
+    echo "$name | logits $logits | worst gradient $worst | $(grep -E '^(passed|failed|error)' "$report" | tail -n 1 | cut -c1-150)"
 done | tee "$out/verify_$dtype.txt"
 cat /tmp/verify_"$dtype"_*.txt >"$out/reports_$dtype.txt"
