@@ -32,6 +32,8 @@ pub mod gated_rms_norm;
 pub mod gla;
 pub mod gsa;
 pub mod hgrn;
+#[cfg(feature = "cuda")]
+mod hopper_walk;
 pub mod kda;
 pub mod l2_norm;
 pub mod linear_attn;
@@ -50,8 +52,6 @@ mod rows;
 pub mod running_softmax;
 pub mod rwkv6;
 pub mod rwkv7;
-#[cfg(feature = "cuda")]
-mod scalar_walk;
 pub mod selective_scan;
 pub mod short_conv;
 pub mod simple_gla;

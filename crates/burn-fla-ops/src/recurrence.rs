@@ -34,7 +34,7 @@ impl Implementation {
         let kernels = has_kernels(&device, problem.engine) && problem.q.dtype() != DType::F64 && tokens > 0;
         match kernels {
             #[cfg(feature = "cuda")]
-            true if crate::scalar_walk::takes(problem) => Self::Hopper,
+            true if crate::hopper_walk::takes(problem) => Self::Hopper,
             #[cfg(feature = "cube")]
             true => Self::Portable,
             _ => Self::Reference,
@@ -130,7 +130,7 @@ impl Problem {
             #[cfg(feature = "cube")]
             Implementation::Portable => crate::linear_walk::run(self),
             #[cfg(feature = "cuda")]
-            Implementation::Hopper => crate::scalar_walk::run(self),
+            Implementation::Hopper => crate::hopper_walk::run(self),
         })
     }
 

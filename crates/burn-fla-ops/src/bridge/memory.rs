@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use burn::backend::ops::FloatTensorOps;
+use burn::backend::ops::{FloatTensorOps, IntTensorOps};
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
@@ -22,8 +22,12 @@ pub fn poison_outputs(on: bool) {
 pub fn alloc<const D: usize>(like: &CubeTensor, shape: [usize; D], dtype: DType) -> CubeTensor {
     let shape = Shape::from(shape);
     if POISON.load(Ordering::Relaxed) {
-        let value = f32::NAN.into();
-        return into_contiguous(CubeBackend::float_full(shape, value, &like.device, float(dtype)));
+        // A number of integers would be an index or a count: one that cannot be right.
+        let filled = match dtype.is_float() {
+            true => CubeBackend::float_full(shape, f32::NAN.into(), &like.device, float(dtype)),
+            false => CubeBackend::int_full(shape, i32::MAX.into(), &like.device, dtype.into()),
+        };
+        return into_contiguous(filled);
     }
     empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape, dtype)
 }

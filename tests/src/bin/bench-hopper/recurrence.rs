@@ -1,9 +1,9 @@
-//! simple_gla, forward and backward, in value against the recurrence in f64 over the same bf16 inputs.
+//! simple_gla and gla, forward and backward, in value against the recurrence in f64 over the same bf16 inputs.
 
 use burn::backend::DispatchTensor;
 use burn::tensor::{DType, Device, Distribution, Shape, Tensor};
 use burn_fla_ops::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply};
-use burn_fla_ops::{ScalarDecay, SequenceOptions, simple_gla};
+use burn_fla_ops::{ScalarDecay, SequenceOptions, gla, simple_gla};
 use burn_fla_tests::{numbers, ratio};
 
 use super::median;
@@ -40,33 +40,40 @@ impl Operator for Seed {
     }
 }
 
-pub(super) fn run(device: &Device, shapes: &[Vec<usize>]) -> bool {
-    println!("simple_gla B T H K V forward_ms both_ms peak_GiB errors: o dq dk dv dg");
+pub(super) fn run(device: &Device, by_key: bool, shapes: &[Vec<usize>]) -> bool {
+    println!("operator B T H K V forward_ms both_ms peak_GiB errors: o dq dk dv dg");
     let mut all = true;
     for shape in shapes {
         let [b, t, h, dk, dv] = shape[..] else {
             eprintln!("error: a shape is BxTxHxKxV");
             return false;
         };
-        all &= one(device, [b, t, h, dk, dv]);
+        all &= one(device, by_key, [b, t, h, dk, dv]);
     }
     all
 }
 
-fn one(plain: &Device, [b, t, h, dk, dv]: [usize; 5]) -> bool {
+fn one(plain: &Device, by_key: bool, [b, t, h, dk, dv]: [usize; 5]) -> bool {
     let device = plain.clone().autodiff();
     let random = |shape: [usize; 4]| -> Tensor<4> {
         Tensor::random(shape, Distribution::Normal(0.0, 1.0), (&device, DType::BF16)).require_grad()
     };
     let (q, k, v) = (random([b, t, h, dk]), random([b, t, h, dk]), random([b, t, h, dv]));
     let grad: Tensor<4> = random([b, t, h, dv]).detach();
-    // The gates of the peer's benchmark: log σ(x) of normal numbers.
-    let x: Tensor<3> = Tensor::random([b, t, h], Distribution::Normal(0.0, 1.0), (&device, DType::F32));
-    let g = burn::tensor::activation::log_sigmoid(x).detach().require_grad();
+    // The gates of the peer's benchmark: log σ(x) of normal numbers, bf16 where they are by key.
+    let operator = if by_key { "gla" } else { "simple_gla" };
+    let dtype = if by_key { DType::BF16 } else { DType::F32 };
+    let across = if by_key { dk } else { 1 };
+    let x: Tensor<4> = Tensor::random([b, t, h, across], Distribution::Normal(0.0, 1.0), (&device, DType::F32));
+    let g = burn::tensor::activation::log_sigmoid(x).cast(dtype).detach().require_grad();
 
     let forward = || {
-        let (q, k, v) = (q.clone(), k.clone(), v.clone());
-        simple_gla(q, k, v, ScalarDecay::PerToken(g.clone()), SequenceOptions::default()).expect("a good problem").0
+        let (q, k, v, options) = (q.clone(), k.clone(), v.clone(), SequenceOptions::default());
+        let result = match by_key {
+            true => gla(q, k, v, g.clone(), options),
+            false => simple_gla(q, k, v, ScalarDecay::PerToken(g.clone().reshape([b, t, h])), options),
+        };
+        result.expect("a good problem").0
     };
     let both = || {
         let o = forward();
@@ -83,7 +90,7 @@ fn one(plain: &Device, [b, t, h, dk, dv]: [usize; 5]) -> bool {
         let (row, head) = (head / h, head % h);
         let cut = |x: &Tensor<4>| numbers(x.clone().inner().narrow(0, row, 1).narrow(2, head, 1));
         let cut_plain = |x: &Tensor<4>| numbers(x.clone().narrow(0, row, 1).narrow(2, head, 1));
-        let gates = |x: Tensor<3>| numbers(x.narrow(0, row, 1).narrow(2, head, 1));
+        let gates = |x: Tensor<4>| numbers(x.narrow(0, row, 1).narrow(2, head, 1));
         let exact = exact([cut(&q), cut(&k), cut(&v), cut(&grad)], &gates(g.clone().inner()), dk, dv);
         for (i, x) in found.iter().enumerate() {
             errors[i] = errors[i].max(ratio(&cut_plain(x), &exact[i]));
@@ -93,14 +100,14 @@ fn one(plain: &Device, [b, t, h, dk, dv]: [usize; 5]) -> bool {
     drop((o, grads, found, dg));
     let shown: Vec<String> = errors.iter().map(|e| format!("{e:.1e}")).collect();
     if let Some(i) = (0..5).find(|i| errors[*i].is_nan() || errors[*i] > BOUNDS[*i]) {
-        println!("simple_gla {b} {t} {h} {dk} {dv}: WRONG in {}: {}", NAMES[i], shown.join(" "));
+        println!("{operator} {b} {t} {h} {dk} {dv}: WRONG in {}: {}", NAMES[i], shown.join(" "));
         return false;
     }
     let forward_time = median(plain, || drop(forward()));
     let both_time = median(plain, || drop(both()));
     let peak = plain.memory_pool_usage().map_or(f64::NAN, |usage| usage.bytes_reserved as f64 / (1u64 << 30) as f64);
     println!(
-        "simple_gla {b} {t} {h} {dk} {dv} {:.3} {:.3} {peak:.2} {}",
+        "{operator} {b} {t} {h} {dk} {dv} {:.3} {:.3} {peak:.2} {}",
         forward_time * 1e3,
         both_time * 1e3,
         shown.join(" ")
@@ -108,15 +115,17 @@ fn one(plain: &Device, [b, t, h, dk, dv]: [usize; 5]) -> bool {
     true
 }
 
-/// o, dq, dk, dv, dg of one head by the recurrence.
+/// o, dq, dk, dv, dg of one head by the recurrence; `g` has one number a token, or one a token and key.
 fn exact([q, k, v, grad]: [Vec<f64>; 4], g: &[f64], dk: usize, dv: usize) -> [Vec<f64>; 5] {
-    let t = g.len();
+    let t = q.len() / dk;
+    let across = g.len() / t;
+    let decay_at = |i: usize, a: usize| g[i * across + a % across].exp();
     let scale = (dk as f64).powf(-0.5);
     let mut state = vec![0.0; dk * dv];
     let (mut o, mut dq) = (vec![0.0; t * dv], vec![0.0; t * dk]);
     for i in 0..t {
-        let decay = g[i].exp();
         for a in 0..dk {
+            let decay = decay_at(i, a);
             let (ka, qa) = (k[i * dk + a], q[i * dk + a] * scale);
             let mut sum = 0.0;
             for c in 0..dv {
@@ -131,8 +140,8 @@ fn exact([q, k, v, grad]: [Vec<f64>; 4], g: &[f64], dk: usize, dv: usize) -> [Ve
     let mut state = vec![0.0; dk * dv];
     let (mut dkey, mut dvalue) = (vec![0.0; t * dk], vec![0.0; t * dv]);
     for i in (0..t).rev() {
-        let decay = if i + 1 < t { g[i + 1].exp() } else { 1.0 };
         for a in 0..dk {
+            let decay = if i + 1 < t { decay_at(i + 1, a) } else { 1.0 };
             let (ka, qa) = (k[i * dk + a], q[i * dk + a] * scale);
             let mut sum = 0.0;
             for c in 0..dv {
@@ -144,11 +153,14 @@ fn exact([q, k, v, grad]: [Vec<f64>; 4], g: &[f64], dk: usize, dv: usize) -> [Ve
             dkey[i * dk + a] = sum;
         }
     }
-    let mut dg = vec![0.0; t];
-    let mut sum = 0.0;
+    let mut dg = vec![0.0; t * across];
+    let mut sums = vec![0.0; across];
     for i in (0..t).rev() {
-        sum += (0..dk).map(|a| q[i * dk + a] * dq[i * dk + a] - k[i * dk + a] * dkey[i * dk + a]).sum::<f64>();
-        dg[i] = sum;
+        for a in 0..dk {
+            let at = i * dk + a;
+            sums[a % across] += q[at] * dq[at] - k[at] * dkey[at];
+        }
+        dg[i * across..(i + 1) * across].copy_from_slice(&sums);
     }
     [o, dq, dkey, dvalue, dg]
 }

@@ -52,6 +52,28 @@ pub fn bf16_high(word: u32) -> f32 {
     f32::reinterpret(word & 0xFFFF0000u32)
 }
 
+/// The f16 in the low half of a word.
+#[cube]
+pub fn f16_low(word: u32) -> f32 {
+    let out: f32;
+    gpu_asm!("{{ .reg .b16 l, h; mov.b32 {{l, h}}, {w}; cvt.f32.f16 {d}, l; }}", d = out(_) out, w = in(_) word + 0u32, options(nomem));
+    out * 1.0f32
+}
+
+/// The f16 in the high half of a word.
+#[cube]
+pub fn f16_high(word: u32) -> f32 {
+    f16_low(word >> 16u32)
+}
+
+/// `1 / x`, to one unit in the last place.
+#[cube]
+pub fn reciprocal(x: f32) -> f32 {
+    let out: f32;
+    gpu_asm!("rcp.approx.ftz.f32 {d}, {x};", d = out(_) out, x = in(_) x * 1.0f32, options(nomem));
+    out * 1.0f32
+}
+
 /// `2^x`, to two units in the last place; 0 where it would be denormal.
 #[cube]
 pub fn exp2(x: f32) -> f32 {

@@ -24,9 +24,13 @@ mod roles;
 mod wgmma;
 
 pub use copy::{commit_stores, fence_shared, load_2d, load_3d, panel_map, store_3d, wait_stores, wait_stores_read};
-pub use layout::{bf16_high, bf16_low, exp2, load_transposed, load_u32, store_f32_pair, store_u32, swizzled};
+pub use layout::{
+    bf16_high, bf16_low, exp2, f16_high, f16_low, load_transposed, load_u32, reciprocal, store_f32_pair, store_u32,
+    swizzled,
+};
 pub use registers::{
-    Acc, Frag, column_of, declare, declare_fragment, pack, pack_pair, read, row_of, scale, write, zero,
+    Acc, Frag, column_of, declare, declare_fragment, pack, pack_half_word, pack_pair, pack_word, put, read, row_of,
+    scale, write, zero,
 };
 pub use ring::{Ring, barrier_arrive, barrier_expect, barrier_fence, barrier_init, barrier_wait};
 pub use roles::{give_registers, sync_warpgroup, take_registers};

@@ -132,6 +132,29 @@ pub fn pack(#[comptime] frag: Frag, #[comptime] i: usize, low: f32, high: f32) {
     gpu_asm!("cvt.rn.bf16x2.f32 {name}{i}, {hi}, {lo};", hi = in(_) high * 1.0f32, lo = in(_) low * 1.0f32, options(nomem));
 }
 
+/// Sets register `i` of a fragment to a word of two bf16.
+#[cube]
+pub fn put(#[comptime] frag: Frag, #[comptime] i: usize, word: u32) {
+    let name = comptime!(frag.name);
+    gpu_asm!("mov.b32 {name}{i}, {w};", w = in(_) word + 0u32, options(nomem));
+}
+
+/// Two numbers rounded to bf16, `low` in the low half of the word.
+#[cube]
+pub fn pack_word(low: f32, high: f32) -> u32 {
+    let out: u32;
+    gpu_asm!("cvt.rn.bf16x2.f32 {d}, {hi}, {lo};", d = out(_) out, hi = in(_) high * 1.0f32, lo = in(_) low * 1.0f32, options(nomem));
+    out + 0u32
+}
+
+/// Two numbers rounded to f16, `low` in the low half of the word.
+#[cube]
+pub fn pack_half_word(low: f32, high: f32) -> u32 {
+    let out: u32;
+    gpu_asm!("cvt.rn.f16x2.f32 {d}, {hi}, {lo};", d = out(_) out, hi = in(_) high * 1.0f32, lo = in(_) low * 1.0f32, options(nomem));
+    out + 0u32
+}
+
 /// Registers `i` and `i + 1` of an accumulator rounded to bf16, the first in the low half.
 #[cube]
 pub fn pack_pair(#[comptime] acc: Acc, #[comptime] i: usize) -> u32 {

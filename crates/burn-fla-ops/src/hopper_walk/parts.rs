@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::plan::{BORDER_WORDS, CHUNK, PANEL, VALUES, WalkPlan};
+use super::plan::{Axis, BORDER_WORDS, CHUNK, DECAYED, PANEL, SCORES, VALUES, WalkPlan};
 use super::table::{FIRST, ITEM_WORDS, LAST};
 use crate::tile::hopper::{
     bf16_high, bf16_low, column_of, exp2, load_3d, load_transposed, load_u32, pack, pack_pair, read, store_u32,
@@ -10,7 +10,7 @@ use crate::tile::hopper::{
 };
 
 /// `1 / ln 2`: decays are kept as powers of two.
-const LOG2_E: f32 = core::f32::consts::LOG2_E;
+pub(super) const LOG2_E: f32 = core::f32::consts::LOG2_E;
 
 /// Where a cube works: a segment of a sequence, a head, a slice of its outer channels.
 #[derive(CubeType, Clone, Copy)]
@@ -51,6 +51,50 @@ pub(super) fn chunk_at(i: u32, chunks: u32, #[comptime] plan: WalkPlan) -> u32 {
     if comptime!(plan.roles.against_time) { chunks - 1u32 - i } else { i + 0u32 }
 }
 
+/// A part of a chunk that is walked at once: all of it, but where a decay by key is so strong that its factors would not
+/// be finite.
+#[derive(CubeType, Clone, Copy)]
+pub(super) struct Span {
+    /// From the segment's first token on.
+    pub(super) start: u32,
+    pub(super) count: u32,
+}
+
+/// Into how many parts of equal length a chunk is cut.
+#[cube]
+pub(super) fn parts_of(levels: &[u32], place: &Place, chunk: u32, heads: u32, #[comptime] plan: WalkPlan) -> u32 {
+    let mut parts = u32::new(1);
+    if comptime!(plan.by_key()) {
+        parts = levels[((place.border + chunk) * heads + place.head) as usize];
+    }
+    parts
+}
+
+/// How many of them have tokens.
+#[cube]
+pub(super) fn spans_of(place: &Place, chunk: u32, parts: u32, #[comptime] plan: WalkPlan) -> u32 {
+    let mut spans = u32::new(1);
+    if comptime!(plan.by_key()) {
+        let left = u32::min(place.length - chunk * comptime!(CHUNK as u32), comptime!(CHUNK as u32));
+        spans = left.div_ceil(comptime!(CHUNK as u32) / parts);
+    }
+    spans
+}
+
+/// The part of step `n` of a chunk.
+#[cube]
+pub(super) fn span_at(place: &Place, chunk: u32, n: u32, parts: u32, spans: u32, #[comptime] plan: WalkPlan) -> Span {
+    if comptime!(plan.by_key()) {
+        let size = comptime!(CHUNK as u32) / parts;
+        let part = if comptime!(plan.roles.against_time) { spans - 1u32 - n } else { n + 0u32 };
+        let start = chunk * comptime!(CHUNK as u32) + part * size;
+        Span { start, count: u32::min(place.length - start, size) }
+    } else {
+        let start = chunk * comptime!(CHUNK as u32);
+        Span { start, count: u32::min(place.length - start, comptime!(CHUNK as u32)) }
+    }
+}
+
 /// Loads `panels` panels of 64 tokens, from channel `channel` of a head on.
 #[cube]
 pub(super) fn load_tile(to: u32, map: u64, channel: u32, head: u32, token: u32, full: u32, #[comptime] panels: usize) {
@@ -87,7 +131,7 @@ pub(super) fn decays_of_chunk(
 fn decay_at(g: &[f32], place: &Place, token: u32, heads: u32, #[comptime] plan: WalkPlan) -> f32 {
     let mut value = f32::new(0.0);
     if token < place.length {
-        value = if comptime!(plan.per_head) {
+        value = if comptime!(plan.axis == Axis::Head) {
             g[place.head as usize]
         } else {
             g[((place.start + token) * heads + place.head) as usize]
@@ -99,11 +143,42 @@ fn decay_at(g: &[f32], place: &Place, token: u32, heads: u32, #[comptime] plan: 
 /// The decay between the token of a row and that of a column, zero where the row's output does not depend on the
 /// column's token.
 #[cube]
-pub(super) fn factor(row: u32, column: u32, g_row: f32, g_column: f32, count: u32, #[comptime] plan: WalkPlan) -> f32 {
+fn factor(row: u32, column: u32, g_row: f32, g_column: f32, count: u32, #[comptime] plan: WalkPlan) -> f32 {
     if comptime!(plan.roles.against_time) {
         select(column >= row && column < count, exp2(g_column - g_row), 0.0f32)
     } else {
         select(column <= row, exp2(g_row - g_column), 0.0f32)
+    }
+}
+
+/// The scores with the decay between their tokens, as the left operand of their product with the values.
+#[cube]
+pub(super) fn decayed_scores(
+    g: &[f32],
+    g0: usize,
+    row: u32,
+    lane: u32,
+    count: u32,
+    out_scale: f32,
+    #[comptime] plan: WalkPlan,
+) {
+    let g_low = g[g0 + row as usize];
+    let g_high = g[g0 + row as usize + 8];
+    #[unroll]
+    for j in 0..8usize {
+        let column = column_of(lane, comptime!(4 * j));
+        let at = g0 + column as usize;
+        let g_a = g[at];
+        let g_b = g[at + 1];
+        let i0 = comptime!(4 * j);
+        let f00 = factor(row, column, g_low, g_a, count, plan) * out_scale;
+        let f01 = factor(row, column + 1u32, g_low, g_b, count, plan) * out_scale;
+        let f10 = factor(row + 8u32, column, g_high, g_a, count, plan) * out_scale;
+        let f11 = factor(row + 8u32, column + 1u32, g_high, g_b, count, plan) * out_scale;
+        let low = comptime!(j / 2 * 4 + j % 2 * 2);
+        pack(DECAYED, low, read(SCORES, i0) * f00, read(SCORES, comptime!(i0 + 1)) * f01);
+        let next = comptime!(low + 1);
+        pack(DECAYED, next, read(SCORES, comptime!(i0 + 2)) * f10, read(SCORES, comptime!(i0 + 3)) * f11);
     }
 }
 
@@ -333,11 +408,11 @@ pub(super) fn store_state(
 }
 
 #[cube]
-fn border_at(place: &Place, chunk: u32, panel: u32, heads: u32, #[comptime] plan: WalkPlan) -> u32 {
+pub(super) fn border_at(place: &Place, chunk: u32, panel: u32, heads: u32, #[comptime] plan: WalkPlan) -> u32 {
     ((place.border + chunk) * heads + place.head) * comptime!(plan.outer_panels() as u32) + panel
 }
 
-/// Keeps the state before a chunk.
+/// Keeps the state at a border of a chunk.
 #[cube]
 pub(super) fn write_border(
     borders: &mut [u32],

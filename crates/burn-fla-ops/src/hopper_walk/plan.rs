@@ -11,6 +11,9 @@ const SHARED: usize = 232_448 - 4_096;
 /// Words of registers that the state before a chunk keeps for each panel of 64 state columns, a warpgroup: two bf16 a word.
 pub(super) const BORDER_WORDS: usize = 16 * 128;
 
+/// Sums that a chunk's end has for each key channel: one of the state, and one of each warp's tokens.
+pub(super) const END_SUMS: usize = 5;
+
 /// The scores of a chunk.
 pub(super) const SCORES: Acc = Acc::new("a", 64);
 /// The outputs of a chunk.
@@ -20,11 +23,22 @@ pub(super) const DECAYED: Frag = Frag::new("p", 64);
 /// Transposed, decayed values as a left operand.
 pub(super) const VALUES: Frag = Frag::new("u", 64);
 
-/// What a walk does with the state before each chunk, for the gate's gradient.
+/// What the log decay depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Axis {
+    /// The head alone.
+    Head,
+    /// The token: one number for all channels.
+    Token,
+    /// The token and the key channel.
+    Key,
+}
+
+/// What a walk does with the states between chunks, for the gate's gradient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Borders {
     None,
-    /// Writes it.
+    /// Writes them: the one before each chunk, or before its last span.
     Write,
     /// Multiplies what was written with its own state, the gradient of that after the chunk.
     Multiply,
@@ -52,8 +66,9 @@ pub(super) struct WalkPlan {
     /// Warpgroups that walk, 64 outer channels each.
     pub(super) warpgroups: usize,
     pub(super) stages: usize,
-    /// The decay is one number a head.
-    pub(super) per_head: bool,
+    pub(super) axis: Axis,
+    /// Log decays are f32, not bf16 (with a decay by key alone).
+    pub(super) wide_gates: bool,
     /// There is a state before the first token.
     pub(super) initial: bool,
     /// The sequence is cut into segments whose states were computed before.
@@ -64,7 +79,7 @@ pub(super) struct WalkPlan {
 
 impl WalkPlan {
     /// A plan that fits into shared memory, where there is one.
-    pub(super) fn new(roles: Roles, keys: usize, values: usize, per_head: bool) -> Option<Self> {
+    pub(super) fn new(roles: Roles, keys: usize, values: usize, axis: Axis) -> Option<Self> {
         let (inner, outer) = if roles.outer_is_value { (keys, values) } else { (values, keys) };
         if inner > 256 || inner == 0 || outer == 0 {
             return None;
@@ -77,12 +92,13 @@ impl WalkPlan {
                 outer,
                 warpgroups,
                 stages: 0,
-                per_head,
+                axis,
+                wide_gates: true,
                 initial: false,
                 segmented: false,
                 last: false,
             };
-            let stages = (SHARED - plan.fixed_bytes()) / plan.stage_bytes();
+            let stages = SHARED.saturating_sub(plan.fixed_bytes()) / (plan.stage_bytes() + plan.vector_bytes());
             (stages >= 2).then_some(Self { stages: stages.min(4), ..plan })
         })
     }
@@ -102,13 +118,54 @@ impl WalkPlan {
         self.slices() * self.warpgroups
     }
 
+    /// Bytes that copies bring to a stage.
     pub(super) fn stage_bytes(&self) -> usize {
         (2 * self.panels() + self.warpgroups) * PANEL
     }
 
+    /// Numbers of a stage's decays: the running sum at each token, or two vectors of factors of the state's channels.
+    pub(super) fn decays(&self) -> usize {
+        if self.by_key() { 2 * self.decay_channels() } else { CHUNK }
+    }
+
+    fn vector_bytes(&self) -> usize {
+        if self.by_key() { 4 * self.decays() } else { 0 }
+    }
+
+    /// Key channels, whole panels counted: what one factor vector has.
+    pub(super) fn decay_channels(&self) -> usize {
+        64 * if self.roles.outer_is_value { self.panels() } else { self.outer_panels() }
+    }
+
+    pub(super) fn by_key(&self) -> bool {
+        self.axis == Axis::Key
+    }
+
+    /// Whether the output is multiplied with factors of its own: the decays of its channels.
+    pub(super) fn factors(&self) -> bool {
+        self.by_key() && !self.roles.outer_is_value
+    }
+
+    /// Panels beside those of the ring, for each warpgroup: what the output is multiplied with, and the products.
+    pub(super) fn extra_panels(&self) -> usize {
+        match (self.factors(), self.dots()) {
+            (false, dots) => dots as usize,
+            (true, dots) => 1 + 2 * dots as usize,
+        }
+    }
+
+    /// Bytes of them that copies bring.
+    pub(super) fn extra_bytes(&self) -> usize {
+        self.warpgroups * (self.factors() as usize + self.dots() as usize) * PANEL
+    }
+
+    /// Key channels.
+    pub(super) fn keys(&self) -> usize {
+        if self.roles.outer_is_value { self.inner } else { self.outer }
+    }
+
     fn fixed_bytes(&self) -> usize {
-        let dots = if self.dots() { self.warpgroups } else { 0 };
-        (self.warpgroups * self.panels() + self.warpgroups + dots) * PANEL
+        self.warpgroups * (self.panels() + 1 + self.extra_panels()) * PANEL
     }
 
     /// Whether the products of the output with another tensor are wanted.
@@ -124,6 +181,12 @@ impl WalkPlan {
     /// The accumulator of the outputs: a wide state leaves no registers beside it but those of the scores.
     pub(super) fn out(&self) -> Acc {
         if self.shares_registers() { SCORES } else { OUT }
+    }
+
+    /// The accumulator of the outputs times another tensor: that of the scores, which are no longer needed then, or one
+    /// more.
+    pub(super) fn products(&self) -> Acc {
+        if self.shares_registers() { OUT } else { SCORES }
     }
 
     /// Whether scores and outputs are in the same registers, one after the other.
@@ -153,8 +216,11 @@ mod tests {
                 for borders in [Borders::None, Borders::Write] {
                     for outer_is_value in [false, true] {
                         let roles = Roles { outer_is_value, against_time: false, borders };
-                        let plan = WalkPlan::new(roles, keys, values, false).unwrap();
-                        assert!(plan.stages >= 2 && plan.fixed_bytes() + plan.stages * plan.stage_bytes() <= SHARED);
+                        for axis in [Axis::Token, Axis::Key] {
+                            let plan = WalkPlan::new(roles, keys, values, axis).unwrap();
+                            let stage = plan.stage_bytes() + plan.vector_bytes();
+                            assert!(plan.stages >= 2 && plan.fixed_bytes() + plan.stages * stage <= SHARED);
+                        }
                     }
                 }
             }

@@ -1,7 +1,7 @@
-//! The engine for Hopper of the recurrences with a scalar decay, in bf16:
+//! The engine for Hopper of the linear recurrences, in bf16, with a decay by head, by token, or by token and key:
 //!
 //! ```text
-//! S_t = e^{g_t} S_{t−1} + k_t v_tᵀ ,   o_t = scale · S_tᵀ q_t
+//! S_t = diag(e^{g_t}) S_{t−1} + k_t v_tᵀ ,   o_t = scale · S_tᵀ q_t
 //! ```
 //!
 //! One kernel ([`walk`]) walks a sequence from chunk to chunk with the state in registers, and it is the whole backward
@@ -25,9 +25,11 @@
 //! - Segments compute their states anew for each of the four walks.
 
 mod gate;
+mod key;
 mod operator;
 mod parts;
 mod plan;
+mod prepare;
 mod segments;
 mod table;
 mod walk;
@@ -36,8 +38,8 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::bridge::{apply, is_hopper};
 use crate::recurrence::{Decay, Problem};
-use operator::ScalarWalk;
-use plan::{Borders, Roles, WalkPlan};
+use operator::HopperWalk;
+use plan::{Axis, Borders, Roles, WalkPlan};
 
 /// The roles of the forward pass, and of the gradients.
 const FORWARD: Roles = Roles { outer_is_value: true, against_time: false, borders: Borders::None };
@@ -45,13 +47,12 @@ const QUERIES: Roles = Roles { outer_is_value: false, against_time: false, borde
 const KEYS: Roles = Roles { outer_is_value: false, against_time: true, borders: Borders::None };
 const VALUES: Roles = Roles { outer_is_value: true, against_time: true, borders: Borders::None };
 
-/// Whether this engine takes a problem: bf16 on a Hopper GPU, a scalar decay, chunks of its own choice, key and value
+/// Whether this engine takes a problem: bf16 on a Hopper GPU, chunks of its own choice, key and value
 /// channels in multiples of 16 up to 256, and some sequence of more than one token.
 pub(crate) fn takes(problem: &Problem) -> bool {
     let (keys, values) = (problem.q.dims()[3], problem.v.dims()[3]);
     let fits = |n: usize| n.is_multiple_of(16) && n <= 256;
     problem.q.dtype() == DType::BF16
-        && !matches!(problem.decay, Decay::Key(_))
         && problem.chunk.is_none()
         && problem.scale.abs() > f64::from(f32::MIN_POSITIVE)
         && problem.sequences.lengths().any(|n| n > 1)
@@ -66,19 +67,20 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
     let [b, t, h, dk] = q.dims();
     let dv = v.dims()[3];
     let device = q.device().inner();
-    let (per_head, g) = match decay {
-        Decay::Token(g) => (false, g.into_dispatch()),
-        Decay::Head(g) => (true, g.detach().into_dispatch()),
-        Decay::None | Decay::Key(_) => (true, Tensor::<1>::zeros([h], (&device, DType::F32)).into_dispatch()),
+    let (axis, g) = match decay {
+        Decay::Key(g) => (Axis::Key, g.into_dispatch()),
+        Decay::Token(g) => (Axis::Token, g.into_dispatch()),
+        Decay::Head(g) => (Axis::Head, g.detach().into_dispatch()),
+        Decay::None => (Axis::Head, Tensor::<1>::zeros([h], (&device, DType::F32)).into_dispatch()),
     };
-    let plan = WalkPlan::new(FORWARD, dk, dv, per_head).expect("a size that `takes` accepts has a plan");
+    let plan = WalkPlan::new(FORWARD, dk, dv, axis).expect("a size that `takes` accepts has a plan");
     let longest = sequences.lengths().max().unwrap_or(0);
     let processors = operator::processors(&device);
     let segment = table::segment_tokens(longest, sequences.num_sequences(), h * plan.slices(), processors);
     let table = table::build(&sequences, segment);
-    let operator = ScalarWalk {
+    let operator = HopperWalk {
         name: op,
-        per_head,
+        axis,
         has_state: state.is_some(),
         scale: scale as f32,
         tokens: b * t,

@@ -1,0 +1,178 @@
+//! The gradient of the log decay, from what the walks already produced.
+
+use cubecl::prelude::*;
+
+use super::plan::{CHUNK, END_SUMS};
+use super::table::CHUNK_WORDS;
+use crate::tile::hopper::{f16_high, f16_low, pack_word};
+
+/// Warps a cube.
+pub(super) const WARPS: usize = 8;
+
+/// `dg_t = X + Σ_{i ≥ t} (q_i · dq_i − k_i · dk_i + inter_i) + Σ_{j < t} inter_j` inside a chunk: one warp a chunk and head.
+///
+/// `inter_j` is the part of `k_j · dk_j` that later chunks contribute, and `X` the product of the state before the chunk
+/// with the gradient of that after it, times the chunk's decay. Written so, no two large numbers cancel: the products of
+/// pairs inside the chunk are rounded alike on both sides, and every other term is a part of the answer. The simpler
+/// `⟨S, Z⟩ + Σ (q · dq − k · dk)` from the last state on was off by 3e-2, and by 0.3 with decays down to −30.
+#[cube(launch)]
+pub(super) fn gate_gradient(
+    query_dots: &[f32],
+    key_dots: &[f32],
+    ends: &[f32],
+    table: &[i32],
+    dg: &mut [f32],
+    heads: u32,
+    chunks: u32,
+    table_at: u32,
+    tokens: u32,
+    #[comptime] panels: u32,
+) {
+    let index = CUBE_POS_X * comptime!(WARPS as u32) + UNIT_POS / 32u32;
+    if index < chunks * heads {
+        let lane = UNIT_POS % 32u32;
+        let head = index % heads;
+        let at = (table_at + index / heads * comptime!(CHUNK_WORDS as u32)) as usize;
+        let start = table[at] as u32;
+        let length = table[at + 1] as u32;
+        let mut across = f32::new(0.0);
+        for i in 0..comptime!(4 * panels) {
+            across += ends[(index * comptime!(4 * panels) + i) as usize];
+        }
+        let low = Terms::at(query_dots, key_dots, start, lane, length, head, heads, tokens, panels);
+        let high = Terms::at(query_dots, key_dots, start, lane + 32u32, length, head, heads, tokens, panels);
+        let sum_low = plane_inclusive_sum(low.after);
+        let sum_high = plane_inclusive_sum(high.after) + plane_broadcast(sum_low, 31u32);
+        let inter_low = plane_inclusive_sum(low.inter);
+        let inter_high = plane_inclusive_sum(high.inter) + plane_broadcast(inter_low, 31u32);
+        let total = plane_broadcast(sum_high, 31u32);
+        if lane < length {
+            let value = total - sum_low + low.after + inter_low - low.inter;
+            dg[((start + lane) * heads + head) as usize] = across + value;
+        }
+        if lane + 32u32 < length {
+            let value = total - sum_high + high.after + inter_high - high.inter;
+            dg[((start + lane + 32u32) * heads + head) as usize] = across + value;
+        }
+    }
+}
+
+/// What one token adds to the sums.
+#[derive(CubeType, Clone, Copy)]
+struct Terms {
+    /// To the tokens up to it.
+    after: f32,
+    /// To the tokens after it.
+    inter: f32,
+}
+
+#[cube]
+impl Terms {
+    fn at(
+        query_dots: &[f32],
+        key_dots: &[f32],
+        start: u32,
+        token: u32,
+        length: u32,
+        head: u32,
+        heads: u32,
+        tokens: u32,
+        #[comptime] panels: u32,
+    ) -> Terms {
+        let mut after = f32::new(0.0);
+        let mut inter = f32::new(0.0);
+        if token < length {
+            for panel in 0..panels {
+                let from = ((panel * tokens + start + token) * heads + head) as usize;
+                let later = key_dots[from + (panels * tokens * heads) as usize];
+                after += query_dots[from] - (key_dots[from] - later);
+                inter += later;
+            }
+        }
+        Terms { after: after + 0.0f32, inter: inter + 0.0f32 }
+    }
+}
+
+/// Tokens whose products are loaded before the first of them is used.
+const BATCH: usize = 8;
+
+/// The gradient of a log decay by key: `dg_t = X + Σ_{i ≥ t} (a_i − b_i)` inside a chunk, for each key channel; one cube a
+/// chunk and head, one unit two channels.
+///
+/// `a_i = q_i ∘ dq_i` and `b_i = k_i ∘ dk_i` come without the part of a token's own key and value, which is in both and
+/// would cancel. The parts of pairs of one span are products of the same rounded numbers in both, and cancel exactly
+/// where they must; both are kept in f16 with a scale for each 16 tokens, for in bf16 their own rounding, summed up over
+/// a chunk, was 1 to 8 % of a gradient. `X`, the product of the state after the chunk with its gradient, comes as that
+/// of the state before the last span, and what the span's tokens contribute, as it is contained in their `b_i`: computed
+/// from the state after the chunk, it left 2 to 4 %.
+#[cube(launch_unchecked)]
+pub(super) fn key_gate_gradient(
+    query_products: &[u32],
+    key_products: &[u32],
+    query_scales: &[f32],
+    key_scales: &[f32],
+    levels: &[u32],
+    ends: &[f32],
+    table: &[i32],
+    dg: &mut [u32],
+    heads: u32,
+    table_at: u32,
+    #[comptime] keys: u32,
+    #[comptime] padded: u32,
+    #[comptime] wide: bool,
+) {
+    let chunk = CUBE_POS_X / heads;
+    let head = CUBE_POS_X % heads;
+    let at = (table_at + chunk * comptime!(CHUNK_WORDS as u32)) as usize;
+    let start = table[at] as u32;
+    let length = table[at + 1] as u32;
+    if 2u32 * UNIT_POS < keys {
+        let panel = CUBE_POS_X * comptime!(padded / 64) + UNIT_POS / 32u32;
+        let mut low = f32::new(0.0);
+        let mut high = f32::new(0.0);
+        #[unroll]
+        for sum in 0..END_SUMS {
+            let end = ((panel * comptime!(END_SUMS as u32) + comptime!(sum as u32)) * 64u32 + 2u32 * (UNIT_POS % 32u32))
+                as usize;
+            low += ends[end];
+            high += ends[end + 1];
+        }
+        // Tokens that share a scale: those of a warp in a span.
+        let group = u32::min(comptime!(CHUNK as u32) / levels[CUBE_POS_X as usize], 16u32);
+        let scales = panel * comptime!(CHUNK as u32);
+        let stride = heads * comptime!(keys / 2);
+        let first = (start * heads + head) * comptime!(keys / 2) + UNIT_POS;
+        let mut done = u32::new(0);
+        while done < length {
+            let mut a = Array::<u32>::new(BATCH);
+            let mut b = Array::<u32>::new(BATCH);
+            #[unroll]
+            for i in 0..BATCH {
+                // Past the first token it again: it is not written.
+                let back = u32::min(done + comptime!(i as u32), length - 1u32);
+                let word = (first + (length - 1u32 - back) * stride) as usize;
+                a[i] = query_products[word];
+                b[i] = key_products[word];
+            }
+            #[unroll]
+            for i in 0..BATCH {
+                let back = done + comptime!(i as u32);
+                if back < length {
+                    let token = length - 1u32 - back;
+                    let scale = (scales + token - token % group) as usize;
+                    let (of_query, of_key) = (query_scales[scale], key_scales[scale]);
+                    low += f16_low(a[i]) * of_query - f16_low(b[i]) * of_key;
+                    high += f16_high(a[i]) * of_query - f16_high(b[i]) * of_key;
+                    let word = (first + (length - 1u32 - back) * stride) as usize;
+                    if comptime!(wide) {
+                        dg[2 * word] = u32::reinterpret(low);
+                        dg[2 * word + 1] = u32::reinterpret(high);
+                    } else {
+                        dg[word] = pack_word(low, high);
+                    }
+                }
+            }
+            done += comptime!(BATCH as u32);
+        }
+    }
+}

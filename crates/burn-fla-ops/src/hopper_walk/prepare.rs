@@ -1,0 +1,191 @@
+//! What a decay by key asks for before a walk: queries and keys with their decays inside a span.
+//!
+//! With `G` the running sum of log decays in a span and `M` the middle of its values,
+//!
+//! ```text
+//! q'_i = q_i ∘ e^{G_i − M} ,   k'_j = k_j ∘ e^{M − G_j} ,   q'_i · k'_j = Σ q_i k_j e^{G_i − G_j}
+//! ```
+//!
+//! so that all scores of a span are one product, and with `S' = e^M ∘ S` before the span and `S ← e^{G_last − M} ∘
+//! (S' + k'ᵀ v)` after it, the states too. A walk whose *outputs* have key channels (those for dq and dk) gives them a
+//! factor `e^{G − M}`, or its inverse.
+//!
+//! The exponents are finite and exact as long as `G` does not fall by more than [`RANGE`] powers of two inside a span:
+//! each factor is then between `2^{−RANGE / 2}` and `2^{RANGE / 2}`, and the product of a pair has the relative error of
+//! its two roundings whatever its decay is. A chunk in which `G` falls further is cut into 2, 4, … 64 spans, the fewest
+//! that do. The decay at a span's first token does not count: no pair inside contains it.
+
+use cubecl::prelude::*;
+
+use super::key::gate_at;
+use super::plan::CHUNK;
+use super::table::CHUNK_WORDS;
+use crate::tile::hopper::{bf16_high, bf16_low, exp2, pack_word};
+
+/// Powers of two by which a span may decay. Scores of pairs in the wrong order reach `2^RANGE`: they are selected away,
+/// and may be infinite.
+const RANGE: f32 = 160.0;
+
+/// Tokens that are loaded before the first of them is used.
+const BATCH: usize = 16;
+
+/// One cube a chunk and head, one unit two channels.
+///
+/// `vectors` gets `e^M` and `e^{G_last − M}` of chunks that are one span, `[chunks, H, 2, K]`; `levels` the number of
+/// spans of each chunk, `[chunks, H]`.
+#[cube(launch_unchecked)]
+pub(super) fn prepare(
+    q: &[u32],
+    k: &[u32],
+    gates: &[u32],
+    table: &[i32],
+    q_out: &mut [u32],
+    k_out: &mut [u32],
+    factors: &mut [u32],
+    vectors: &mut [f32],
+    levels: &mut [u32],
+    heads: u32,
+    table_at: u32,
+    #[comptime] keys: u32,
+    #[comptime] wide: bool,
+    #[comptime] with_factors: bool,
+) {
+    let mut shared = Shared::<[f32]>::new_slice(4usize);
+    let chunk = CUBE_POS_X / heads;
+    let head = CUBE_POS_X % heads;
+    let at = (table_at + chunk * comptime!(CHUNK_WORDS as u32)) as usize;
+    let start = table[at] as u32;
+    let length = table[at + 1] as u32;
+    let inside = 2u32 * UNIT_POS < keys;
+    // The element of the first token's first channel, and of how many elements a token is.
+    let stride = heads * keys;
+    let first = (start * heads + head) * keys + 2u32 * UNIT_POS;
+
+    let mut size = u32::new(CHUNK as i64);
+    let mut searching = true;
+    // The log decay of the first token, and of all others, of the last span.
+    let mut start_low = f32::new(0.0);
+    let mut start_high = f32::new(0.0);
+    let mut rest_low = f32::new(0.0);
+    let mut rest_high = f32::new(0.0);
+    while searching {
+        let mut widest = f32::new(0.0);
+        if inside {
+            let mut t = u32::new(0);
+            while t < length {
+                let mut lows = Array::<f32>::new(BATCH);
+                let mut highs = Array::<f32>::new(BATCH);
+                #[unroll]
+                for i in 0..BATCH {
+                    // Past the last token the last one again: it does not count.
+                    let token = u32::min(t + comptime!(i as u32), length - 1u32);
+                    let (a, b) = gate_pair(gates, first + token * stride, wide);
+                    lows[i] = a;
+                    highs[i] = b;
+                }
+                #[unroll]
+                for i in 0..BATCH {
+                    let token = t + comptime!(i as u32);
+                    let starts = token % size == 0u32;
+                    let counts = token < length;
+                    start_low = select(starts && counts, lows[i], start_low);
+                    start_high = select(starts && counts, highs[i], start_high);
+                    rest_low = select(starts, 0.0f32, select(counts, rest_low + lows[i], rest_low));
+                    rest_high = select(starts, 0.0f32, select(counts, rest_high + highs[i], rest_high));
+                    widest = f32::max(widest, f32::max(-rest_low, -rest_high));
+                }
+                t += comptime!(BATCH as u32);
+            }
+        }
+        let widest = plane_max(widest);
+        sync_cube();
+        if UNIT_POS % 32u32 == 0u32 {
+            shared[(UNIT_POS / 32u32) as usize] = widest;
+        }
+        sync_cube();
+        let mut all = f32::new(0.0);
+        for i in 0..CUBE_DIM_X / 32u32 {
+            all = f32::max(all, shared[i as usize]);
+        }
+        if all <= RANGE || size == 1u32 {
+            searching = false;
+        } else {
+            size /= 2u32;
+        }
+    }
+    if UNIT_POS == 0 {
+        levels[CUBE_POS_X as usize] = comptime!(CHUNK as u32) / size;
+    }
+    if inside {
+        let mut from = u32::new(0);
+        while from < length {
+            let count = u32::min(size, length - from);
+            let here = first + from * stride;
+            if size < comptime!(CHUNK as u32) {
+                let (a, b) = gate_pair(gates, here, wide);
+                start_low = a;
+                start_high = b;
+                rest_low = f32::new(0.0);
+                rest_high = f32::new(0.0);
+                for t in 1..count {
+                    let (a, b) = gate_pair(gates, here + t * stride, wide);
+                    rest_low += a;
+                    rest_high += b;
+                }
+            }
+            let half_low = rest_low * 0.5f32;
+            let half_high = rest_high * 0.5f32;
+            if size == comptime!(CHUNK as u32) {
+                let to = (CUBE_POS_X * comptime!(2 * keys) + 2u32 * UNIT_POS) as usize;
+                vectors[to] = exp2(start_low + half_low);
+                vectors[to + 1] = exp2(start_high + half_high);
+                vectors[to + comptime!(keys as usize)] = exp2(half_low);
+                vectors[to + comptime!(keys as usize + 1)] = exp2(half_high);
+            }
+            // `G − M`, which is `−rest / 2` at the first token.
+            let mut low = f32::new(0.0) - start_low - half_low;
+            let mut high = f32::new(0.0) - start_high - half_high;
+            let mut t = u32::new(0);
+            while t < count {
+                let mut qs = Array::<u32>::new(BATCH);
+                let mut ks = Array::<u32>::new(BATCH);
+                let mut lows = Array::<f32>::new(BATCH);
+                let mut highs = Array::<f32>::new(BATCH);
+                #[unroll]
+                for i in 0..BATCH {
+                    // Past the last token the last one again: it is not written.
+                    let token = u32::min(t + comptime!(i as u32), count - 1u32);
+                    let element = here + token * stride;
+                    qs[i] = q[(element / 2u32) as usize];
+                    ks[i] = k[(element / 2u32) as usize];
+                    let (a, b) = gate_pair(gates, element, wide);
+                    lows[i] = a;
+                    highs[i] = b;
+                }
+                #[unroll]
+                for i in 0..BATCH {
+                    low += lows[i];
+                    high += highs[i];
+                    if t + comptime!(i as u32) < count {
+                        let to = ((here + (t + comptime!(i as u32)) * stride) / 2u32) as usize;
+                        let f_low = exp2(low);
+                        let f_high = exp2(high);
+                        q_out[to] = pack_word(bf16_low(qs[i]) * f_low, bf16_high(qs[i]) * f_high);
+                        k_out[to] = pack_word(bf16_low(ks[i]) * exp2(-low), bf16_high(ks[i]) * exp2(-high));
+                        if comptime!(with_factors) {
+                            factors[to] = pack_word(f_low, f_high);
+                        }
+                    }
+                }
+                t += comptime!(BATCH as u32);
+            }
+            from += size;
+        }
+    }
+}
+
+/// The log decays of two channels, as powers of two; `at` is even.
+#[cube]
+fn gate_pair(gates: &[u32], at: u32, #[comptime] wide: bool) -> (f32, f32) {
+    (gate_at(gates, at, wide), gate_at(gates, at + 1u32, wide))
+}

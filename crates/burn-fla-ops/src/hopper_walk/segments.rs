@@ -1,0 +1,272 @@
+//! What few heads need: the sequence is cut into segments, the state of each is computed from nothing, all at once, and a
+//! scan over segments turns these into the states from which they are walked.
+
+use cubecl::prelude::*;
+use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
+use half::bf16;
+
+use super::key::{factors_of_span, plain_values, scale_state};
+use super::parts::{
+    blob_at, chunk_at, decayed_values, decays_of_chunk, load_state, load_tile, parts_of, place, span_at, spans_of,
+};
+use super::plan::{CHUNK, PANEL, VALUES, WalkPlan};
+use super::table::{ITEM_WORDS, SEQUENCE_WORDS};
+use crate::tile::hopper::{
+    Ring, barrier_arrive, barrier_expect, barrier_fence, column_of, commit, declare, declare_fragment, exp2, fence,
+    give_registers, mma_registers, mn_major, read, row_of, scale, sync_warpgroup, take_registers, wait,
+};
+
+/// The state at the end of each segment, from the initial one where the walk enters its sequence, from zero elsewhere;
+/// and the total decay of each, as a power of two (with a decay by key: of each key channel, as a factor).
+#[cube(launch_unchecked)]
+pub(super) fn segment_states(
+    k: &TensorMap<bf16, Tiled>,
+    v: &TensorMap<bf16, Tiled>,
+    g: &[f32],
+    gates: &[u32],
+    vectors: &[f32],
+    levels: &[u32],
+    table: &[i32],
+    initial: &[f32],
+    blobs: &mut [f32],
+    totals: &mut [f32],
+    heads: u32,
+    items: u32,
+    in_factor: f32,
+    #[comptime] plan: WalkPlan,
+) {
+    let warpgroups = comptime!(plan.warpgroups);
+    let panels = comptime!(plan.panels());
+    let stages = comptime!(plan.stages);
+    let state = comptime!(plan.state());
+    let wide = comptime!((plan.panels() * PANEL) as u32);
+    let narrow = comptime!((plan.warpgroups * PANEL) as u32);
+    let shared_k = Shared::<[u32]>::new_aligned_slice(comptime!(stages * panels * PANEL / 4), 1024usize);
+    let shared_v = Shared::<[u32]>::new_aligned_slice(comptime!(stages * warpgroups * PANEL / 4), 1024usize);
+    let mut shared_g = Shared::<[f32]>::new_aligned_slice(comptime!(stages * plan.decays()), 128usize);
+    let barriers = Shared::<[u64]>::new_slice(comptime!(2 * stages));
+    let tiles_k = generic_to_shared::<u32>(shared_k.as_ptr());
+    let tiles_v = generic_to_shared::<u32>(shared_v.as_ptr());
+    let ring = Ring::new(generic_to_shared::<u64>(barriers.as_ptr()), comptime!(stages as u32));
+    declare(state);
+    declare_fragment(VALUES);
+    if UNIT_POS == 0 {
+        ring.init(33u32, comptime!(warpgroups as u32));
+        barrier_fence();
+    }
+    sync_cube();
+
+    let work = items * heads * comptime!(plan.slices() as u32);
+    let warpgroup = UNIT_POS / 128u32;
+    let warp = (UNIT_POS % 128u32) / 32u32;
+    let lane = UNIT_POS % 32u32;
+    let mut step = 0u32;
+    let mut index = CUBE_POS_X;
+    if warpgroup == comptime!(warpgroups as u32) {
+        give_registers(40u32);
+        if warp == 0u32 {
+            if lane == 0u32 {
+                let map_k = tensor_map_address(k);
+                let map_v = tensor_map_address(v);
+                while index < work {
+                    let p = place(index, table, heads, plan);
+                    let channel = p.slice * comptime!(64 * warpgroups as u32);
+                    for i in 0..p.chunks {
+                        let chunk = chunk_at(i, p.chunks, plan);
+                        let parts = parts_of(levels, &p, chunk, heads, plan);
+                        let spans = spans_of(&p, chunk, parts, plan);
+                        for n in 0..spans {
+                            let token = p.start + span_at(&p, chunk, n, parts, spans, plan).start;
+                            ring.wait_room(step);
+                            let full = ring.full(step);
+                            let stage = ring.stage(step);
+                            barrier_expect(full, comptime!(((plan.panels() + plan.warpgroups) * PANEL) as u32));
+                            load_tile(tiles_k + stage * wide, map_k, 0u32, p.head, token, full, panels);
+                            load_tile(tiles_v + stage * narrow, map_v, channel, p.head, token, full, warpgroups);
+                            step += 1u32;
+                        }
+                    }
+                    index += CUBE_COUNT_X;
+                }
+            }
+        } else if warp == 1u32 {
+            while index < work {
+                let p = place(index, table, heads, plan);
+                let mut total = f32::new(0.0);
+                let mut products = Array::<f32>::new(comptime!(plan.decay_channels() / 32));
+                #[unroll]
+                for c in 0..comptime!(plan.decay_channels() / 32) {
+                    products[c] = f32::new(1.0);
+                }
+                for i in 0..p.chunks {
+                    let chunk = chunk_at(i, p.chunks, plan);
+                    let parts = parts_of(levels, &p, chunk, heads, plan);
+                    let spans = spans_of(&p, chunk, parts, plan);
+                    for n in 0..spans {
+                        ring.wait_room(step);
+                        let to = (ring.stage(step) * comptime!(plan.decays() as u32)) as usize;
+                        if comptime!(plan.by_key()) {
+                            let span = span_at(&p, chunk, n, parts, spans, plan);
+                            factors_of_span(
+                                vectors,
+                                gates,
+                                &mut shared_g,
+                                to,
+                                &p,
+                                chunk,
+                                parts,
+                                &span,
+                                heads,
+                                lane,
+                                plan,
+                            );
+                            #[unroll]
+                            for c in 0..comptime!(plan.decay_channels() / 32) {
+                                let at = to + lane as usize + comptime!(32 * c);
+                                products[c] *= shared_g[at] * shared_g[at + comptime!(plan.decay_channels())];
+                            }
+                        } else {
+                            decays_of_chunk(g, &mut shared_g, to, &p, chunk, heads, lane, plan);
+                            sync_plane();
+                            total += shared_g[to + 63];
+                        }
+                        barrier_arrive(ring.full(step));
+                        step += 1u32;
+                    }
+                }
+                if comptime!(plan.by_key()) {
+                    let at = (p.item * heads + p.head) * comptime!(plan.decay_channels() as u32) + lane;
+                    if p.slice == 0u32 {
+                        #[unroll]
+                        for c in 0..comptime!(plan.decay_channels() / 32) {
+                            totals[(at + comptime!(32 * c as u32)) as usize] = products[c];
+                        }
+                    }
+                } else if lane == 0u32 {
+                    totals[(p.item * heads + p.head) as usize] = total;
+                }
+                index += CUBE_COUNT_X;
+            }
+        }
+    } else {
+        take_registers(232u32);
+        let elected = UNIT_POS % 128u32 == 0u32;
+        let unit = UNIT_POS % 128u32;
+        let row = row_of(warp, lane, 0usize);
+        while index < work {
+            let p = place(index, table, heads, plan);
+            let panel = p.slice * comptime!(warpgroups as u32) + warpgroup;
+            // No state of another segment is there yet.
+            load_state(
+                initial,
+                initial,
+                &p,
+                panel,
+                heads,
+                row,
+                lane,
+                unit,
+                in_factor,
+                comptime!(WalkPlan { segmented: false, ..plan }),
+            );
+            for i in 0..p.chunks {
+                let chunk = chunk_at(i, p.chunks, plan);
+                let parts = parts_of(levels, &p, chunk, heads, plan);
+                let spans = spans_of(&p, chunk, parts, plan);
+                for n in 0..spans {
+                    let count = span_at(&p, chunk, n, parts, spans, plan).count;
+                    ring.wait_full(step);
+                    let stage = ring.stage(step);
+                    let k0 = tiles_k + stage * wide;
+                    let v0 = tiles_v + stage * narrow + warpgroup * comptime!(PANEL as u32);
+                    let g0 = (stage * comptime!(plan.decays() as u32)) as usize;
+                    if comptime!(plan.by_key()) {
+                        plain_values(v0, count, warp, lane);
+                        scale_state(&shared_g, g0, panel, row, lane, plan);
+                    } else {
+                        let g_last = shared_g[g0 + 63];
+                        decayed_values(v0, &shared_g, g0, g_last, count, warp, lane, plan);
+                        let decay = exp2(g_last);
+                        #[unroll]
+                        for n in 0..comptime!(state.len()) {
+                            scale(state, n, decay);
+                        }
+                    }
+                    fence();
+                    #[unroll]
+                    for n in 0..4usize {
+                        mma_registers(state, VALUES, n, mn_major(k0, CHUNK, n), 1u32, true);
+                    }
+                    commit();
+                    wait(0u32);
+                    if comptime!(plan.by_key()) {
+                        let after = g0 + comptime!(plan.decay_channels());
+                        scale_state(&shared_g, after, panel, row, lane, plan);
+                        // The factors are read by all.
+                        sync_warpgroup(warpgroup + 1u32, 128u32);
+                    }
+                    if elected {
+                        ring.release(step);
+                    }
+                    step += 1u32;
+                }
+            }
+            let at = blob_at(p.item, p.head, heads, panel, unit, plan);
+            #[unroll]
+            for n in 0..comptime!(state.len()) {
+                blobs[at + n * 128] = read(state, n);
+            }
+            index += CUBE_COUNT_X;
+        }
+    }
+}
+
+/// The key channel of element `element` of a head's state in registers, in the order of its copy in memory.
+#[cube]
+fn channel_of(element: u32, #[comptime] plan: WalkPlan) -> u32 {
+    let unit = element % 128u32;
+    let n = (element / 128u32) % comptime!(plan.state().len() as u32);
+    if comptime!(plan.roles.outer_is_value) {
+        column_of(unit % 32u32, 0usize) + n / 4u32 * 8u32 + n % 2u32
+    } else {
+        let panel = element / comptime!(plan.state().len() as u32 * 128);
+        panel * 64u32 + row_of(unit / 32u32, unit % 32u32, 0usize) + (n / 2u32 % 2u32) * 8u32
+    }
+}
+
+/// `S_i ← e^{total_i} S_{i−1} + S_i` over the segments of each sequence, in the order of the walk: one unit an element.
+#[cube(launch)]
+pub(super) fn pass_states(
+    blobs: &mut [f32],
+    totals: &[f32],
+    table: &[i32],
+    heads: u32,
+    items: u32,
+    count: u32,
+    #[comptime] plan: WalkPlan,
+) {
+    let blob = comptime!(plan.blob() as u32);
+    let at = ABSOLUTE_POS as u32;
+    if at >= count {
+        terminate!();
+    }
+    let element = at % blob;
+    let head = (at / blob) % heads;
+    let sequence = at / blob / heads;
+    let words = (items * comptime!(ITEM_WORDS as u32) + sequence * comptime!(SEQUENCE_WORDS as u32)) as usize;
+    let first = table[words] as u32;
+    let segments = table[words + 1] as u32;
+    let mut state = f32::new(0.0);
+    for i in 0..segments {
+        let item = first + if comptime!(plan.roles.against_time) { segments - 1u32 - i } else { i + 0u32 };
+        let here = (item * heads + head) as usize;
+        let to = here * comptime!(plan.blob()) + element as usize;
+        let decay = if comptime!(plan.by_key()) {
+            totals[here * comptime!(plan.decay_channels()) + channel_of(element, plan) as usize]
+        } else {
+            exp2(totals[here])
+        };
+        state = decay * state + blobs[to];
+        blobs[to] = state;
+    }
+}

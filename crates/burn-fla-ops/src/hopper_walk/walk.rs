@@ -1,0 +1,475 @@
+//! The walk: one cube takes one segment of one head and 64 or 128 outer channels from chunk to chunk, with the state in
+//! registers.
+//!
+//! In the words of the forward pass, with `G` the running sum of log decays inside a chunk:
+//!
+//! ```text
+//! o_i = scale (e^{G_i} S q_i + Σ_{j ≤ i} e^{G_i − G_j} (q_i · k_j) v_j)
+//! S  ← e^{G_last} S + Σ_j e^{G_last − G_j} v_j k_jᵀ
+//! ```
+//!
+//! and against time the same with `e^{G_last − G_i}` in the row, `e^{G_j}` at the token, and the mask transposed. All
+//! exponents that are kept are at most zero; what stands on the other side of the mask is selected away.
+//!
+//! With a decay by key the tensors come prepared, and a chunk is walked in spans, whole but where decays are strong: see
+//! [`super::prepare`] and [`super::key`].
+//!
+//! One warp loads q, k, v by tensor memory copies, one the decays, one what the outputs are multiplied with; each of the
+//! other warpgroups keeps 64 rows of the transposed state.
+
+use cubecl::prelude::*;
+use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
+use half::{bf16, f16};
+
+use super::key::{
+    factors_of_span, masked_scores, multiply_rows, plain_values, products_of_span, scale_state, sum_inter,
+    write_factored,
+};
+use super::parts::{
+    border_at, chunk_at, decayed_scores, decayed_values, decays_of_chunk, load_state, load_tile, multiply_border,
+    parts_of, place, publish_state, row_products, span_at, spans_of, store_state, write_border, write_rows, write_tile,
+};
+use super::plan::{Borders, CHUNK, DECAYED, OUT, PANEL, SCORES, VALUES, WalkPlan};
+use crate::tile::hopper::{
+    Ring, barrier_arrive, barrier_expect, barrier_fence, commit, commit_stores, declare, declare_fragment, exp2, fence,
+    fence_shared, give_registers, k_major, mma_registers, mma_shared, mn_major, row_of, scale, store_3d,
+    sync_warpgroup, take_registers, wait, wait_stores_read,
+};
+
+#[cube(launch_unchecked)]
+pub(super) fn walk(
+    q: &TensorMap<bf16, Tiled>,
+    k: &TensorMap<bf16, Tiled>,
+    v: &TensorMap<bf16, Tiled>,
+    x: &TensorMap<bf16, Tiled>,
+    factors: &TensorMap<bf16, Tiled>,
+    o: &TensorMap<bf16, Tiled>,
+    products: &TensorMap<f16, Tiled>,
+    rows: &mut [u32],
+    product_rows: &mut [u32],
+    product_scales: &mut [f32],
+    g: &[f32],
+    gates: &[u32],
+    vectors: &[f32],
+    levels: &[u32],
+    table: &[i32],
+    initial: &[f32],
+    last: &mut [f32],
+    blobs: &[f32],
+    borders: &mut [u32],
+    ends: &mut [f32],
+    dots: &mut [f32],
+    heads: u32,
+    items: u32,
+    tokens: u32,
+    out_scale: f32,
+    in_factor: f32,
+    last_factor: f32,
+    #[comptime] plan: WalkPlan,
+) {
+    let warpgroups = comptime!(plan.warpgroups);
+    let panels = comptime!(plan.panels());
+    let stages = comptime!(plan.stages);
+    let state = comptime!(plan.state());
+    let out = comptime!(plan.out());
+    let wide = comptime!((plan.panels() * PANEL) as u32);
+    let narrow = comptime!((plan.warpgroups * PANEL) as u32);
+    let shared_q = Shared::<[u32]>::new_aligned_slice(comptime!(stages * panels * PANEL / 4), 1024usize);
+    let shared_k = Shared::<[u32]>::new_aligned_slice(comptime!(stages * panels * PANEL / 4), 1024usize);
+    let shared_v = Shared::<[u32]>::new_aligned_slice(comptime!(stages * warpgroups * PANEL / 4), 1024usize);
+    let shared_s = Shared::<[u32]>::new_aligned_slice(comptime!(warpgroups * panels * PANEL / 4), 1024usize);
+    let shared_o = Shared::<[u32]>::new_aligned_slice(comptime!(warpgroups * PANEL / 4), 1024usize);
+    let shared_x = Shared::<[u32]>::new_aligned_slice(
+        comptime!(usize::max(warpgroups * plan.extra_panels() * PANEL / 4, 32)),
+        1024usize,
+    );
+    let mut shared_g = Shared::<[f32]>::new_aligned_slice(comptime!(stages * plan.decays()), 128usize);
+    let barriers = Shared::<[u64]>::new_slice(comptime!(2 * stages + 2));
+    let tiles_q = generic_to_shared::<u32>(shared_q.as_ptr());
+    let tiles_k = generic_to_shared::<u32>(shared_k.as_ptr());
+    let tiles_v = generic_to_shared::<u32>(shared_v.as_ptr());
+    let tiles_s = generic_to_shared::<u32>(shared_s.as_ptr());
+    let tiles_o = generic_to_shared::<u32>(shared_o.as_ptr());
+    // Factors where there are any, then what the output is multiplied with, then the products.
+    let tiles_f = generic_to_shared::<u32>(shared_x.as_ptr());
+    let tiles_x = tiles_f + comptime!((plan.factors() as usize * plan.warpgroups * PANEL) as u32);
+    let tiles_p = tiles_x + narrow;
+    let barrier = generic_to_shared::<u64>(barriers.as_ptr());
+    let ring = Ring::new(barrier, comptime!(stages as u32));
+    let ring_x = Ring::new(barrier + comptime!(16 * stages as u32), 1u32);
+    declare(state);
+    declare(SCORES);
+    // Outputs, or products where outputs share the registers of the scores.
+    if comptime!(!plan.shares_registers() || (plan.factors() && plan.dots())) {
+        declare(OUT);
+    }
+    declare_fragment(DECAYED);
+    declare_fragment(VALUES);
+    if UNIT_POS == 0 {
+        // The copies' arrival, and that of each unit of the warp that sums decays.
+        ring.init(33u32, comptime!(warpgroups as u32));
+        ring_x.init(1u32, comptime!(warpgroups as u32));
+        barrier_fence();
+    }
+    sync_cube();
+
+    let work = items * heads * comptime!(plan.slices() as u32);
+    let warpgroup = UNIT_POS / 128u32;
+    let warp = (UNIT_POS % 128u32) / 32u32;
+    let lane = UNIT_POS % 32u32;
+    let mut step = 0u32;
+    let mut index = CUBE_POS_X;
+    if warpgroup == comptime!(warpgroups as u32) {
+        give_registers(40u32);
+        if warp == 0u32 {
+            if lane == 0u32 {
+                let map_q = tensor_map_address(q);
+                let map_k = tensor_map_address(k);
+                let map_v = tensor_map_address(v);
+                while index < work {
+                    let p = place(index, table, heads, plan);
+                    let channel = p.slice * comptime!(64 * warpgroups as u32);
+                    for i in 0..p.chunks {
+                        let chunk = chunk_at(i, p.chunks, plan);
+                        let parts = parts_of(levels, &p, chunk, heads, plan);
+                        let spans = spans_of(&p, chunk, parts, plan);
+                        for n in 0..spans {
+                            let token = p.start + span_at(&p, chunk, n, parts, spans, plan).start;
+                            ring.wait_room(step);
+                            let full = ring.full(step);
+                            let stage = ring.stage(step);
+                            barrier_expect(full, comptime!(plan.stage_bytes() as u32));
+                            load_tile(tiles_q + stage * wide, map_q, 0u32, p.head, token, full, panels);
+                            load_tile(tiles_k + stage * wide, map_k, 0u32, p.head, token, full, panels);
+                            load_tile(tiles_v + stage * narrow, map_v, channel, p.head, token, full, warpgroups);
+                            step += 1u32;
+                        }
+                    }
+                    index += CUBE_COUNT_X;
+                }
+            }
+        } else if warp == 1u32 {
+            while index < work {
+                let p = place(index, table, heads, plan);
+                for i in 0..p.chunks {
+                    let chunk = chunk_at(i, p.chunks, plan);
+                    let parts = parts_of(levels, &p, chunk, heads, plan);
+                    let spans = spans_of(&p, chunk, parts, plan);
+                    for n in 0..spans {
+                        ring.wait_room(step);
+                        let to = (ring.stage(step) * comptime!(plan.decays() as u32)) as usize;
+                        if comptime!(plan.by_key()) {
+                            let span = span_at(&p, chunk, n, parts, spans, plan);
+                            factors_of_span(
+                                vectors,
+                                gates,
+                                &mut shared_g,
+                                to,
+                                &p,
+                                chunk,
+                                parts,
+                                &span,
+                                heads,
+                                lane,
+                                plan,
+                            );
+                        } else {
+                            decays_of_chunk(g, &mut shared_g, to, &p, chunk, heads, lane, plan);
+                        }
+                        barrier_arrive(ring.full(step));
+                        step += 1u32;
+                    }
+                }
+                index += CUBE_COUNT_X;
+            }
+        } else if warp == 2u32 {
+            if comptime!(plan.extra_panels() > 0) {
+                if lane == 0u32 {
+                    let map_x = tensor_map_address(x);
+                    let map_f = tensor_map_address(factors);
+                    while index < work {
+                        let p = place(index, table, heads, plan);
+                        let channel = p.slice * comptime!(64 * warpgroups as u32);
+                        for i in 0..p.chunks {
+                            let chunk = chunk_at(i, p.chunks, plan);
+                            let parts = parts_of(levels, &p, chunk, heads, plan);
+                            let spans = spans_of(&p, chunk, parts, plan);
+                            for n in 0..spans {
+                                let token = p.start + span_at(&p, chunk, n, parts, spans, plan).start;
+                                let full = ring_x.full(step);
+                                ring_x.wait_room(step);
+                                barrier_expect(full, comptime!(plan.extra_bytes() as u32));
+                                if comptime!(plan.factors()) {
+                                    load_tile(tiles_f, map_f, channel, p.head, token, full, warpgroups);
+                                }
+                                if comptime!(plan.dots()) {
+                                    load_tile(tiles_x, map_x, channel, p.head, token, full, warpgroups);
+                                }
+                                step += 1u32;
+                            }
+                        }
+                        index += CUBE_COUNT_X;
+                    }
+                }
+            }
+        }
+    } else {
+        take_registers(232u32);
+        let map_o = tensor_map_address(o);
+        let elected = UNIT_POS % 128u32 == 0u32;
+        let unit = UNIT_POS % 128u32;
+        let row = row_of(warp, lane, 0usize);
+        let s0 = tiles_s + warpgroup * wide;
+        let o0 = tiles_o + warpgroup * comptime!(PANEL as u32);
+        let x0 = tiles_x + warpgroup * comptime!(PANEL as u32);
+        let f0 = tiles_f + warpgroup * comptime!(PANEL as u32);
+        let p0 = tiles_p + warpgroup * comptime!(PANEL as u32);
+        let map_p = tensor_map_address(products);
+        let id = warpgroup + 1u32;
+        while index < work {
+            let p = place(index, table, heads, plan);
+            let panel = p.slice * comptime!(warpgroups as u32) + warpgroup;
+            let channel = panel * 64u32;
+            load_state(initial, blobs, &p, panel, heads, row, lane, unit, in_factor, plan);
+            for i in 0..p.chunks {
+                let chunk = chunk_at(i, p.chunks, plan);
+                let parts = parts_of(levels, &p, chunk, heads, plan);
+                let spans = spans_of(&p, chunk, parts, plan);
+                for n in 0..spans {
+                    let span = span_at(&p, chunk, n, parts, spans, plan);
+                    let count = span.count;
+                    ring.wait_full(step);
+                    let stage = ring.stage(step);
+                    let q0 = tiles_q + stage * wide;
+                    let k0 = tiles_k + stage * wide;
+                    let v0 = tiles_v + stage * narrow + warpgroup * comptime!(PANEL as u32);
+                    let g0 = (stage * comptime!(plan.decays() as u32)) as usize;
+                    // The scores, while the state goes to shared memory as an operand.
+                    fence();
+                    #[unroll]
+                    for n in 0..comptime!(4 * panels) {
+                        let keep = comptime!(n as u32);
+                        mma_shared(SCORES, k_major(q0, CHUNK, n), k_major(k0, CHUNK, n), keep, false, false);
+                    }
+                    commit();
+                    if comptime!(plan.by_key()) {
+                        if comptime!(plan.roles.borders == Borders::Write) {
+                            if n + 1u32 == spans {
+                                write_border(borders, &p, chunk, panel, heads, unit, plan);
+                            }
+                        }
+                        if comptime!(plan.roles.borders == Borders::Multiply) {
+                            if n == 0u32 {
+                                multiply_rows(
+                                    borders,
+                                    ends,
+                                    &shared_g,
+                                    g0,
+                                    &p,
+                                    chunk,
+                                    panel,
+                                    heads,
+                                    row,
+                                    lane,
+                                    unit,
+                                    last_factor,
+                                    plan,
+                                );
+                            }
+                        }
+                        scale_state(&shared_g, g0, panel, row, lane, plan);
+                    }
+                    publish_state(s0, row, lane, plan);
+                    if elected {
+                        wait_stores_read(0u32);
+                    }
+                    fence_shared();
+                    sync_warpgroup(id, 128u32);
+                    if comptime!(!plan.shares_registers()) {
+                        fence();
+                        #[unroll]
+                        for n in 0..comptime!(4 * panels) {
+                            let keep = comptime!(n as u32);
+                            mma_shared(out, k_major(q0, CHUNK, n), k_major(s0, 64usize, n), keep, false, false);
+                        }
+                        commit();
+                    }
+                    if comptime!(!plan.by_key()) {
+                        if comptime!(plan.roles.borders == Borders::Write) {
+                            write_border(borders, &p, chunk, panel, heads, unit, plan);
+                        }
+                        if comptime!(plan.roles.borders == Borders::Multiply) {
+                            let decay = exp2(shared_g[g0 + 63]) * last_factor;
+                            multiply_border(borders, ends, &p, chunk, panel, heads, unit, decay, plan);
+                        }
+                    }
+                    if comptime!(!plan.shares_registers()) {
+                        wait(1u32);
+                    } else {
+                        wait(0u32);
+                    }
+                    // Decayed scores, as the left operand of their product with the values.
+                    let mut own = (f32::new(0.0), f32::new(0.0));
+                    if comptime!(plan.by_key()) {
+                        own = masked_scores(row, lane, count, out_scale, plan);
+                    } else {
+                        decayed_scores(&shared_g, g0, row, lane, count, out_scale, plan);
+                    }
+                    if comptime!(plan.shares_registers()) {
+                        fence();
+                        #[unroll]
+                        for n in 0..comptime!(4 * panels) {
+                            let keep = comptime!(n as u32);
+                            mma_shared(out, k_major(q0, CHUNK, n), k_major(s0, 64usize, n), keep, false, false);
+                        }
+                        commit();
+                    }
+                    if comptime!(plan.by_key()) {
+                        plain_values(v0, count, warp, lane);
+                        wait(0u32);
+                        #[unroll]
+                        for n in 0..32usize {
+                            scale(out, n, out_scale);
+                        }
+                    } else {
+                        let g_low = shared_g[g0 + row as usize];
+                        let g_high = shared_g[g0 + row as usize + 8];
+                        let g_last = shared_g[g0 + 63];
+                        decayed_values(v0, &shared_g, g0, g_last, count, warp, lane, plan);
+                        let decay = exp2(g_last);
+                        #[unroll]
+                        for n in 0..comptime!(state.len()) {
+                            scale(state, n, decay);
+                        }
+                        wait(0u32);
+                        let row_low = if comptime!(plan.roles.against_time) { g_last - g_low } else { g_low + 0.0f32 };
+                        let row_high =
+                            if comptime!(plan.roles.against_time) { g_last - g_high } else { g_high + 0.0f32 };
+                        let e_low = exp2(row_low) * out_scale;
+                        let e_high = exp2(row_high) * out_scale;
+                        #[unroll]
+                        for n in 0..32usize {
+                            scale(out, n, if comptime!(n / 2 % 2 == 0) { e_low } else { e_high });
+                        }
+                    }
+                    let token = p.start + span.start;
+                    if comptime!(plan.extra_panels() > 0) {
+                        ring_x.wait_full(step);
+                    }
+                    if comptime!(!plan.by_key() && plan.roles.borders == Borders::Multiply) {
+                        // What the state alone contributes.
+                        let later = comptime!(plan.outer_panels() as u32) + panel;
+                        row_products(x0, dots, later * tokens + token, p.head, heads, row, lane, count, plan);
+                    }
+                    if comptime!(plan.by_key() && plan.roles.borders == Borders::Multiply) {
+                        if n == 0u32 {
+                            sum_inter(ends, &p, chunk, panel, heads, x0, row, warp, lane, count, plan);
+                        }
+                    }
+                    fence();
+                    #[unroll]
+                    for n in 0..4usize {
+                        mma_registers(out, DECAYED, n, mn_major(v0, CHUNK, n), 1u32, true);
+                    }
+                    commit();
+                    #[unroll]
+                    for n in 0..4usize {
+                        mma_registers(state, VALUES, n, mn_major(k0, CHUNK, n), 1u32, true);
+                    }
+                    commit();
+                    wait(1u32);
+                    if comptime!(!plan.by_key() && plan.dots()) {
+                        row_products(x0, dots, panel * tokens + token, p.head, heads, row, lane, count, plan);
+                    }
+                    let mut products_scale = f32::new(1.0);
+                    if comptime!(plan.factors() && plan.dots()) {
+                        // One scale for each warp's tokens, at the first of them.
+                        let first = span.start % comptime!(CHUNK as u32) + warp * 16u32;
+                        if warp * 16u32 < count {
+                            let to = border_at(&p, chunk, panel, heads, plan) * comptime!(CHUNK as u32) + first;
+                            products_scale = products_of_span(product_scales, to, x0, row, lane, count, plan);
+                        }
+                    }
+                    if count == comptime!(CHUNK as u32) {
+                        if comptime!(plan.factors()) {
+                            write_factored(
+                                rows,
+                                product_rows,
+                                o0,
+                                p0,
+                                products_scale,
+                                f0,
+                                v0,
+                                own,
+                                0u32,
+                                channel,
+                                1u32,
+                                row,
+                                lane,
+                                count,
+                                true,
+                                plan,
+                            );
+                        } else {
+                            write_tile(o0, row, lane, plan);
+                        }
+                        fence_shared();
+                        sync_warpgroup(id, 128u32);
+                        if elected {
+                            store_3d(o0, map_o, channel, p.head, token);
+                            if comptime!(plan.factors() && plan.dots()) {
+                                store_3d(p0, map_p, channel, p.head, token);
+                            }
+                            commit_stores();
+                        }
+                    } else {
+                        if comptime!(plan.factors()) {
+                            write_factored(
+                                rows,
+                                product_rows,
+                                o0,
+                                p0,
+                                products_scale,
+                                f0,
+                                v0,
+                                own,
+                                token * heads + p.head,
+                                channel,
+                                heads,
+                                row,
+                                lane,
+                                count,
+                                false,
+                                plan,
+                            );
+                        } else {
+                            write_rows(rows, token, p.head, heads, channel, row, lane, count, plan);
+                        }
+                        sync_warpgroup(id, 128u32);
+                    }
+                    if comptime!(plan.extra_panels() > 0) {
+                        if elected {
+                            ring_x.release(step);
+                        }
+                    }
+                    wait(0u32);
+                    if comptime!(plan.by_key()) {
+                        let after = g0 + comptime!(plan.decay_channels());
+                        scale_state(&shared_g, after, panel, row, lane, plan);
+                        // The factors are read by all.
+                        sync_warpgroup(id, 128u32);
+                    }
+                    if elected {
+                        ring.release(step);
+                    }
+                    step += 1u32;
+                }
+            }
+            store_state(last, &p, panel, heads, row, lane, last_factor, plan);
+            index += CUBE_COUNT_X;
+        }
+        if elected {
+            wait_stores_read(0u32);
+        }
+    }
+}
