@@ -62,9 +62,9 @@ impl Problem {
         let mut kk = Input::new("state of keys", &[n, h, keys, keys], (-1.0, 1.0));
         for square in kk.values.chunks_mut(keys * keys) {
             let rows = square.to_vec();
-            for at in 0..keys * keys {
+            for (at, entry) in square.iter_mut().enumerate() {
                 let (i, j) = (at / keys, at % keys);
-                square[at] = (0..keys).map(|row| rows[row * keys + i] * rows[row * keys + j]).sum();
+                *entry = (0..keys).map(|row| rows[row * keys + i] * rows[row * keys + j]).sum();
             }
         }
         vec![
