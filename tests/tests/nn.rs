@@ -4,6 +4,8 @@
 mod common;
 #[path = "nn/files.rs"]
 mod files;
+#[path = "nn/forgetting.rs"]
+mod forgetting;
 #[path = "nn/generation.rs"]
 mod generation;
 #[path = "nn/golden.rs"]

@@ -20,6 +20,8 @@ mod attention;
 mod delta;
 #[path = "sequence/linear.rs"]
 mod linear;
+#[path = "sequence/mesa_net.rs"]
+mod mesa_net;
 #[path = "sequence/path.rs"]
 mod path;
 #[path = "sequence/scans.rs"]

@@ -16,7 +16,7 @@ pub fn golden(case: &str) -> PathBuf {
 }
 
 /// The folders of all expected cases.
-pub const GOLDEN: [&str; 25] = [
+pub const GOLDEN: [&str; 26] = [
     "retnet",
     "gla",
     "gla_hybrid",
@@ -27,6 +27,7 @@ pub const GOLDEN: [&str; 25] = [
     "gated_deltaproduct",
     "kda",
     "comba",
+    "mesa_net",
     "linear_attn",
     "nsa",
     "abc",
@@ -159,6 +160,22 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
                 "comba",
                 r#", "num_heads": 2, "num_v_heads": 4, "head_dim": 8, "use_output_gate": false,
                     "use_short_conv": false"#,
+            ),
+        ),
+        (
+            "mesa_net, gated, without a lower bound, all steps",
+            config(
+                "mesa_net",
+                r#", "num_heads": 3, "head_dim": 10, "use_output_gate": true, "lambda_lower_bound": 0.0,
+                    "conv_size": 3"#,
+            ),
+        ),
+        (
+            "mesa_net, one layer of windowed attention",
+            config(
+                "mesa_net",
+                r#", "num_heads": 2, "head_dim": 8, "max_cg_step_training": 5, "max_cg_step_decoding": 5,
+                    "attn": {"layers": [0], "num_heads": 4, "window_size": 4}"#,
             ),
         ),
         (

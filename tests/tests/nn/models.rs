@@ -218,6 +218,10 @@ fn weights_start_as_they_should() {
                 assert!(mean < 16f64.ln() && (mean > -3.0), "{what}");
             } else if parameter.ends_with("dt_bias") {
                 assert!((-6.91..-2.25).contains(&mean), "{what}");
+            } else if parameter.ends_with("lambda_params") {
+                // λ = 1 with the lower bounds of the configs.
+                let bound = if name.contains("without a lower bound") { 0.0 } else { 0.25 };
+                assert!((mean.exp().ln_1p() + bound - 1.0).abs() < 1e-6 && std < 1e-6, "{what}");
             } else if parameter.ends_with(".D") || parameter.ends_with(".decay") {
                 assert_eq!((mean, std), (1.0, 0.0), "{what}");
             } else if ["bias", "beta", "lower_bounds"].iter().any(|end| parameter.ends_with(end)) {

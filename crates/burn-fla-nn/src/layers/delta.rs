@@ -148,6 +148,9 @@ mod tests {
             ("kda", r#""safe_gate": true, "lower_bound": -6"#, ["lower_bound", "-6"]),
             ("kda", r#""lower_bound": 0.0"#, ["lower_bound", "below 0"]),
             ("comba", r#""use_output_gate": "yes""#, ["use_output_gate", "true or false"]),
+            ("mesa_net", r#""lambda_lower_bound": 1.0"#, ["lambda_lower_bound", "below 1"]),
+            ("mesa_net", r#""max_cg_step_decoding": 0"#, ["max_cg_step_decoding", "from 1"]),
+            ("mesa_net", r#""conv_size": 17"#, ["conv_size", "16"]),
         ] {
             let text = format!(r#"{{"model_type": "{model_type}", {field}}}"#);
             let message = ModelConfig::from_json(&text).expect_err(field).to_string();

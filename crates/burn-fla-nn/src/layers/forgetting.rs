@@ -33,10 +33,17 @@ pub struct ForgettingAttentionConfig {
     /// Whether the output is multiplied by σ(g_proj x).
     #[config(default = "false")]
     pub use_output_gate: bool,
+    /// How many tokens a query sees, itself included, where a sequence goes on from a state; `None`: all before it. See
+    /// [`ForgettingAttention`].
+    pub window_size: Option<usize>,
 }
 
 /// Causal softmax attention without positions whose scores decay with distance:
 /// s_ij = K^−½ q_i · k_j + Σ_{l = j+1..i} ln σ(f_l), with a gate f = W x + b for each query head (Lin et al. 2025).
+///
+/// A window bounds what is kept in generation, as the format has it: a sequence from its first token, in training or as a
+/// prompt, sees all of itself, and the tokens after it see the window. So with a window the steps are not those of the whole
+/// sequence, by as much as the gates have left of what is outside.
 #[derive(Module, Debug)]
 pub struct ForgettingAttention {
     /// `[H·K, hidden]`
@@ -59,22 +66,20 @@ pub struct ForgettingAttention {
     pub num_heads: usize,
     /// Number of key and value heads G.
     pub num_kv_heads: usize,
+    /// How many tokens a query sees where a sequence goes on from a state.
+    pub window_size: Option<usize>,
 }
 
 impl ForgettingAttentionConfig {
     /// Reads the fields of a `config.json`.
     pub(crate) fn from_fields(fields: &Fields<'_>, common: &CommonConfig) -> Result<Self, NnError> {
-        // Where the format has it, it cuts what is kept in generation and not what training sees.
-        if let Some(window) = fields.get("window_size") {
-            let message = format!("{window} is not supported: training does not see it; it must be null");
-            return Err(fields.error("window_size", message));
-        }
         Ok(Self::new(common.hidden_size)
             .with_num_heads(fields.usize("num_heads", 32)?)
             .with_num_kv_heads(fields.optional_usize("num_kv_heads")?)
             .with_qkv_bias(fields.bool("qkv_bias", false)?)
             .with_qk_norm(fields.bool("qk_norm", false)?)
-            .with_use_output_gate(fields.bool("use_output_gate", false)?))
+            .with_use_output_gate(fields.bool("use_output_gate", false)?)
+            .with_window_size(fields.optional_usize("window_size")?))
     }
 
     /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
@@ -93,13 +98,16 @@ impl ForgettingAttentionConfig {
             let message = format!("hidden_size {hidden} must be a multiple of it, and it is {heads}");
             return Err(NnError::config("num_heads", message));
         }
+        if self.window_size == Some(0) {
+            return Err(NnError::config("window_size", "must be at least 1, or null for none"));
+        }
         Ok(())
     }
 
     /// A layer with the parameters of `scope`.
     ///
     /// # Errors
-    /// Head counts that do not divide.
+    /// Head counts that do not divide; a window of 0.
     pub fn build(&self, scope: &ParamScope<'_, '_>) -> Result<ForgettingAttention, NnError> {
         self.check()?;
         let (hidden, heads) = (self.hidden_size, self.num_heads);
@@ -118,6 +126,7 @@ impl ForgettingAttentionConfig {
             k_norm: norm("k_norm", keys),
             num_heads: heads,
             num_kv_heads: groups,
+            window_size: self.window_size,
         })
     }
 }
@@ -145,21 +154,22 @@ impl ForgettingAttention {
         let k = heads(self.k_proj.forward(x.clone())?, self.num_kv_heads, &self.k_norm)?;
         let v = split_heads(self.v_proj.forward(x.clone())?, self.num_kv_heads);
         let log_forget = log_sigmoid(self.f_proj.forward(x.clone())?.cast(DType::F32));
+        let window = self.window_size.filter(|_| past.is_some());
         let (keys, gates) = past.map_or((None, None), |past| (Some(past.keys), Some(past.log_forget)));
         let (k, v) = KeyValueState::extend(keys, k, v);
         let log_forget = match gates {
             Some(gates) => Tensor::cat(vec![gates, log_forget], 1),
             None => log_forget,
         };
-        let mut options = context.attention(k.dims()[1], None);
+        let mut options = context.attention(k.dims()[1], window);
         options.log_forget = Some(log_forget.clone());
         let o = merge_heads(ops::attention(q, k.clone(), v.clone(), options)?);
         let o = match &self.g_proj {
             Some(gate) => activation::sigmoid(gate.forward(x)?) * o,
             None => o,
         };
-        let state = KeyValueState::keep(k, v, None, context)
-            .map(|keys| ForgettingState { keys, log_forget: in_window(log_forget, None, context) });
+        let state = KeyValueState::keep(k, v, self.window_size, context)
+            .map(|keys| ForgettingState { keys, log_forget: in_window(log_forget, self.window_size, context) });
         Ok((self.o_proj.forward(o)?, state))
     }
 }

@@ -121,6 +121,8 @@ mixers! {
     Mamba2: Mamba2, Mamba2Config, RecurrentState;
     /// Selective state space.
     Mamba: Mamba, MambaConfig, MambaState;
+    /// Linear attention to the solution of a ridge regression.
+    MesaNet: MesaNet, MesaNetConfig, MesaLayerState;
     /// Native sparse attention.
     NativeSparseAttention: NativeSparseAttention, NativeSparseAttentionConfig, KeyValueState;
     /// Softmax attention with accumulated reflections.

@@ -15,10 +15,12 @@ use crate::NnError;
 use crate::layers::{
     AbcConfig, AttentionConfig, BasedConfig, CombaConfig, DeltaNetConfig, ForgettingAttentionConfig,
     GatedDeltaNetConfig, GatedDeltaProductConfig, GlaConfig, GsaConfig, Hgrn2Config, HgrnConfig, KdaConfig,
-    LatentAttentionConfig, LightNetConfig, LinearAttentionConfig, Mamba2Config, MambaConfig, MixerConfig,
-    NativeSparseAttentionConfig, PathAttentionConfig, RebasedConfig, RetentionConfig, Rwkv6Config, Rwkv7Config,
+    LatentAttentionConfig, LightNetConfig, LinearAttentionConfig, Mamba2Config, MambaConfig, MesaNetConfig,
+    MixerConfig, NativeSparseAttentionConfig, PathAttentionConfig, RebasedConfig, RetentionConfig, Rwkv6Config,
+    Rwkv7Config,
 };
 use crate::modules::{FeedForwardConfig, NormKind};
+use crate::verify::Bounds;
 
 /// An architecture.
 #[derive(Debug)]
@@ -43,6 +45,8 @@ pub struct Architecture {
     pub(crate) defaults: Defaults,
     /// How its embedding and its output map start.
     pub(crate) outer_init: OuterInit,
+    /// How far results in f32 may be from those that the format's own implementation gives.
+    pub bounds: Bounds,
     /// Reads the fields of the feed-forward networks.
     pub(crate) feed_forward: fn(&Fields<'_>, &Defaults, usize) -> Result<Option<FeedForwardConfig>, NnError>,
     /// Reads the fields of the mixer of a layer, counted from 0.
@@ -95,6 +99,7 @@ const COMMON: Architecture = Architecture {
     norm: NormKind::Rms,
     outer_init: OuterInit::Normal,
     defaults: DEFAULTS,
+    bounds: Bounds::F32,
     feed_forward: gated,
     mixer: |fields, _, _| Err(fields.error("model_type", "has no mixer")),
 };
@@ -177,6 +182,25 @@ pub const ARCHITECTURES: &[Architecture] = &[
         defaults: Defaults { num_hidden_layers: 21, ..DEFAULTS },
         tiny: r#"{"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "expand_v": 1.5}"#,
         mixer: |fields, common, _| CombaConfig::from_fields(fields, common).map(MixerConfig::Comba),
+        ..COMMON
+    },
+    Architecture {
+        model_type: "mesa_net",
+        title: "MesaNet",
+        paper: "MesaNet: Sequence Modeling by Locally Optimal Test-Time Training, arXiv:2506.05233",
+        // Fewer steps than a model has: the suites run them one token at a time.
+        tiny: r#"{"num_heads": 2, "head_dim": 12, "max_cg_step_training": 8, "max_cg_step_decoding": 8}"#,
+        bounds: Bounds {
+            logits: 5e-3,
+            gradient: 2e-2,
+            loss: 1e-2,
+            curve: 1e-2,
+            reason: Some(
+                "the expected results were made with q, k, the solutions and all operands of their products rounded to \
+                 fp16, whatever the dtype of the model, which is not done here",
+            ),
+        },
+        mixer: |fields, common, _| MesaNetConfig::from_fields(fields, common).map(MixerConfig::MesaNet),
         ..COMMON
     },
     Architecture {

@@ -8,7 +8,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Gradients, Int, Tensor, TensorData};
 use burn_fla_ops::CuSeqlens;
 
-use super::{collect, layer, read, rms_ratio, verify_folder};
+use super::{Bounds, collect, layer, read, rms_ratio, verify_folder};
 use crate::hub::{self, CONFIG_FILE, TensorStore, WEIGHTS_FILE};
 use crate::models::registry::{ARCHITECTURES, Architecture};
 use crate::{CausalLm, Compute, Draws, ModelConfig, NnError, State};
@@ -115,8 +115,8 @@ impl ArchitectureTable {
     pub fn passed(&self) -> bool {
         self.0.iter().all(|row| {
             let logits = [row.forward, row.step, row.packed, row.hybrid.unwrap_or(0.0)];
-            logits.iter().all(|error| *error <= super::LOGITS)
-                && row.backward <= super::GRADIENT
+            logits.iter().all(|error| *error <= Bounds::F32.logits)
+                && row.backward <= Bounds::F32.gradient
                 && row.golden.as_ref().is_none_or(|golden| golden.passed && golden.round_trip)
         })
     }

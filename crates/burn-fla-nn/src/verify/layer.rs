@@ -5,7 +5,7 @@ use std::path::Path;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use serde_json::{Map, Value};
 
-use super::{GRADIENT, LOGITS, VerifyReport, collect, compare_gradients, read, rms_ratio};
+use super::{Bounds, VerifyReport, collect, compare_gradients, read, rms_ratio};
 use crate::hub::{CONFIG_FILE, TensorStore, WEIGHTS_FILE};
 use crate::layers::SequenceContext;
 use crate::{Compute, ModelConfig, NnError, ParamPath, ParamSource};
@@ -85,10 +85,10 @@ fn report(
     let exact = compute.dtype == DType::F32;
     let mut report = VerifyReport::new(folder, &device, compute);
     let error = rms_ratio(&read(y)?, &expected("y")?.unwrap_or_default());
-    report.push("y", error, exact.then_some(LOGITS));
+    report.push("y", error, exact.then_some(Bounds::F32.logits));
     let dx = x.grad_remove(&mut gradients).map(read).transpose()?;
     let mut found = vec![("x".to_string(), dx)];
     found.extend(collect(&mixer, ParamPath::default(), &mut gradients)?);
-    compare_gradients(&mut report, found, expected, exact.then_some(GRADIENT))?;
+    compare_gradients(&mut report, found, expected, exact.then_some(Bounds::F32.gradient))?;
     Ok(report)
 }

@@ -30,6 +30,8 @@ impl Check {
 pub struct VerifyReport {
     /// Folder, device and types.
     pub title: String,
+    /// Why the bounds are not those of f32, where they are not.
+    pub reason: Option<&'static str>,
     /// The numbers, in the order of the computation.
     pub checks: Vec<Check>,
     /// Parameters that have no gradient, here and in what is expected.
@@ -40,6 +42,7 @@ impl VerifyReport {
     pub(super) fn new(folder: &Path, device: &Device, compute: Compute) -> Self {
         Self {
             title: format!("{} on {device:?}, {:?}, engine {:?}", folder.display(), compute.dtype, compute.engine),
+            reason: None,
             checks: Vec::new(),
             absent: Vec::new(),
         }
@@ -59,6 +62,9 @@ impl fmt::Display for VerifyReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = self.checks.iter().map(|c| c.name.len()).max().unwrap_or(0);
         writeln!(f, "{}", self.title)?;
+        if let Some(reason) = self.reason {
+            writeln!(f, "bounds of its own: {reason}")?;
+        }
         writeln!(f, "{:width$}  {:>9}  {:>9}", "", "measured", "bound")?;
         for check in &self.checks {
             let (bound, verdict) = match check.bound {
