@@ -1,6 +1,8 @@
 //! Norms, SwiGLU, the short convolution and the rotary embedding: references against finite differences, kernels against
-//! references, on every device.
+//! references, on every device. The update of AdamW.
 
+#[path = "support/adamw.rs"]
+mod adamw;
 #[path = "support/problem.rs"]
 mod problem;
 

@@ -18,6 +18,7 @@ mod scan;
 mod sequences;
 
 pub mod abc;
+pub mod adamw;
 pub mod attention;
 pub mod based;
 pub mod bridge;
@@ -64,6 +65,7 @@ pub mod token_shift;
 pub mod triangular;
 
 pub use abc::{AbcOptions, AbcState, abc};
+pub use adamw::{AdamWOptions, AdamWSlot, AdamWStep, AdamWUpdated, adamw};
 pub use attention::{AttentionOptions, attention};
 pub use based::based;
 pub use comba::comba;

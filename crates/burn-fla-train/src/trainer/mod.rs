@@ -18,7 +18,7 @@ use crate::TrainError;
 use crate::checkpoint::{CheckpointStore, TrainState, save_optimizer, write_atomic, write_synced};
 use crate::data::{Loader, Rows};
 use crate::metrics::{Journal, Line, SampleLine, Terminal, TrainLine, ValidationLine};
-use crate::optim::{AdamW, StepReport};
+use crate::optim::{AdamW, StepFigures, StepReport};
 use crate::recipe::Recipe;
 use crate::schedule::Schedule;
 use compute::{Computer, read};
@@ -121,7 +121,9 @@ impl Trainer {
             self.evaluate()?;
         }
         if self.saved != Some(self.state.step) {
-            self.check_skips(&last_batch)?;
+            if let Some(report) = &self.report {
+                self.check_skips(&report.read()?, &last_batch)?;
+            }
             self.save()?;
         }
         self.terminal.finish();
@@ -145,7 +147,7 @@ impl Trainer {
         }
         let lr = self.recipe.optimizer.lr * self.schedule.factor(self.state.step, self.total_steps());
         let model = self.model.take().expect("no update is under way");
-        let (model, report) = self.optimizer.step(model, gradient.grads, lr);
+        let (model, report) = self.optimizer.step(model, gradient.grads, lr)?;
         self.model = Some(model);
 
         self.unread.push(gradient.loss);
@@ -199,8 +201,8 @@ impl Trainer {
     fn log(&mut self, batch: &[Rows]) -> Result<(), TrainError> {
         let start = Instant::now();
         self.read_losses()?;
-        let Some(report) = self.report.clone() else { return Ok(()) };
-        let figures = read(Tensor::cat(vec![report.grad_norm, report.skipped], 0))?;
+        let Some(report) = &self.report else { return Ok(()) };
+        let figures = report.read()?;
         self.clock(start);
         let interval = std::mem::take(&mut self.interval);
         let losses = std::mem::take(&mut self.pending);
@@ -210,11 +212,11 @@ impl Trainer {
             tokens: self.state.tokens,
             loss: losses.into_iter().map(f64::from).sum::<f64>() / count,
             lr: self.last_lr,
-            grad_norm: f64::from(figures[0]),
+            grad_norm: figures.grad_norm,
             tokens_per_s: interval.tokens as f64 / interval.time.as_secs_f64().max(1e-9),
             data_wait_s: interval.waited.as_secs_f64(),
             seconds: self.state.seconds,
-            skipped: figures[1] as u64,
+            skipped: figures.skipped,
         };
         if !line.loss.is_finite() && !self.recipe.training.skip_nan_inf {
             self.terminal.note(&format!(
@@ -224,27 +226,20 @@ impl Trainer {
         }
         self.terminal.train(&line, self.recipe.training.total_steps());
         self.journal.write(&Line::Train(line))?;
-        self.check_skips(batch)
+        self.check_skips(&figures, batch)
     }
 
     /// An error when too many steps in a row were skipped, with the last batch on disk to be looked at.
-    fn check_skips(&mut self, batch: &[Rows]) -> Result<(), TrainError> {
-        let Some(report) = self.report.clone() else { return Ok(()) };
-        let figures = read(Tensor::cat(vec![report.skipped_in_a_row, report.skipped_most], 0))?;
+    fn check_skips(&self, figures: &StepFigures, batch: &[Rows]) -> Result<(), TrainError> {
         let limit = self.recipe.training.max_skipped;
-        if (figures[1] as u64) < limit {
+        if figures.skipped_most < limit {
             return Ok(());
         }
         let path = self.recipe.job.dump_folder.join(format!("batch_{:08}.json", self.state.step));
         let rows: Vec<&[i32]> = batch.iter().flat_map(|rows| rows.ids.chunks(rows.seq_len)).collect();
         let dump = serde_json::json!({ "step": self.state.step, "ids": rows });
         write_atomic(&path, dump.to_string().as_bytes())?;
-        Err(TrainError::Diverged {
-            step: self.state.step,
-            in_a_row: figures[1].max(figures[0]) as u64,
-            limit,
-            batch: path,
-        })
+        Err(TrainError::Diverged { step: self.state.step, in_a_row: figures.skipped_most, limit, batch: path })
     }
 
     /// Held-out loss, bits per byte or accuracy, and samples; once for a step.
