@@ -38,6 +38,7 @@ mod hopper_walk;
 pub mod kda;
 pub mod l2_norm;
 pub mod linear_attn;
+pub mod linear_cross_entropy;
 #[cfg(feature = "cube")]
 mod linear_walk;
 pub mod logcumsumexp;
@@ -82,6 +83,7 @@ pub use hgrn::hgrn;
 pub use kda::kda;
 pub use l2_norm::l2_norm;
 pub use linear_attn::linear_attn;
+pub use linear_cross_entropy::{CrossEntropyOptions, linear_cross_entropy};
 pub use logcumsumexp::logcumsumexp;
 pub use matmul::{linear, matmul};
 pub use mesa_net::{MesaOptions, MesaState, mesa_net};

@@ -7,7 +7,7 @@ use cubecl::prelude::*;
 use super::kernels::{self, FACTORS};
 use super::{AdamWOptions, AdamWSlot, AdamWStep, AdamWUpdated, COUNTERS};
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous, owned, zeros};
-use crate::rows::{RowPlan, UNITS, address, planes_of_32, vector_size};
+use crate::rows::{RowPlan, UNITS, address, vector_size};
 
 /// The most parameters of a launch: each is unrolled in the kernel.
 const MAX_LIST: usize = 16;
@@ -200,7 +200,7 @@ impl Operator for AdamW {
         }
         let sizes: Vec<usize> = slots.iter().map(Slot::len).collect();
         let bindings = counters.client.properties().hardware.max_bindings as usize;
-        let plan = RowPlan { width: UNITS, lanes: UNITS, steps: 1, planes: planes_of_32(&counters) };
+        let plan = RowPlan::whole_cube(&counters);
         let partial = self.squares(&slots, &sizes, plan, bindings);
         let [factors, counters, norm] = self.factors(partial, counters, plan);
         self.update(&slots, &sizes, factors, bindings);

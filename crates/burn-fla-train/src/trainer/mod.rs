@@ -3,6 +3,7 @@
 mod audit;
 mod compute;
 mod pool;
+mod profile;
 mod setup;
 mod signals;
 mod task;
@@ -22,6 +23,7 @@ use crate::optim::{AdamW, StepFigures, StepReport};
 use crate::recipe::Recipe;
 use crate::schedule::Schedule;
 use compute::{Computer, read};
+use profile::{Part, Profiler, Stopwatch};
 use signals::Signals;
 use task::{HeldOut, Task};
 use text::Text;
@@ -55,6 +57,7 @@ pub struct Trainer {
     /// Whether the weights are other than random.
     resumed: bool,
     vocab_size: usize,
+    profiler: Option<Profiler>,
 }
 
 /// What was measured since the last log line.
@@ -127,19 +130,30 @@ impl Trainer {
             self.save()?;
         }
         self.terminal.finish();
+        if let Some(summary) = self.profiler.as_ref().and_then(Profiler::summary) {
+            self.terminal.note(&summary);
+        }
         Ok(self.summary(interrupted))
     }
 
     /// One optimiser step; the device may still be working on it when this returns.
     fn step(&mut self) -> Result<Vec<Rows>, TrainError> {
+        let measure = self.profiler.as_ref().is_some_and(|profiler| profiler.wants(self.state.step + 1));
+        let mut watch = if measure { Some(Stopwatch::start(&self.computer.device)?) } else { None };
         let start = Instant::now();
         let training = &self.recipe.training;
         let micro = training.gradient_accumulation_steps;
         let batches: Vec<Rows> = (0..micro).map(|_| self.loader.next_rows(training.batch_size)).collect();
         let tokens: u64 = batches.iter().map(Rows::tokens).sum();
         self.interval.waited += start.elapsed();
+        if let Some(watch) = &mut watch {
+            watch.lap(Part::Data)?;
+        }
 
-        let gradient = self.computer.gradient(self.model(), self.optimizer.table(), &batches)?;
+        let gradient = self.computer.gradient(self.model(), self.optimizer.table(), &batches, measure)?;
+        if let Some(watch) = &mut watch {
+            watch.add(gradient.times);
+        }
         if self.state.step == 0 && !self.resumed {
             for finding in audit::audit(self.optimizer.table(), &gradient, self.vocab_size)? {
                 self.terminal.note(&format!("warning: {finding}"));
@@ -149,6 +163,10 @@ impl Trainer {
         let model = self.model.take().expect("no update is under way");
         let (model, report) = self.optimizer.step(model, gradient.grads, lr)?;
         self.model = Some(model);
+        if let (Some(mut watch), Some(profiler)) = (watch, &mut self.profiler) {
+            watch.lap(Part::Optimizer)?;
+            self.terminal.note(&profiler.step(self.state.step + 1, watch.times())?);
+        }
 
         self.unread.push(gradient.loss);
         self.report = Some(report);
@@ -244,6 +262,7 @@ impl Trainer {
 
     /// Held-out loss, bits per byte or accuracy, and samples; once for a step.
     fn evaluate(&mut self) -> Result<(), TrainError> {
+        let start = Instant::now();
         let step = self.state.step;
         if self.evaluated.as_ref().is_some_and(|line| line.step == step) {
             return Ok(());
@@ -265,6 +284,9 @@ impl Trainer {
             self.journal.write(&Line::Validation(line.clone()))?;
             self.evaluated = Some(line);
         }
+        if let Some(profiler) = &mut self.profiler {
+            profiler.validation(start.elapsed());
+        }
         let Some(text) = self.task.text() else { return Ok(()) };
         for prompt in &self.recipe.validation.samples {
             let (section, compute) = (&self.recipe.validation, self.computer.compute);
@@ -277,6 +299,7 @@ impl Trainer {
     }
 
     fn save(&mut self) -> Result<(), TrainError> {
+        let start = Instant::now();
         self.read_losses()?;
         self.state.pending_losses = self.pending.iter().map(|loss| loss.to_bits()).collect();
         let path = self.store.save(self.state.step, |folder| {
@@ -289,6 +312,9 @@ impl Trainer {
             write_synced(&folder.join("recipe.toml"), self.recipe.to_toml().as_bytes())
         })?;
         self.saved = Some(self.state.step);
+        if let Some(profiler) = &mut self.profiler {
+            profiler.checkpoint(start.elapsed());
+        }
         tracing::info!(step = self.state.step, path = %path.display(), "saved");
         Ok(())
     }
