@@ -1,6 +1,10 @@
 //! Norms, SwiGLU, the short convolution and the rotary embedding: references against finite differences, kernels against
-//! references, on every device.
+//! references, on every device. The update of AdamW, and the output layer with the loss.
 
+#[path = "support/adamw.rs"]
+mod adamw;
+#[path = "support/loss.rs"]
+mod loss;
 #[path = "support/problem.rs"]
 mod problem;
 

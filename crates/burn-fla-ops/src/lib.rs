@@ -18,6 +18,7 @@ mod scan;
 mod sequences;
 
 pub mod abc;
+pub mod adamw;
 pub mod attention;
 pub mod based;
 pub mod bridge;
@@ -37,6 +38,7 @@ mod hopper_walk;
 pub mod kda;
 pub mod l2_norm;
 pub mod linear_attn;
+pub mod linear_cross_entropy;
 #[cfg(feature = "cube")]
 mod linear_walk;
 pub mod logcumsumexp;
@@ -64,6 +66,7 @@ pub mod token_shift;
 pub mod triangular;
 
 pub use abc::{AbcOptions, AbcState, abc};
+pub use adamw::{AdamWOptions, AdamWSlot, AdamWStep, AdamWUpdated, adamw};
 pub use attention::{AttentionOptions, attention};
 pub use based::based;
 pub use comba::comba;
@@ -80,6 +83,7 @@ pub use hgrn::hgrn;
 pub use kda::kda;
 pub use l2_norm::l2_norm;
 pub use linear_attn::linear_attn;
+pub use linear_cross_entropy::{CrossEntropyOptions, linear_cross_entropy};
 pub use logcumsumexp::logcumsumexp;
 pub use matmul::{linear, matmul};
 pub use mesa_net::{MesaOptions, MesaState, mesa_net};

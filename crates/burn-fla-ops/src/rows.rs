@@ -55,6 +55,11 @@ impl RowPlan {
         (plan, vector)
     }
 
+    /// The plan for one number a unit, of which [`row_sum`] makes one over the cube.
+    pub(crate) fn whole_cube(like: &CubeTensor) -> Self {
+        Self { width: UNITS, lanes: UNITS, steps: 1, planes: planes_of_32(like) }
+    }
+
     /// Rows of a cube.
     pub(crate) fn groups(&self) -> usize {
         UNITS / self.lanes
@@ -225,6 +230,36 @@ pub(crate) fn sum_rows<const D: usize>(partial: &CubeTensor, first: usize, shape
         stride as u32,
         first as u32,
         columns as u32,
+    );
+    sum
+}
+
+#[cube(launch, address_type = "dynamic")]
+fn sum_all_kernel(x: &Tensor<f32>, sum: &mut Tensor<f32>, #[comptime] plan: RowPlan) {
+    let mut shared = Shared::<[Vector<f32, Const<1>>]>::new_slice(comptime!(UNITS));
+    let mut total = 0.0f32;
+    let mut at = UNIT_POS as usize;
+    while at < x.len() {
+        total += x[at];
+        at += comptime!(UNITS);
+    }
+    let total = row_sum::<Const<1>>(Vector::new(total), &mut shared, plan);
+    if UNIT_POS == 0 {
+        sum[0] = total.extract(0usize);
+    }
+}
+
+/// The sum of all elements, `[1]`, always in the same order: by one cube, so for what is not large.
+pub(crate) fn sum_all(x: CubeTensor) -> CubeTensor {
+    let sum = alloc(&x, [1], DType::F32);
+    sum_all_kernel::launch(
+        &sum.client,
+        grid(1),
+        CubeDim::new_1d(UNITS as u32),
+        address(&[&x]),
+        x.clone().into_tensor_arg(),
+        sum.clone().into_tensor_arg(),
+        RowPlan::whole_cube(&x),
     );
     sum
 }

@@ -174,6 +174,9 @@ pub enum TrainError {
     /// An error of the model's storey.
     #[error(transparent)]
     Model(#[from] burn_fla_nn::NnError),
+    /// An error of an operator.
+    #[error(transparent)]
+    Op(#[from] burn_fla_ops::OpError),
     /// The device failed while computing or reading.
     #[error("the device failed: {0}")]
     Execution(String),

@@ -142,11 +142,10 @@ fn budgets_of_tokens_and_of_time_end() {
     assert!(summary.step > 1 && summary.seconds >= 0.72 && summary.seconds < 60.0, "{summary:?}");
 }
 
-/// The crates that the quickstart trains on are pinned by Cargo.lock in the versions that it names.
+/// The crates that recipes train on are pinned by Cargo.lock in the versions that they name.
 #[test]
-fn the_quickstart_names_pinned_crates() {
+fn recipes_name_pinned_crates() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let recipe = Recipe::load(&root.join("recipes/quickstart.toml"), &[]).unwrap();
     let lock = std::fs::read_to_string(root.join("Cargo.lock")).unwrap();
     let pinned: Vec<String> = lock
         .split("[[package]]")
@@ -158,11 +157,14 @@ fn the_quickstart_names_pinned_crates() {
             Some(format!("{}-{}", field("name")?, field("version")?))
         })
         .collect();
-    let DataSection::Text(data) = recipe.data else { panic!("the quickstart trains on text") };
-    for source in data.sources.iter().chain(&data.validation) {
-        for path in &source.paths {
-            let name = path.split('/').next().unwrap();
-            assert!(pinned.iter().any(|package| package == name), "{name} is not in Cargo.lock");
+    for name in ["quickstart", "gla-340M"] {
+        let recipe = Recipe::load(&root.join(format!("recipes/{name}.toml")), &[]).unwrap();
+        let DataSection::Text(data) = recipe.data else { panic!("{name} trains on text") };
+        for source in data.sources.iter().chain(&data.validation) {
+            for path in &source.paths {
+                let package = path.split('/').next().unwrap();
+                assert!(pinned.iter().any(|known| known == package), "{name}: {package} is not in Cargo.lock");
+            }
         }
     }
 }

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation};
-use burn_fla_ops::{self as ops, CuSeqlens};
+use burn_fla_ops::{self as ops, CrossEntropyOptions, CuSeqlens};
 
 use super::block::{Block, BlockState, Stream};
 use super::{ModelConfig, State};
 use crate::layers::SequenceContext;
-use crate::modules::{Embedding, Linear, LossOutput, Norm, cross_entropy, l2_warp};
+use crate::modules::{Embedding, Linear, LossOutput, Norm};
 use crate::params::parameters_from;
 use crate::{Compute, NamedParam, NnError, ParamPath, ParamScope, ParamSource};
 
@@ -140,16 +140,15 @@ impl CausalLm {
                 format!("the shape is {:?}, and that of ids {:?}", labels.dims(), ids.dims()),
             ));
         }
-        let [b, t, v] = {
-            let [b, t] = ids.dims();
-            [b, t, self.config.vocab_size()]
-        };
-        let logits = self.forward(ids, cu, compute)?.reshape([b * t, v]);
-        let mut loss = cross_entropy(logits.clone(), labels.reshape([b * t]));
-        if self.config.common().use_l2warp {
-            loss.sum = loss.sum + l2_warp(logits) * loss.count.clone();
-        }
-        Ok(loss)
+        let [b, t] = ids.dims();
+        let labels = labels.reshape([b * t]);
+        let context = SequenceContext::new([b, t], cu, compute, &ids.device())?;
+        let (h, _) = self.hidden(ids, None, context)?;
+        let weight = self.output_weight(h.dtype());
+        let l2_warp = self.config.common().use_l2warp.then_some(1e-4);
+        let options = CrossEntropyOptions { l2_warp, engine: compute.engine, ..Default::default() };
+        let (sum, count) = ops::linear_cross_entropy(h.flatten(0, 1), weight, labels, options)?;
+        Ok(LossOutput { sum, count })
     }
 
     /// Runs a whole prompt through the chunked form: the logits of its last position, and the state to go on from.
@@ -287,14 +286,18 @@ impl CausalLm {
         Some(p.cumsum(0) - first)
     }
 
-    fn logits(&self, h: Tensor<3>) -> Result<Tensor<3>, NnError> {
-        let logits = match &self.lm_head {
-            Some(head) => head.forward(h)?,
-            None => {
-                let weight = self.model.embeddings.weight.val().cast(h.dtype());
-                ops::linear(h, weight, None)?
-            }
+    /// The output layer's weight, `[vocabulary, hidden]`, as a product with activations of `dtype` takes it.
+    fn output_weight(&self, dtype: DType) -> Tensor<2> {
+        let weight = match &self.lm_head {
+            Some(head) => head.weight.val(),
+            None => self.model.embeddings.weight.val(),
         };
-        Ok(logits.cast(DType::F32))
+        // A bf16 product takes the f32 weight as it is and rounds it once for both directions.
+        if dtype == DType::BF16 { weight } else { weight.cast(dtype) }
+    }
+
+    fn logits(&self, h: Tensor<3>) -> Result<Tensor<3>, NnError> {
+        let weight = self.output_weight(h.dtype());
+        Ok(ops::linear(h, weight, None)?.cast(DType::F32))
     }
 }

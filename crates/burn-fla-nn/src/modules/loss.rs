@@ -38,16 +38,3 @@ pub fn cross_entropy(logits: Tensor<2>, labels: Tensor<1, Int>) -> LossOutput {
     let rows = (log_sum - shifted.gather(1, target)).squeeze_dim::<1>(1);
     LossOutput { sum: (rows * counted.clone()).sum(), count: counted.sum() }
 }
-
-/// Zero, with a gradient: 1e-4 / rows times the largest logit of each row, at that logit. It draws logits that only
-/// grow back towards zero (RWKV's L2 regularisation of the maximum).
-///
-/// # Shapes
-/// - `logits` `[rows, vocabulary]`
-/// - output `[1]`
-pub fn l2_warp(logits: Tensor<2>) -> Tensor<1> {
-    let rows = logits.dims()[0];
-    let largest = logits.cast(DType::F32).max_dim(1);
-    let half_square = (largest.clone() * largest).sum().mul_scalar(0.5e-4 / rows as f64);
-    half_square.clone() - half_square.detach()
-}

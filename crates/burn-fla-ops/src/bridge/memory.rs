@@ -43,6 +43,12 @@ pub fn contiguous(tensor: CubeTensor) -> CubeTensor {
     into_contiguous(tensor)
 }
 
+/// The tensor, contiguous, itself where nobody else holds it, else a copy: kernels may write into it.
+pub fn owned(tensor: CubeTensor) -> CubeTensor {
+    let tensor = contiguous(tensor);
+    if tensor.can_mut() { tensor } else { contiguous(tensor.copy()) }
+}
+
 /// CubeCL's name for a dtype.
 pub fn storage(dtype: DType) -> ElemType {
     burn::backend::cubecl::dtype_to_storage_type(dtype)

@@ -24,7 +24,7 @@ pub use backend::{Call, Operator, TensorSpec, apply};
 #[cfg(feature = "cube")]
 pub use burn_cubecl::tensor::CubeTensor;
 #[cfg(feature = "cube")]
-pub use memory::{alloc, contiguous, poison_outputs, storage, zeros};
+pub use memory::{alloc, contiguous, owned, poison_outputs, storage, zeros};
 
 /// Fills the outputs of kernels with NaN before they are launched, for tests. In a build without kernels there are none.
 #[cfg(not(feature = "cube"))]

@@ -30,7 +30,7 @@ fn transposed(mut x: CubeTensor) -> CubeTensor {
     x
 }
 
-fn launch(a: CubeTensor, b: CubeTensor) -> CubeTensor {
+pub(super) fn launch(a: CubeTensor, b: CubeTensor) -> CubeTensor {
     let shape = output_shape(a.meta.shape(), b.meta.shape());
     let out =
         burn_cubecl::ops::numeric::empty_device_contiguous_dtype(a.client.clone(), a.device.clone(), shape, DType::F32);

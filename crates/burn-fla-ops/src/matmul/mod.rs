@@ -8,6 +8,8 @@
 mod exact;
 #[cfg(feature = "cuda")]
 pub mod hopper;
+#[cfg(feature = "cube")]
+pub(crate) mod raw;
 
 use burn::tensor::{DType, Tensor};
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::write_synced;
 use crate::TrainError;
-use crate::optim::{AdamW, AdamWState, SCALAR_NAMES};
+use crate::optim::{AdamW, AdamWState, COUNTER_NAMES};
 
 /// The state of the loop; with the tensors beside it, everything the next step depends on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -84,8 +84,8 @@ pub fn save_optimizer(optimizer: &AdamW, folder: &Path) -> Result<(), TrainError
             tensors.push((format!("{kind}.{}", entry.name), entry.shape.clone(), bytes));
         }
     }
-    for (name, scalar) in SCALAR_NAMES.iter().zip(&state.scalars) {
-        tensors.push((name.to_string(), vec![1], read_bytes(scalar.clone())?));
+    for (name, counter) in COUNTER_NAMES.iter().zip(read_bytes(state.counters.clone())?.chunks(4)) {
+        tensors.push((name.to_string(), vec![1], counter.to_vec()));
     }
     let views: Result<Vec<_>, _> = tensors
         .iter()
@@ -121,12 +121,11 @@ pub fn load_optimizer(optimizer: &mut AdamW, folder: &Path, device: &Device) -> 
         first.push(read(&format!("exp_avg.{}", entry.name), &entry.shape)?);
         second.push(read(&format!("exp_avg_sq.{}", entry.name), &entry.shape)?);
     }
-    let mut scalars = Vec::new();
-    for name in SCALAR_NAMES {
-        scalars.push(read(name, &[1])?);
+    let mut counters = Vec::new();
+    for name in COUNTER_NAMES {
+        counters.push(read(name, &[1])?);
     }
-    let scalars: [Tensor<1>; 5] = scalars.try_into().map_err(|_| bad("the counters are not five".to_string()))?;
-    optimizer.set_state(AdamWState { first, second, scalars });
+    optimizer.set_state(AdamWState { first, second, counters: Tensor::cat(counters, 0) });
     Ok(())
 }
 

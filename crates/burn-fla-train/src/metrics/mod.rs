@@ -23,6 +23,8 @@ pub enum Line {
     Validation(ValidationLine),
     /// A continuation of one of `validation.samples`.
     Sample(SampleLine),
+    /// In `profile.jsonl`: every `profiling.freq` steps.
+    Profile(ProfileLine),
 }
 
 /// The training figures since the line before.
@@ -76,6 +78,23 @@ pub struct SampleLine {
     pub prompt: String,
     /// What it went on with.
     pub sample: String,
+}
+
+/// Where the milliseconds of a step went.
+#[derive(Clone, Debug, Serialize)]
+pub struct ProfileLine {
+    /// Optimiser steps made, this one included.
+    pub step: u64,
+    /// Waiting for rows.
+    pub data_ms: f64,
+    /// Rows to the device.
+    pub upload_ms: f64,
+    /// Forward and loss; the output layer's gradient is made there too.
+    pub forward_ms: f64,
+    /// Backward.
+    pub backward_ms: f64,
+    /// Sums over micro-batches and threads, and the update.
+    pub optimizer_ms: f64,
 }
 
 /// `metrics.jsonl`: one JSON object a line, flushed as it is written.

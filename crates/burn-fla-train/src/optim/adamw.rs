@@ -1,23 +1,18 @@
-//! Decoupled weight decay, f32 moments, bias correction (Loshchilov & Hutter, "Decoupled Weight Decay Regularization").
+//! AdamW over the parameters of a model: the rules of a recipe, and what a checkpoint holds.
 
 use burn::module::Module;
-use burn::tensor::{Bool, Device, Tensor};
+use burn::tensor::{Device, Tensor};
+use burn_fla_ops::{AdamWOptions, AdamWSlot, AdamWUpdated, Engine, adamw};
 
 use super::{ParamRule, ParamRules, ParamTable};
 use crate::TrainError;
 use crate::recipe::{OptimizerSection, TrainingSection};
 
-/// AdamW over the parameters of a [`ParamTable`].
+/// AdamW over the parameters of a [`ParamTable`]: the equations are those of [`burn_fla_ops::adamw`](mod@burn_fla_ops::adamw).
 ///
-/// With g the gradient after the clip (g ← g · min(1, max_norm / (‖g‖ + 1e-6)), ‖g‖ over all parameters):
-///
-/// m ← β₁ m + (1 − β₁) g,  v ← β₂ v + (1 − β₂) g²,
-/// p ← p (1 − η λ) − η (m / c₁) / (√(v / c₂) + ε),
-///
-/// where cᵢ = 1 − βᵢᵗ over the t updates made. When ‖g‖ is not finite (and `skip_nan_inf` is set) the step changes
-/// neither parameters nor moments nor t. That decision, the norm and the counters stay on the device: a step never
-/// waits for it. The bias corrections follow the recurrence of the moments (c ← β c + 1 − β), which needs no host
-/// and loses no digits when β is near 1.
+/// When the norm of the gradient is not finite (and `skip_nan_inf` is set) the step changes neither parameters nor
+/// moments nor the bias corrections. That decision, the norm and the counters stay on the device: a step never waits for
+/// it.
 #[derive(Clone, Debug)]
 pub struct AdamW {
     beta1: f64,
@@ -25,6 +20,7 @@ pub struct AdamW {
     eps: f64,
     max_norm: f64,
     skip: bool,
+    engine: Engine,
     table: ParamTable,
     rules: Vec<ParamRule>,
     state: AdamWState,
@@ -37,38 +33,49 @@ pub struct AdamWState {
     pub first: Vec<Tensor<1>>,
     /// Second moments.
     pub second: Vec<Tensor<1>>,
-    /// 1 − β₁ᵗ, 1 − β₂ᵗ, skips in a row, the most skips in a row, skips in all; each `[1]`.
-    pub scalars: [Tensor<1>; 5],
+    /// 1 − β₁ᵗ, 1 − β₂ᵗ, skips in a row, the most skips in a row, skips in all: `[5]`.
+    pub counters: Tensor<1>,
 }
 
-/// The names of [`AdamWState::scalars`] in a checkpoint.
-pub(crate) const SCALAR_NAMES: [&str; 5] =
+/// The names of [`AdamWState::counters`] in a checkpoint.
+pub(crate) const COUNTER_NAMES: [&str; 5] =
     ["correction1", "correction2", "skipped_in_a_row", "skipped_most", "skipped"];
 
 /// What a step leaves on the device for the log.
 #[derive(Clone, Debug)]
 pub struct StepReport {
-    /// The gradient's norm before the clip, `[1]`.
-    pub grad_norm: Tensor<1>,
-    /// The most skips in a row so far, `[1]`.
-    pub skipped_most: Tensor<1>,
-    /// Skips in a row up to this step, `[1]`.
-    pub skipped_in_a_row: Tensor<1>,
-    /// Skips in all, `[1]`.
-    pub skipped: Tensor<1>,
+    counters: Tensor<1>,
+    norm: Tensor<1>,
 }
 
-/// The factors of one step, `[1]` each, on the device.
-struct Factors {
-    clip: Option<Tensor<1>>,
-    bad: Option<Tensor<1, Bool>>,
-    beta1: Tensor<1>,
-    beta2: Tensor<1>,
-    /// η, zero when the step is skipped.
-    lr: Tensor<1>,
-    /// 1 / c₁ and 1 / c₂.
-    inverse1: Tensor<1>,
-    inverse2: Tensor<1>,
+/// A [`StepReport`] that has been read.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepFigures {
+    /// The gradient's norm before the clip.
+    pub grad_norm: f64,
+    /// Skips in a row up to this step.
+    pub skipped_in_a_row: u64,
+    /// The most skips in a row so far.
+    pub skipped_most: u64,
+    /// Skips in all.
+    pub skipped: u64,
+}
+
+impl StepReport {
+    /// Reads it from the device, which waits for the step.
+    ///
+    /// # Errors
+    /// A device that fails.
+    pub fn read(&self) -> Result<StepFigures, TrainError> {
+        let figures = Tensor::cat(vec![self.norm.clone(), self.counters.clone()], 0);
+        let figures = figures.try_into_vec_as::<f32>().map_err(|error| TrainError::Execution(error.to_string()))?;
+        Ok(StepFigures {
+            grad_norm: f64::from(figures[0]),
+            skipped_in_a_row: figures[3] as u64,
+            skipped_most: figures[4] as u64,
+            skipped: figures[5] as u64,
+        })
+    }
 }
 
 impl AdamW {
@@ -85,21 +92,26 @@ impl AdamW {
         let rules = ParamRules::new(optimizer)?;
         let entries = table.entries();
         let zeros = || entries.iter().map(|entry| Tensor::zeros([entry.len()], device)).collect();
-        let scalar = || Tensor::zeros([1], device);
         Ok(AdamW {
             beta1: optimizer.beta1,
             beta2: optimizer.beta2,
             eps: optimizer.eps,
             max_norm: training.max_norm,
             skip: training.skip_nan_inf,
+            engine: Engine::Auto,
             rules: entries.iter().map(|entry| rules.of(&entry.name, entry.shape.len())).collect(),
             state: AdamWState {
                 first: zeros(),
                 second: zeros(),
-                scalars: [scalar(), scalar(), scalar(), scalar(), scalar()],
+                counters: Tensor::zeros([COUNTER_NAMES.len()], device),
             },
             table,
         })
+    }
+
+    /// The same with another engine.
+    pub fn with_engine(self, engine: Engine) -> AdamW {
+        AdamW { engine, ..self }
     }
 
     /// The parameters it updates.
@@ -117,88 +129,58 @@ impl AdamW {
         self.state = state;
     }
 
-    /// One update of `model` (without autodiff) with gradients in the table's order and learning rate `lr`.
-    pub fn step<M: Module>(&mut self, model: M, mut grads: Vec<Option<Tensor<1>>>, lr: f64) -> (M, StepReport) {
-        let device = self.state.scalars[0].device();
-        let grad_norm = norm(&grads, &device);
-        let factors = self.factors(&grad_norm, lr, &device);
+    /// One update of `model` (without autodiff) with gradients in the table's order and learning rate `lr`. A parameter
+    /// without a gradient stays as it is.
+    ///
+    /// # Errors
+    /// Gradients of other sizes or on another device than the parameters.
+    pub fn step<M: Module>(
+        &mut self,
+        model: M,
+        mut grads: Vec<Option<Tensor<1>>>,
+        lr: f64,
+    ) -> Result<(M, StepReport), TrainError> {
+        let options = AdamWOptions {
+            lr,
+            beta1: self.beta1,
+            beta2: self.beta2,
+            eps: self.eps,
+            max_norm: self.max_norm,
+            skip_non_finite: self.skip,
+            engine: self.engine,
+        };
         let table = self.table.clone();
-        let model = table.map(model, &mut |at, value| match grads[at].take() {
-            Some(grad) => self.update(at, value, grad, &factors),
-            None => value,
-        });
-        let [_, _, in_a_row, most, all] = &self.state.scalars;
-        let report = StepReport {
-            grad_norm,
-            skipped_most: most.clone(),
-            skipped_in_a_row: in_a_row.clone(),
-            skipped: all.clone(),
-        };
-        (model, report)
+        let mut report = None;
+        // Each tensor is moved all the way, so that an update finds itself its only owner and works in place.
+        let model = table.map(model, |mut values| {
+            let counters = self.state.counters.clone();
+            let take = |slot: &mut Tensor<1>| std::mem::replace(slot, counters.clone());
+            let mut places = Vec::new();
+            let mut slots = Vec::new();
+            for (at, grad) in grads.iter_mut().enumerate() {
+                let Some(grad) = grad.take() else { continue };
+                let Some(value) = values[at].take() else { continue };
+                places.push(at);
+                slots.push(AdamWSlot {
+                    value,
+                    grad,
+                    first: take(&mut self.state.first[at]),
+                    second: take(&mut self.state.second[at]),
+                    lr_scale: self.rules[at].lr_scale,
+                    weight_decay: self.rules[at].weight_decay,
+                });
+            }
+            let step = adamw(slots, counters, options)?;
+            for (at, AdamWUpdated { value, first, second }) in places.into_iter().zip(step.updated) {
+                values[at] = Some(value);
+                self.state.first[at] = first;
+                self.state.second[at] = second;
+            }
+            self.state.counters = step.counters.clone();
+            report = Some(StepReport { counters: step.counters, norm: step.norm });
+            Ok(values)
+        })?;
+        let report = report.expect("the update has run");
+        Ok((model, report))
     }
-
-    /// Advances corrections and counters, and makes the factors that every parameter shares.
-    fn factors(&mut self, grad_norm: &Tensor<1>, lr: f64, device: &Device) -> Factors {
-        let full = |value: f64| Tensor::<1>::full([1], value, device);
-        // A product with zero does not undo NaN, so a skip selects: the gradient becomes zero, β becomes 1 and η 0,
-        // which leaves moments and parameters as they were to the last bit.
-        let bad = self.skip.then(|| grad_norm.clone().is_finite().bool_not());
-        let select = |value: f64, otherwise: f64| match &bad {
-            None => full(value),
-            Some(bad) => full(value).mask_fill(bad.clone(), otherwise),
-        };
-        let (beta1, beta2) = (select(self.beta1, 1.0), select(self.beta2, 1.0));
-        let [c1, c2, in_a_row, most, all] = &mut self.state.scalars;
-        *c1 = c1.clone() * beta1.clone() + select(1.0 - self.beta1, 0.0);
-        *c2 = c2.clone() * beta2.clone() + select(1.0 - self.beta2, 0.0);
-        if let Some(bad) = &bad {
-            let skipped = bad.clone().float();
-            *in_a_row = (in_a_row.clone() + 1.0) * skipped.clone();
-            *most = most.clone().max_pair(in_a_row.clone());
-            *all = all.clone() + skipped;
-        }
-        let clip = (self.max_norm > 0.0).then(|| ((grad_norm.clone() + 1e-6).recip() * self.max_norm).clamp_max(1.0));
-        Factors {
-            clip,
-            bad: bad.clone(),
-            beta1,
-            beta2,
-            lr: select(lr, 0.0),
-            // Before the first update c is zero, and so are the moments it divides.
-            inverse1: c1.clone().clamp_min(1.0 - self.beta1).recip(),
-            inverse2: c2.clone().clamp_min(1.0 - self.beta2).recip(),
-        }
-    }
-
-    /// The update of one parameter; all tensors are flat.
-    fn update(&mut self, at: usize, value: Tensor<1>, grad: Tensor<1>, f: &Factors) -> Tensor<1> {
-        let rule = self.rules[at];
-        let n = grad.dims()[0];
-        let mut grad = grad;
-        if let Some(clip) = &f.clip {
-            grad = grad * clip.clone();
-        }
-        if let Some(bad) = &f.bad {
-            grad = grad.mask_fill(bad.clone().expand([n]), 0.0);
-        }
-        let take = |slot: &mut Tensor<1>| std::mem::replace(slot, f.lr.clone());
-        let first = take(&mut self.state.first[at]) * f.beta1.clone() + grad.clone() * (1.0 - self.beta1);
-        let second = take(&mut self.state.second[at]) * f.beta2.clone() + grad.clone() * grad * (1.0 - self.beta2);
-        let rate = f.lr.clone() * rule.lr_scale;
-        let denominator = (second.clone() * f.inverse2.clone()).sqrt() + self.eps;
-        let change = first.clone() * (rate.clone() * f.inverse1.clone()) / denominator;
-        self.state.first[at] = first;
-        self.state.second[at] = second;
-        let kept = if rule.weight_decay == 0.0 { value } else { value * (rate * -rule.weight_decay + 1.0) };
-        kept - change
-    }
-}
-
-/// √Σ g² over all parameters, `[1]`.
-fn norm(grads: &[Option<Tensor<1>>], device: &Device) -> Tensor<1> {
-    let squares: Vec<Tensor<1>> = grads.iter().flatten().map(|grad| (grad.clone() * grad.clone()).sum()).collect();
-    if squares.is_empty() {
-        return Tensor::zeros([1], device);
-    }
-    Tensor::cat(squares, 0).sum().sqrt()
 }

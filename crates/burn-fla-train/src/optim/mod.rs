@@ -4,7 +4,7 @@ mod adamw;
 mod groups;
 mod table;
 
-pub(crate) use adamw::SCALAR_NAMES;
-pub use adamw::{AdamW, AdamWState, StepReport};
+pub(crate) use adamw::COUNTER_NAMES;
+pub use adamw::{AdamW, AdamWState, StepFigures, StepReport};
 pub use groups::{ParamRule, ParamRules};
 pub use table::{ParamEntry, ParamTable};

@@ -1,9 +1,12 @@
 //! The parameters of a module in a fixed order, and what can be gathered from or laid over them.
 
+use std::any::Any;
 use std::collections::HashMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Gradients, Tensor};
+use burn::tensor::{Gradients, Shape, Tensor};
+
+use crate::TrainError;
 
 /// One parameter.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,24 +73,52 @@ impl ParamTable {
         take.out
     }
 
-    /// Replaces every parameter of a model without autodiff by what `update` makes of it, flattened.
+    /// Replaces the parameters of a model without autodiff by what `update` makes of them all: flattened, in this order,
+    /// `None` for one that the model lacks.
     ///
-    /// The tensor is moved into `update`, so that an operation on it may work in place.
-    pub fn map<M: Module>(&self, model: M, update: &mut dyn FnMut(usize, Tensor<1>) -> Tensor<1>) -> M {
-        struct Update<'a> {
+    /// The tensors are moved into `update`, so that an operation on them may work in place.
+    ///
+    /// # Errors
+    /// Those of `update`.
+    pub fn map<M: Module>(
+        &self,
+        model: M,
+        update: impl FnOnce(Vec<Option<Tensor<1>>>) -> Result<Vec<Option<Tensor<1>>>, TrainError>,
+    ) -> Result<M, TrainError> {
+        /// Takes every value out, and leaves a number in its place.
+        struct Take<'a> {
             table: &'a ParamTable,
-            update: &'a mut dyn FnMut(usize, Tensor<1>) -> Tensor<1>,
+            values: Vec<Option<Tensor<1>>>,
+            /// The number, by rank.
+            left: HashMap<usize, Box<dyn Any>>,
         }
-        impl ModuleMapper for Update<'_> {
+        impl ModuleMapper for Take<'_> {
             fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
                 let Some(&at) = self.table.index.get(&param.id) else { return param };
                 param.map(|value| {
-                    let shape = value.shape();
-                    let n = self.table.entries[at].len();
-                    (self.update)(at, value.reshape([n])).reshape(shape)
+                    let device = value.device();
+                    self.values[at] = Some(value.reshape([self.table.entries[at].len()]));
+                    let left = self.left.entry(D).or_insert_with(|| Box::new(Tensor::<D>::zeros([1; D], &device)));
+                    left.downcast_ref::<Tensor<D>>().expect("kept by its rank").clone()
                 })
             }
         }
-        model.map(&mut Update { table: self, update })
+        struct Put<'a> {
+            table: &'a ParamTable,
+            values: Vec<Option<Tensor<1>>>,
+        }
+        impl ModuleMapper for Put<'_> {
+            fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                let Some(&at) = self.table.index.get(&param.id) else { return param };
+                match self.values[at].take() {
+                    Some(value) => param.map(|_| value.reshape(Shape::from(self.table.entries[at].shape.clone()))),
+                    None => param,
+                }
+            }
+        }
+        let mut take = Take { table: self, values: vec![None; self.entries.len()], left: HashMap::new() };
+        let model = model.map(&mut take);
+        let values = update(take.values)?;
+        Ok(model.map(&mut Put { table: self, values }))
     }
 }

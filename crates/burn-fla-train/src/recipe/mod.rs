@@ -44,6 +44,9 @@ pub struct Recipe {
     pub metrics: MetricsSection,
     /// `[validation]`: held-out loss and samples.
     pub validation: ValidationSection,
+    /// `[profiling]`: where the milliseconds of a step go.
+    #[serde(skip_serializing_if = "ProfilingSection::is_off")]
+    pub profiling: ProfilingSection,
     /// Things worth telling that are no errors, such as keys without effect.
     #[serde(skip)]
     pub notices: Vec<String>,
@@ -264,6 +267,24 @@ pub struct ValidationSection {
     pub sample_tokens: usize,
     /// Temperature of the continuations (0.8).
     pub temperature: f64,
+}
+
+/// `[profiling]`.
+#[derive(Clone, Debug, Serialize)]
+pub struct ProfilingSection {
+    /// Measure the parts of a step (false).
+    pub enable: bool,
+    /// Steps between measured ones (10); these wait for the device after each part.
+    pub freq: u64,
+    /// Where `profile.jsonl` is written (default `profile` in the run folder).
+    pub folder: PathBuf,
+}
+
+impl ProfilingSection {
+    /// Whether nothing is measured: then the section is not part of what makes a run.
+    fn is_off(&self) -> bool {
+        !self.enable
+    }
 }
 
 impl Recipe {

@@ -24,11 +24,11 @@ pub(super) fn resolve(path: &Path, table: &Table) -> Result<Recipe, TrainError> 
         checkpoint: checkpoint(top.section("checkpoint")?, &job)?,
         metrics: metrics(top.section("metrics")?)?,
         validation: validation(top.section("validation")?, generated)?,
+        profiling: profiling(top.section("profiling")?, &job)?,
         job,
         training,
         notices,
     };
-    top.unsupported("profiling", "remove the section")?;
     top.finish()?;
     Ok(recipe)
 }
@@ -284,4 +284,14 @@ fn validation(section: Section<'_>, generated: bool) -> Result<ValidationSection
     }
     section.finish()?;
     Ok(validation)
+}
+
+fn profiling(section: Section<'_>, job: &Job) -> Result<ProfilingSection, TrainError> {
+    let profiling = ProfilingSection {
+        enable: section.bool("enable", false)?,
+        freq: section.positive("freq")?.unwrap_or(10),
+        folder: folder(&section, "folder", job.dump_folder.join("profile"))?,
+    };
+    section.finish()?;
+    Ok(profiling)
 }

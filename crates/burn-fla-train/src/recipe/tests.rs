@@ -97,6 +97,16 @@ num_pairs = 16
 }
 
 #[test]
+fn a_profile_is_part_of_a_recipe_only_where_it_is_on() {
+    let off = load(MINIMAL, &[]).unwrap();
+    assert!(!off.profiling.enable && !off.to_toml().contains("profiling"), "{}", off.to_toml());
+    let on = load(MINIMAL, &["profiling.enable=true"]).unwrap();
+    assert_eq!((on.profiling.freq, &on.profiling.folder), (10, &on.job.dump_folder.join("profile")));
+    let again = load(&on.to_toml(), &[]).unwrap();
+    assert_eq!(again.to_toml(), on.to_toml());
+}
+
+#[test]
 fn unknown_keys_name_file_line_and_nearest() {
     let text = error(&MINIMAL.replace("steps = 100", "steps = 100\nbatchsize = 4"), &[]);
     assert!(text.contains("run.toml:6: unknown key `training.batchsize`"), "{text}");
@@ -132,7 +142,7 @@ fn wrong_types_and_values_name_what_would_be_right() {
         ("data.sources=[{ format = \"text\" }]", "`data.sources[0].path` is missing"),
         ("data.sources=[{ path = \"x\", weight = 2 }]", "not supported yet"),
         ("metrics.terminal=tui", "not supported yet"),
-        ("profiling.enable=true", "not supported yet"),
+        ("profiling.freq=0", "profiling.freq"),
         ("model=3", "`model` must be a table"),
         ("model.config=\"$NO_SUCH_VARIABLE/x\"", "NO_SUCH_VARIABLE is not set"),
     ];

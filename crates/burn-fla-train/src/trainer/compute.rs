@@ -6,6 +6,7 @@ use burn_fla_nn::modules::cross_entropy;
 use burn_fla_nn::{CausalLm, Compute};
 
 use super::pool::Pool;
+use super::profile::{Part, Stopwatch, Times};
 use crate::TrainError;
 use crate::data::Rows;
 use crate::optim::ParamTable;
@@ -24,6 +25,8 @@ pub(super) struct Gradient {
     pub grads: Vec<Option<Tensor<1>>>,
     /// Mean cross entropy over the step's tokens, `[1]`.
     pub loss: Tensor<1>,
+    /// Where the time went, if it was measured.
+    pub times: Times,
 }
 
 /// Sums over held-out rows.
@@ -39,25 +42,27 @@ impl Computer {
     ///
     /// Every worker takes its share of each micro-batch on a copy of the model with leaves of its own; the shares are
     /// summed in the workers' order, so that the sum is the same to the last bit on every run with as many threads.
+    /// With `measure` the device is waited for after every part.
     pub(super) fn gradient(
         &self,
         model: &CausalLm,
         table: &ParamTable,
         batches: &[Rows],
+        measure: bool,
     ) -> Result<Gradient, TrainError> {
         let tokens: u64 = batches.iter().map(Rows::tokens).sum();
         let scale = 1.0 / tokens.max(1) as f64;
         let jobs = self.shares(batches).into_iter().map(|share| {
             let (model, table) = (model.clone(), table.clone());
             let (device, compute) = (self.device.clone().autodiff(), self.compute);
-            Box::new(move || gradient_of_share(model, &table, &share, scale, &device, compute)) as _
+            Box::new(move || gradient_of_share(model, &table, &share, scale, &device, compute, measure)) as _
         });
         let results: Vec<Result<Gradient, TrainError>> = self.pool.run(jobs.collect());
         let mut total: Option<Gradient> = None;
         for result in results {
             total = Some(match total {
                 None => result?,
-                Some(sum) => add(sum, result?),
+                Some(sum) => add(sum, result?, Times::beside),
             });
         }
         total.ok_or_else(|| TrainError::Execution("a step without rows".to_string()))
@@ -118,29 +123,43 @@ fn gradient_of_share(
     scale: f64,
     device: &Device,
     compute: Compute,
+    measure: bool,
 ) -> Result<Gradient, TrainError> {
+    let mut watch = if measure { Some(Stopwatch::start(device)?) } else { None };
+    let mut lap = |part: Part| watch.as_mut().map_or(Ok(()), |watch| watch.lap(part));
     let model = model.train();
     let mut total: Option<Gradient> = None;
     for rows in share {
         let (ids, labels) = tensors(rows, device);
+        lap(Part::Upload)?;
         let loss = model.loss(ids, labels, None, compute)?.sum * scale;
+        lap(Part::Forward)?;
         let mut gradients = loss.backward();
         let grads = table.gradients(&model, &mut gradients);
-        let part = Gradient { grads, loss: loss.inner() };
+        lap(Part::Backward)?;
+        let part = Gradient { grads, loss: loss.inner(), times: Times::default() };
         total = Some(match total {
             None => part,
-            Some(sum) => add(sum, part),
+            Some(sum) => add(sum, part, Times::then),
         });
+        lap(Part::Optimizer)?;
+    }
+    if let (Some(total), Some(watch)) = (&mut total, watch) {
+        total.times = watch.times();
     }
     total.ok_or_else(|| TrainError::Execution("a share without rows".to_string()))
 }
 
-fn add(a: Gradient, b: Gradient) -> Gradient {
+fn add(a: Gradient, b: Gradient, times: impl FnOnce(Times, Times) -> Times) -> Gradient {
     let sum = |pair: (Option<Tensor<1>>, Option<Tensor<1>>)| match pair {
         (Some(a), Some(b)) => Some(a + b),
         (a, b) => a.or(b),
     };
-    Gradient { grads: a.grads.into_iter().zip(b.grads).map(sum).collect(), loss: a.loss + b.loss }
+    Gradient {
+        grads: a.grads.into_iter().zip(b.grads).map(sum).collect(),
+        loss: a.loss + b.loss,
+        times: times(a.times, b.times),
+    }
 }
 
 fn tensors(rows: &Rows, device: &Device) -> (Tensor<2, Int>, Tensor<2, Int>) {

@@ -3,6 +3,7 @@
 mod audit;
 mod compute;
 mod pool;
+mod profile;
 mod setup;
 mod signals;
 mod task;
@@ -18,10 +19,11 @@ use crate::TrainError;
 use crate::checkpoint::{CheckpointStore, TrainState, save_optimizer, write_atomic, write_synced};
 use crate::data::{Loader, Rows};
 use crate::metrics::{Journal, Line, SampleLine, Terminal, TrainLine, ValidationLine};
-use crate::optim::{AdamW, StepReport};
+use crate::optim::{AdamW, StepFigures, StepReport};
 use crate::recipe::Recipe;
 use crate::schedule::Schedule;
 use compute::{Computer, read};
+use profile::{Part, Profiler, Stopwatch};
 use signals::Signals;
 use task::{HeldOut, Task};
 use text::Text;
@@ -55,6 +57,7 @@ pub struct Trainer {
     /// Whether the weights are other than random.
     resumed: bool,
     vocab_size: usize,
+    profiler: Option<Profiler>,
 }
 
 /// What was measured since the last log line.
@@ -121,23 +124,36 @@ impl Trainer {
             self.evaluate()?;
         }
         if self.saved != Some(self.state.step) {
-            self.check_skips(&last_batch)?;
+            if let Some(report) = &self.report {
+                self.check_skips(&report.read()?, &last_batch)?;
+            }
             self.save()?;
         }
         self.terminal.finish();
+        if let Some(summary) = self.profiler.as_ref().and_then(Profiler::summary) {
+            self.terminal.note(&summary);
+        }
         Ok(self.summary(interrupted))
     }
 
     /// One optimiser step; the device may still be working on it when this returns.
     fn step(&mut self) -> Result<Vec<Rows>, TrainError> {
+        let measure = self.profiler.as_ref().is_some_and(|profiler| profiler.wants(self.state.step + 1));
+        let mut watch = if measure { Some(Stopwatch::start(&self.computer.device)?) } else { None };
         let start = Instant::now();
         let training = &self.recipe.training;
         let micro = training.gradient_accumulation_steps;
         let batches: Vec<Rows> = (0..micro).map(|_| self.loader.next_rows(training.batch_size)).collect();
         let tokens: u64 = batches.iter().map(Rows::tokens).sum();
         self.interval.waited += start.elapsed();
+        if let Some(watch) = &mut watch {
+            watch.lap(Part::Data)?;
+        }
 
-        let gradient = self.computer.gradient(self.model(), self.optimizer.table(), &batches)?;
+        let gradient = self.computer.gradient(self.model(), self.optimizer.table(), &batches, measure)?;
+        if let Some(watch) = &mut watch {
+            watch.add(gradient.times);
+        }
         if self.state.step == 0 && !self.resumed {
             for finding in audit::audit(self.optimizer.table(), &gradient, self.vocab_size)? {
                 self.terminal.note(&format!("warning: {finding}"));
@@ -145,8 +161,12 @@ impl Trainer {
         }
         let lr = self.recipe.optimizer.lr * self.schedule.factor(self.state.step, self.total_steps());
         let model = self.model.take().expect("no update is under way");
-        let (model, report) = self.optimizer.step(model, gradient.grads, lr);
+        let (model, report) = self.optimizer.step(model, gradient.grads, lr)?;
         self.model = Some(model);
+        if let (Some(mut watch), Some(profiler)) = (watch, &mut self.profiler) {
+            watch.lap(Part::Optimizer)?;
+            self.terminal.note(&profiler.step(self.state.step + 1, watch.times())?);
+        }
 
         self.unread.push(gradient.loss);
         self.report = Some(report);
@@ -199,8 +219,8 @@ impl Trainer {
     fn log(&mut self, batch: &[Rows]) -> Result<(), TrainError> {
         let start = Instant::now();
         self.read_losses()?;
-        let Some(report) = self.report.clone() else { return Ok(()) };
-        let figures = read(Tensor::cat(vec![report.grad_norm, report.skipped], 0))?;
+        let Some(report) = &self.report else { return Ok(()) };
+        let figures = report.read()?;
         self.clock(start);
         let interval = std::mem::take(&mut self.interval);
         let losses = std::mem::take(&mut self.pending);
@@ -210,11 +230,11 @@ impl Trainer {
             tokens: self.state.tokens,
             loss: losses.into_iter().map(f64::from).sum::<f64>() / count,
             lr: self.last_lr,
-            grad_norm: f64::from(figures[0]),
+            grad_norm: figures.grad_norm,
             tokens_per_s: interval.tokens as f64 / interval.time.as_secs_f64().max(1e-9),
             data_wait_s: interval.waited.as_secs_f64(),
             seconds: self.state.seconds,
-            skipped: figures[1] as u64,
+            skipped: figures.skipped,
         };
         if !line.loss.is_finite() && !self.recipe.training.skip_nan_inf {
             self.terminal.note(&format!(
@@ -224,31 +244,25 @@ impl Trainer {
         }
         self.terminal.train(&line, self.recipe.training.total_steps());
         self.journal.write(&Line::Train(line))?;
-        self.check_skips(batch)
+        self.check_skips(&figures, batch)
     }
 
     /// An error when too many steps in a row were skipped, with the last batch on disk to be looked at.
-    fn check_skips(&mut self, batch: &[Rows]) -> Result<(), TrainError> {
-        let Some(report) = self.report.clone() else { return Ok(()) };
-        let figures = read(Tensor::cat(vec![report.skipped_in_a_row, report.skipped_most], 0))?;
+    fn check_skips(&self, figures: &StepFigures, batch: &[Rows]) -> Result<(), TrainError> {
         let limit = self.recipe.training.max_skipped;
-        if (figures[1] as u64) < limit {
+        if figures.skipped_most < limit {
             return Ok(());
         }
         let path = self.recipe.job.dump_folder.join(format!("batch_{:08}.json", self.state.step));
         let rows: Vec<&[i32]> = batch.iter().flat_map(|rows| rows.ids.chunks(rows.seq_len)).collect();
         let dump = serde_json::json!({ "step": self.state.step, "ids": rows });
         write_atomic(&path, dump.to_string().as_bytes())?;
-        Err(TrainError::Diverged {
-            step: self.state.step,
-            in_a_row: figures[1].max(figures[0]) as u64,
-            limit,
-            batch: path,
-        })
+        Err(TrainError::Diverged { step: self.state.step, in_a_row: figures.skipped_most, limit, batch: path })
     }
 
     /// Held-out loss, bits per byte or accuracy, and samples; once for a step.
     fn evaluate(&mut self) -> Result<(), TrainError> {
+        let start = Instant::now();
         let step = self.state.step;
         if self.evaluated.as_ref().is_some_and(|line| line.step == step) {
             return Ok(());
@@ -270,6 +284,9 @@ impl Trainer {
             self.journal.write(&Line::Validation(line.clone()))?;
             self.evaluated = Some(line);
         }
+        if let Some(profiler) = &mut self.profiler {
+            profiler.validation(start.elapsed());
+        }
         let Some(text) = self.task.text() else { return Ok(()) };
         for prompt in &self.recipe.validation.samples {
             let (section, compute) = (&self.recipe.validation, self.computer.compute);
@@ -282,6 +299,7 @@ impl Trainer {
     }
 
     fn save(&mut self) -> Result<(), TrainError> {
+        let start = Instant::now();
         self.read_losses()?;
         self.state.pending_losses = self.pending.iter().map(|loss| loss.to_bits()).collect();
         let path = self.store.save(self.state.step, |folder| {
@@ -294,6 +312,9 @@ impl Trainer {
             write_synced(&folder.join("recipe.toml"), self.recipe.to_toml().as_bytes())
         })?;
         self.saved = Some(self.state.step);
+        if let Some(profiler) = &mut self.profiler {
+            profiler.checkpoint(start.elapsed());
+        }
         tracing::info!(step = self.state.step, path = %path.display(), "saved");
         Ok(())
     }

@@ -10,6 +10,7 @@ use burn_fla_nn::{CausalLm, Compute, ModelConfig, hub};
 
 use super::compute::Computer;
 use super::pool::Pool;
+use super::profile::Profiler;
 use super::task::{HeldOut, Task};
 use super::{Interval, Trainer};
 use crate::TrainError;
@@ -81,6 +82,7 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
 
     write_atomic(&folder.join("recipe.toml"), recipe.to_toml().as_bytes())?;
     let journal = Journal::open(&folder.join("metrics.jsonl"), state.step)?;
+    let profiler = Profiler::open(&recipe.profiling, state.step)?;
     let total = recipe.training.total_steps();
     let terminal = Terminal::new(recipe.metrics.terminal, state.step, total);
     for note in &notes {
@@ -121,6 +123,7 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
         journal,
         terminal,
         held_out,
+        profiler,
     })
 }
 

@@ -50,6 +50,26 @@ pub fn product(a: Tensor<2>, b: Tensor<2>, a_rows: bool, b_rows: bool, dtype: DT
     Tensor::from_dispatch(outputs.remove(0))
 }
 
+/// The product of two matrices, each as it is stored or transposed, where these kernels take it: bf16 on a Hopper GPU,
+/// with rows of whole 16 bytes.
+pub(crate) fn try_multiply(
+    (a, a_transposed): (&CubeTensor, bool),
+    (b, b_transposed): (&CubeTensor, bool),
+    dtype: DType,
+) -> Option<CubeTensor> {
+    let fits = |x: &CubeTensor| {
+        let [rows, columns] = x.meta.shape().dims();
+        x.dtype == DType::BF16 && rows > 0 && columns > 0 && columns.is_multiple_of(8)
+    };
+    if !fits(a) || !fits(b) || !crate::tile::hopper::supported(&a.client) {
+        return None;
+    }
+    let (a, b) = (readable(a.clone()), readable(b.clone()));
+    let a = Operand { tensor: &a, rows: a_transposed };
+    let b = Operand { tensor: &b, rows: !b_transposed };
+    b.sizes().0.is_multiple_of(8).then(|| launch(a, b, dtype))
+}
+
 #[derive(Debug)]
 struct Product {
     a_rows: bool,
@@ -153,27 +173,40 @@ impl Operator for Product {
         vec![TensorSpec::new(shape, self.dtype)]
     }
 
-    fn forward(&self, inputs: Vec<CubeTensor>, _ints: Vec<CubeTensor>, _save: bool) -> Vec<CubeTensor> {
+    /// A weight that was rounded for the product: backward reads it again.
+    fn saved(&self, inputs: &[TensorSpec]) -> Vec<TensorSpec> {
+        let weight = &inputs[1];
+        let rounded = (weight.dtype != DType::BF16).then(|| TensorSpec::new(weight.shape.clone(), DType::BF16));
+        rounded.into_iter().collect()
+    }
+
+    fn forward(&self, inputs: Vec<CubeTensor>, _ints: Vec<CubeTensor>, save: bool) -> Vec<CubeTensor> {
         let [a, b] = inputs.try_into().expect("two operands");
+        let rounded = b.dtype != DType::BF16;
         let (a, b) = (readable(a), readable(b));
-        let a = Operand { tensor: &a, rows: self.a_rows };
-        let b = Operand { tensor: &b, rows: self.b_rows };
-        vec![launch(a, b, self.dtype)]
+        let product = {
+            let a = Operand { tensor: &a, rows: self.a_rows };
+            let b = Operand { tensor: &b, rows: self.b_rows };
+            launch(a, b, self.dtype)
+        };
+        let saved = (save && rounded).then_some(b);
+        std::iter::once(product).chain(saved).collect()
     }
 
     fn backward(
         &self,
         inputs: Vec<CubeTensor>,
         _ints: Vec<CubeTensor>,
-        _saved: Vec<CubeTensor>,
+        saved: Vec<CubeTensor>,
         grads: Vec<Option<CubeTensor>>,
         wanted: &[bool],
     ) -> Vec<Option<CubeTensor>> {
         let [a, b] = inputs.try_into().expect("two operands");
+        let rounded = saved.into_iter().next();
         let dc = readable(grads.into_iter().flatten().next().expect("the only output's gradient"));
         // Each gradient is a product of the other operand with that of the output, in the layout of its own operand.
         let da = wanted[0].then(|| {
-            let other = readable(b.clone());
+            let other = readable(rounded.unwrap_or_else(|| b.clone()));
             let other = Operand { tensor: &other, rows: !self.b_rows };
             let grad = Operand { tensor: &dc, rows: false };
             if self.a_rows { launch(other, grad, a.dtype) } else { launch(grad, other, a.dtype) }
