@@ -317,8 +317,8 @@ fn factor_of(factor: f32, #[comptime] plan: WalkPlan) -> f32 {
     if comptime!(plan.roles.against_time) { reciprocal(factor) } else { factor * 1.0f32 }
 }
 
-/// The product of the state before a chunk's last span with the gradient of that after it, times the decay between them:
-/// one sum a key channel. The registers have the gradient times the first of the two factors at `factors[at..]`.
+/// The product of the state before a chunk's last span with the gradient of that after it, which is in the registers,
+/// times the decay between them, `factors[at..]`: one sum a key channel.
 #[cube]
 pub(super) fn multiply_rows(
     borders: &mut [u32],
@@ -356,9 +356,10 @@ pub(super) fn multiply_rows(
     high += plane_shuffle_xor(high, 1u32);
     high += plane_shuffle_xor(high, 2u32);
     if lane % 4u32 == 0u32 {
-        let channel = at + (panel * 64u32 + row) as usize + comptime!(plan.decay_channels());
+        let channel = at + (panel * 64u32 + row) as usize;
+        let after = comptime!(plan.decay_channels());
         let to = (ends_at(place, chunk, panel, heads, plan) + row) as usize;
-        ends[to] = low * factor * factors[channel];
-        ends[to + 8] = high * factor * factors[channel + 8];
+        ends[to] = low * factor * factors[channel] * factors[channel + after];
+        ends[to + 8] = high * factor * factors[channel + 8] * factors[channel + 8 + after];
     }
 }

@@ -258,6 +258,25 @@ pub(super) fn walk(
                                 write_border(borders, &p, chunk, panel, heads, unit, plan);
                             }
                         }
+                        if comptime!(plan.roles.borders == Borders::Multiply) {
+                            if n == 0u32 {
+                                multiply_rows(
+                                    borders,
+                                    ends,
+                                    &shared_g,
+                                    g0,
+                                    &p,
+                                    chunk,
+                                    panel,
+                                    heads,
+                                    row,
+                                    lane,
+                                    unit,
+                                    last_factor,
+                                    plan,
+                                );
+                            }
+                        }
                         scale_state(&shared_g, g0, panel, row, lane, plan);
                     }
                     publish_state(s0, row, lane, plan);
@@ -274,25 +293,6 @@ pub(super) fn walk(
                             mma_shared(out, k_major(q0, CHUNK, n), k_major(s0, 64usize, n), keep, false, false);
                         }
                         commit();
-                    }
-                    if comptime!(plan.by_key() && plan.roles.borders == Borders::Multiply) {
-                        if n == 0u32 {
-                            multiply_rows(
-                                borders,
-                                ends,
-                                &shared_g,
-                                g0,
-                                &p,
-                                chunk,
-                                panel,
-                                heads,
-                                row,
-                                lane,
-                                unit,
-                                last_factor,
-                                plan,
-                            );
-                        }
                     }
                     if comptime!(!plan.by_key()) {
                         if comptime!(plan.roles.borders == Borders::Write) {
