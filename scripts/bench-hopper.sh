@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Times the kernels for Hopper beside PyTorch's cuBLAS on a machine with a GPU and no Rust.
-# usage: bench-hopper.sh FOLDER linear TOKENS,… NxK,… | bench-hopper.sh FOLDER simple_gla BxTxHxKxV,…
+# usage: bench-hopper.sh FOLDER linear TOKENS,… NxK,… | bench-hopper.sh FOLDER retention|simple_gla|gla BxTxHxKxV,…
 #   FOLDER holds bench-hopper.xz: `cargo build --release -p burn-fla-tests --features cuda --bin bench-hopper`, stripped.
 set -uo pipefail
 folder=$1
@@ -9,4 +9,10 @@ export CUDA_PATH=${CUDA_PATH:-/usr/local/cuda}
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 xz -dkf "$folder/bench-hopper.xz" && chmod +x "$folder/bench-hopper"
 "$folder/bench-hopper" "$@" || exit 1
-if [ "$1" = linear ]; then python3 scripts/cublas.py "$2" "$3"; fi
+if [ "$1" = linear ]; then
+    python3 scripts/cublas.py "$2" "$3"
+elif python3 -c 'import fla' 2>/dev/null; then
+    python3 scripts/peer.py "$1,attention" "$2"
+else
+    echo "flash-linear-attention is not installed here: nothing to compare with"
+fi

@@ -1,6 +1,6 @@
 //! Times what has kernels for Hopper, and refuses to print a time for a wrong answer.
 //!
-//! `bench-hopper linear TOKENS,… N×K,…` and `bench-hopper simple_gla|gla B×T×H×K×V,…`; see `scripts/bench-hopper.sh`.
+//! `bench-hopper linear TOKENS,… N×K,…` and `bench-hopper retention|simple_gla|gla B×T×H×K×V,…`; see `scripts/bench-hopper.sh`.
 
 mod linear;
 mod recurrence;
@@ -19,10 +19,9 @@ fn main() -> ExitCode {
     }
     let right = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["linear", tokens, shapes] => linear::run(&device, &numbers(tokens), &sizes(shapes)),
-        ["simple_gla", shapes] => recurrence::run(&device, false, &sizes(shapes)),
-        ["gla", shapes] => recurrence::run(&device, true, &sizes(shapes)),
+        [operator @ ("retention" | "simple_gla" | "gla"), shapes] => recurrence::run(&device, operator, &sizes(shapes)),
         _ => {
-            eprintln!("usage: bench-hopper linear TOKENS,… NxK,… | bench-hopper simple_gla|gla BxTxHxKxV,…");
+            eprintln!("usage: bench-hopper linear TOKENS,… NxK,… | bench-hopper retention|simple_gla|gla BxTxHxKxV,…");
             false
         }
     };

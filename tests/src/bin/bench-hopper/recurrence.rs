@@ -1,4 +1,4 @@
-//! simple_gla and gla, forward and backward, in value against the recurrence in f64 over the same bf16 inputs.
+//! Retention, simple_gla and gla, forward and backward, in value against the recurrence in f64 over the same bf16 inputs.
 
 use burn::backend::DispatchTensor;
 use burn::tensor::{DType, Device, Distribution, Shape, Tensor};
@@ -40,7 +40,7 @@ impl Operator for Seed {
     }
 }
 
-pub(super) fn run(device: &Device, by_key: bool, shapes: &[Vec<usize>]) -> bool {
+pub(super) fn run(device: &Device, operator: &str, shapes: &[Vec<usize>]) -> bool {
     println!("operator B T H K V forward_ms both_ms peak_GiB errors: o dq dk dv dg");
     let mut all = true;
     for shape in shapes {
@@ -48,30 +48,34 @@ pub(super) fn run(device: &Device, by_key: bool, shapes: &[Vec<usize>]) -> bool 
             eprintln!("error: a shape is BxTxHxKxV");
             return false;
         };
-        all &= one(device, by_key, [b, t, h, dk, dv]);
+        all &= one(device, operator, [b, t, h, dk, dv]);
     }
     all
 }
 
-fn one(plain: &Device, by_key: bool, [b, t, h, dk, dv]: [usize; 5]) -> bool {
+fn one(plain: &Device, operator: &str, [b, t, h, dk, dv]: [usize; 5]) -> bool {
     let device = plain.clone().autodiff();
     let random = |shape: [usize; 4]| -> Tensor<4> {
         Tensor::random(shape, Distribution::Normal(0.0, 1.0), (&device, DType::BF16)).require_grad()
     };
     let (q, k, v) = (random([b, t, h, dk]), random([b, t, h, dk]), random([b, t, h, dv]));
     let grad: Tensor<4> = random([b, t, h, dv]).detach();
-    // The gates of the peer's benchmark: log σ(x) of normal numbers, bf16 where they are by key.
-    let operator = if by_key { "gla" } else { "simple_gla" };
+    // Log decays are log σ(x) of normal numbers, bf16 where they are by key; those of retention are 1 − 2^{−5 − h}.
+    let (by_key, by_head) = (operator == "gla", operator == "retention");
     let dtype = if by_key { DType::BF16 } else { DType::F32 };
     let across = if by_key { dk } else { 1 };
     let x: Tensor<4> = Tensor::random([b, t, h, across], Distribution::Normal(0.0, 1.0), (&device, DType::F32));
     let g = burn::tensor::activation::log_sigmoid(x).cast(dtype).detach().require_grad();
+    let decays: Vec<f32> = (0..h).map(|head| (1.0 - (-5.0 - head as f32).exp2()).ln()).collect();
+    let decays = Tensor::<1>::from_data(decays.as_slice(), (&device, DType::F32));
+    let as_tokens = || decays.clone().inner().reshape([1, 1, h, 1]).expand([b, t, h, 1]);
 
     let forward = || {
         let (q, k, v, options) = (q.clone(), k.clone(), v.clone(), SequenceOptions::default());
-        let result = match by_key {
-            true => gla(q, k, v, g.clone(), options),
-            false => simple_gla(q, k, v, ScalarDecay::PerToken(g.clone().reshape([b, t, h])), options),
+        let result = match (by_key, by_head) {
+            (true, _) => gla(q, k, v, g.clone(), options),
+            (_, true) => simple_gla(q, k, v, ScalarDecay::PerHead(decays.clone()), options),
+            _ => simple_gla(q, k, v, ScalarDecay::PerToken(g.clone().reshape([b, t, h])), options),
         };
         result.expect("a good problem").0
     };
@@ -84,18 +88,26 @@ fn one(plain: &Device, by_key: bool, [b, t, h, dk, dv]: [usize; 5]) -> bool {
     let (o, grads) = both();
     let of = |x: &Tensor<4>| x.grad(&grads).expect("a gradient");
     let found = [o.clone().inner(), of(&q), of(&k), of(&v)];
-    let dg = g.grad(&grads).expect("a gradient");
+    let dg = g.grad(&grads);
+    assert_eq!(dg.is_none(), by_head, "a constant decay has no gradient, any other has one");
     let mut errors = [0.0f64; 5];
     for head in [0, b * h / 2, b * h - 1] {
         let (row, head) = (head / h, head % h);
         let cut = |x: &Tensor<4>| numbers(x.clone().inner().narrow(0, row, 1).narrow(2, head, 1));
         let cut_plain = |x: &Tensor<4>| numbers(x.clone().narrow(0, row, 1).narrow(2, head, 1));
         let gates = |x: Tensor<4>| numbers(x.narrow(0, row, 1).narrow(2, head, 1));
-        let exact = exact([cut(&q), cut(&k), cut(&v), cut(&grad)], &gates(g.clone().inner()), dk, dv);
+        let exact = exact(
+            [cut(&q), cut(&k), cut(&v), cut(&grad)],
+            &gates(if by_head { as_tokens() } else { g.clone().inner() }),
+            dk,
+            dv,
+        );
         for (i, x) in found.iter().enumerate() {
             errors[i] = errors[i].max(ratio(&cut_plain(x), &exact[i]));
         }
-        errors[4] = errors[4].max(ratio(&gates(dg.clone()), &exact[4]));
+        if let Some(dg) = &dg {
+            errors[4] = errors[4].max(ratio(&gates(dg.clone()), &exact[4]));
+        }
     }
     drop((o, grads, found, dg));
     let shown: Vec<String> = errors.iter().map(|e| format!("{e:.1e}")).collect();

@@ -1,0 +1,76 @@
+"""Times operators of flash-linear-attention and PyTorch's flash attention: peer.py OPERATOR,... BxTxHxKxV,...
+
+OPERATOR is retention, simple_gla, gla or attention. The problems are those of bench-hopper: bf16, log decays log sigmoid(x)
+of normal numbers. Medians of groups of calls with one wait each, as bench-hopper takes them; what is added into a tensor's
+gradient is not timed. Needs a GPU, PyTorch and flash-linear-attention.
+"""
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+
+def seconds(call):
+    def group(count):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / count
+
+    # The first calls compile and tune.
+    group(2)
+    count = max(1, min(200, int(0.03 / group(2))))
+    return statistics.median(group(count) for _ in range(7))
+
+
+def leaf(x):
+    return x.detach().requires_grad_()
+
+
+def problem(name, b, t, h, dk, dv):
+    q, k, v = (leaf(torch.randn(b, t, h, d, device="cuda").bfloat16()) for d in (dk, dk, dv))
+    if name == "attention":
+        return lambda: F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True), (q, k, v)
+    if name == "retention":
+        from fla.ops.retention import chunk_retention
+
+        return lambda: chunk_retention(q, k, v)[0], (q, k, v)
+    if name == "simple_gla":
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        g = leaf(F.logsigmoid(torch.randn(b, t, h, device="cuda")))
+        return lambda: chunk_simple_gla(q, k, v, g)[0], (q, k, v, g)
+    if name == "gla":
+        from fla.ops.gla import chunk_gla
+
+        g = leaf(F.logsigmoid(torch.randn(b, t, h, dk, device="cuda")).bfloat16())
+        return lambda: chunk_gla(q, k, v, g)[0], (q, k, v, g)
+    sys.exit(f"error: no operator {name}; retention, simple_gla, gla and attention are")
+
+
+def main():
+    print("operator B T H K V forward_ms both_ms peak_GiB")
+    for name in sys.argv[1].split(","):
+        for shape in sys.argv[2].split(","):
+            size = tuple(map(int, shape.split("x")))
+            forward, leaves = problem(name, *size)
+            grad = torch.randn_like(forward())
+
+            def both():
+                # Gradients start from nothing each time.
+                for x in leaves:
+                    x.grad = None
+                forward().backward(grad)
+
+            one, two = seconds(forward), seconds(both)
+            torch.cuda.reset_peak_memory_stats()
+            both()
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            print(f"peer-{name} {' '.join(map(str, size))} {one * 1e3:.3f} {two * 1e3:.3f} {peak:.2f}", flush=True)
+
+
+main()
