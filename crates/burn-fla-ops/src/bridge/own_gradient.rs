@@ -28,11 +28,7 @@ impl core::fmt::Debug for OwnGradient {
 #[backend_extension(Cube: cfg(feature = "cube"), Flex: cfg(feature = "flex"), Autodiff)]
 pub(crate) trait OwnGradientBackend: Backend {
     /// `value`, as a function of `input`.
-    fn with_gradient(
-        input: FloatTensor<Self>,
-        value: FloatTensor<Self>,
-        gradient: OwnGradient,
-    ) -> FloatTensor<Self>;
+    fn with_gradient(input: FloatTensor<Self>, value: FloatTensor<Self>, gradient: OwnGradient) -> FloatTensor<Self>;
 }
 
 /// A backend whose tensors stand as tensors of the user's interface.
