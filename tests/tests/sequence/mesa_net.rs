@@ -299,17 +299,133 @@ fn without_a_token_the_state_is_kept() {
     assert_eq!(numbers(state.values), numbers(call.state.values));
 }
 
-/// The steps that stop early are differentiated as they are.
-#[test]
-fn gradients_are_finite_differences() {
-    for iterations in [2, 30] {
-        let iterations = Some(iterations);
-        // The last one goes on in a second chunk.
-        let problem = Problem { batch: 1, heads: 1, chunk: Some(4), iterations, ..Problem::new(6) };
-        assert_finite_differences(&format!("{iterations:?} steps"), &problem.inputs(), 12, 1e-7, |x| {
-            all(problem.run(problem.read(x)).unwrap())
-        });
+/// The sizes of the problem whose gradients are computed in plain arithmetic: one row, one head.
+const TOKENS: usize = 6;
+const KEYS: usize = 4;
+const VALUES: usize = 3;
+
+/// Plain arithmetic on inputs as [`Problem::inputs`] has them, for one row and head, without norms: the weights of the loss,
+/// and for each token the solution x and the solution y of its gradient, both constant.
+struct Plain {
+    weights: [Vec<f64>; 3],
+    x: Vec<Vec<f64>>,
+    y: Vec<Vec<f64>>,
+}
+
+/// The memories after each token.
+fn memories(inputs: &[Input]) -> Vec<(Vec<f64>, Vec<f64>)> {
+    let [k, v, g, beta] = [1, 2, 3, 4].map(|at| &inputs[at].values);
+    let (mut kk, mut kv) = (inputs[6].values.clone(), inputs[7].values.clone());
+    (0..TOKENS)
+        .map(|t| {
+            let (k, v, forget) = (&k[t * KEYS..][..KEYS], &v[t * VALUES..][..VALUES], g[t].exp());
+            kk = (0..KEYS * KEYS).map(|at| forget * kk[at] + beta[t] * k[at / KEYS] * k[at % KEYS]).collect();
+            kv = (0..KEYS * VALUES).map(|at| forget * kv[at] + beta[t] * k[at / VALUES] * v[at % VALUES]).collect();
+            (kk.clone(), kv.clone())
+        })
+        .collect()
+}
+
+impl Plain {
+    fn new(inputs: &[Input], weights: [Vec<f64>; 3], iterations: usize) -> Self {
+        let (mut x, mut y) = (Vec::new(), Vec::new());
+        for (t, (kk, kv)) in memories(inputs).iter().enumerate() {
+            let lambda = &inputs[5].values;
+            let w = &weights[0][t * VALUES..][..VALUES];
+            let dx: Vec<f64> = (0..KEYS).map(|r| (0..VALUES).map(|c| kv[r * VALUES + c] * w[c]).sum()).collect();
+            x.push(steps(kk, lambda, &inputs[0].values[t * KEYS..][..KEYS], iterations));
+            y.push(steps(kk, lambda, &dx, iterations));
+        }
+        Self { weights, x, y }
     }
+
+    /// The loss as a function of everything but the solutions, with `y · (q − (Hkk + Λ) x)` for what moves them: by the
+    /// inputs it has the gradient `dq = y`, `dHkk = −y xᵀ`, `dλ = −y ∘ x`, and that of the outputs and states.
+    fn surrogate(&self, inputs: &[Input]) -> f64 {
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let all = memories(inputs);
+        let mut sum = 0.0;
+        for (t, (kk, kv)) in all.iter().enumerate() {
+            let (x, y, q) = (&self.x[t], &self.y[t], &inputs[0].values[t * KEYS..][..KEYS]);
+            for c in 0..VALUES {
+                sum += self.weights[0][t * VALUES + c] * (0..KEYS).map(|r| kv[r * VALUES + c] * x[r]).sum::<f64>();
+            }
+            for r in 0..KEYS {
+                sum += y[r] * (q[r] - dot(&kk[r * KEYS..][..KEYS], x) - inputs[5].values[r] * x[r]);
+            }
+        }
+        let (kk, kv) = &all[TOKENS - 1];
+        sum + dot(&self.weights[1], kk) + dot(&self.weights[2], kv)
+    }
+
+    /// The gradient of [`surrogate`](Self::surrogate) by one input, by central differences.
+    fn gradient(&self, inputs: &[Input], at: usize) -> Vec<f64> {
+        (0..inputs[at].values.len())
+            .map(|element| {
+                let shifted = |by: f64| {
+                    let mut inputs = inputs.to_vec();
+                    inputs[at].values[element] += by;
+                    self.surrogate(&inputs)
+                };
+                (shifted(1e-4) - shifted(-1e-4)) / 2e-4
+            })
+            .collect()
+    }
+}
+
+/// The gradient through a solution is that of the format: `dq = y`, `dHkk = −y xᵀ`, `dλ = −y ∘ x` with y from dx by the same
+/// steps; the rest follows by the recurrences.
+#[test]
+fn gradients_are_those_of_solutions() {
+    let device = reference_device();
+    for iterations in [2, 30] {
+        for (chunk, tokens_of_a_step) in [(Some(4), TOKENS), (None, 1)] {
+            let sizes = Problem { batch: 1, heads: 1, keys: KEYS, values: VALUES, ..Problem::new(TOKENS) };
+            let problem = Problem { chunk, iterations: Some(iterations), l2_norm: false, ..sizes };
+            let inputs = problem.inputs();
+            let weights = [TOKENS * VALUES, KEYS * KEYS, KEYS * VALUES];
+            let weights = [0, 1, 2].map(|i| uniform(50 + i as u64, weights[i], (-1.0, 1.0)));
+            let found = evaluate(&inputs, &device, DType::F64, |x| {
+                let call = problem.read(x);
+                let (mut outputs, mut state) = (Vec::new(), call.state.clone());
+                for start in (0..TOKENS).step_by(tokens_of_a_step) {
+                    let (o, next) = problem.run(Call { state, ..call.tokens(start, tokens_of_a_step) }).unwrap();
+                    outputs.push(flat(o));
+                    state = next;
+                }
+                let weighted = |x: Tensor<1>, i: usize| {
+                    let weight: Tensor<1> = tensor(&weights[i], [weights[i].len()], &device, DType::F64);
+                    (x * weight).sum()
+                };
+                let o = Tensor::cat(outputs, 0);
+                vec![weighted(o, 0) + weighted(flat(state.keys), 1) + weighted(flat(state.values), 2)]
+            });
+            // What `evaluate` weighs the one output with.
+            let weight = uniform(1000, 1, (-1.0, 1.0))[0];
+            let plain =
+                Plain::new(&inputs, weights.clone().map(|w| w.iter().map(|w| w * weight).collect()), iterations);
+            for (at, input) in inputs.iter().enumerate() {
+                let mut expected = plain.gradient(&inputs, at);
+                if at == 6 {
+                    // The matrix is read as the mean of itself and its transpose.
+                    expected = (0..KEYS * KEYS)
+                        .map(|at| 0.5 * (expected[at] + expected[at % KEYS * KEYS + at / KEYS]))
+                        .collect();
+                }
+                let what = format!("{iterations} steps, {tokens_of_a_step} tokens, {}", input.name);
+                assert_close(&what, &found.gradients[at], &expected, 1e-8);
+            }
+        }
+    }
+}
+
+/// As far as the steps solve the systems, that is the gradient of what is computed: they leave a squared residual of about
+/// 1e-5, so 3e-3 of x and 3e-3 of y, and the gradient of λ is their product.
+#[test]
+fn gradients_are_near_finite_differences() {
+    // The last one goes on in a second chunk.
+    let problem = Problem { batch: 1, heads: 1, chunk: Some(4), ..Problem::new(6) };
+    assert_finite_differences("mesa_net", &problem.inputs(), 12, 1e-2, |x| all(problem.run(problem.read(x)).unwrap()));
 }
 
 #[test]

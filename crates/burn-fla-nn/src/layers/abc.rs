@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use burn_fla_ops as ops;
 
 use super::gsa::check_slots;
@@ -10,7 +10,7 @@ use super::state::conv_elements;
 use super::{Convs, MixerDims, MixerState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, RmsNorm, Rotary, ShortConv, check_conv, merge_heads, output_norm, split_heads};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// Configuration of [`Abc`].
 #[derive(Config, Debug)]
@@ -117,14 +117,6 @@ impl AbcConfig {
             .with_conv_size(fields.usize("conv_size", 4)?)
             .with_elementwise_affine(common.elementwise_affine)
             .with_norm_eps(common.norm_eps))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<Abc, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// The widths, or an error for values that no layer can be built from.

@@ -2,13 +2,13 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use burn_fla_ops as ops;
 
 use super::{KeyValueState, SequenceContext, check_groups};
 use crate::models::Fields;
 use crate::modules::{Linear, RmsNorm, Rotary, merge_heads, split_heads};
-use crate::{Init, NnError, ParamScope, ParamSource};
+use crate::{Init, NnError, ParamScope};
 
 /// The norm on queries and keys has an ε of its own, whatever `norm_eps` is.
 const QK_NORM_EPS: f64 = 1e-5;
@@ -86,14 +86,6 @@ impl AttentionConfig {
             other => other,
         })?;
         Ok(config)
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<Attention, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// An error for values that no layer can be built from.

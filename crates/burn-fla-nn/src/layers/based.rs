@@ -2,13 +2,13 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use burn_fla_ops as ops;
 
 use super::{RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, merge_heads, split_heads};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// Configuration of [`Based`].
 #[derive(Config, Debug)]
@@ -81,14 +81,6 @@ impl BasedConfig {
         }
         // `eps` is not read: the causal form does not use it.
         Ok(Self::new(common.hidden_size).with_num_heads(heads).with_feature_dim(width))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<Based, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// An error for values that no layer can be built from.

@@ -4,14 +4,14 @@
 
 use burn::config::Config;
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Tensor, activation};
+use burn::tensor::{Tensor, activation};
 use burn_fla_ops::{self as ops, GateActivation};
 
 use super::delta::{Heads, Maps, a_log, check_conv, convolved, dt_bias, gated_norm, log_decay, normalised, strength};
 use super::{Convs, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, RmsNorm, ShortConv, merge_heads, split_heads};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// Configuration of [`Comba`].
 #[derive(Config, Debug)]
@@ -94,14 +94,6 @@ impl CombaConfig {
             .with_use_short_conv(fields.bool("use_short_conv", true)?)
             .with_conv_size(fields.usize("conv_size", 4)?)
             .with_norm_eps(common.norm_eps))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<Comba, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     fn conv_size(&self) -> Option<usize> {

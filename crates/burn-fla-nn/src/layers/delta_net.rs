@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{DType, Device, Tensor, activation};
+use burn::tensor::{DType, Tensor, activation};
 use burn_fla_ops::{self as ops, DeltaOptions, GateActivation};
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +10,7 @@ use super::delta::{Maps, check_conv, gated_norm, strength};
 use super::{Convs, MixerDims, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, RmsNorm, ShortConv, merge_heads, split_heads};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// The smallest sum that a query or key is divided by.
 const SMALLEST_SUM: f64 = 1e-6;
@@ -143,14 +143,6 @@ impl DeltaNetConfig {
             .with_qk_activation(qk_activation)
             .with_qk_norm(qk_norm)
             .with_norm_eps(common.norm_eps))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<DeltaNet, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     fn conv_size(&self) -> Option<usize> {

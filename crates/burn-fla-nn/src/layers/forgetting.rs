@@ -2,14 +2,14 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{DType, Device, Tensor, activation};
+use burn::tensor::{DType, Tensor, activation};
 use burn_fla_ops as ops;
 
 use super::state::in_window;
 use super::{ForgettingState, KeyValueState, SequenceContext, check_groups};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, RmsNorm, log_sigmoid, merge_heads, split_heads};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// The norm on queries and keys has an ε of its own, whatever `norm_eps` is.
 const QK_NORM_EPS: f64 = 1e-5;
@@ -80,14 +80,6 @@ impl ForgettingAttentionConfig {
             .with_qk_norm(fields.bool("qk_norm", false)?)
             .with_use_output_gate(fields.bool("use_output_gate", false)?)
             .with_window_size(fields.optional_usize("window_size")?))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<ForgettingAttention, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// An error for values that no layer can be built from.

@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Tensor};
 use burn_fla_ops as ops;
 
 use super::{Convs, MixerDims, RecurrentState, SequenceContext};
@@ -11,7 +11,7 @@ use crate::modules::{
     FeatureMap, Linear, RmsNorm, ShortConv, check_conv, log_sigmoid, merge_heads, output_norm, repeat_heads,
     split_heads,
 };
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// Rank of the map from the input to the log decays.
 const GATE_LOW_RANK: usize = 16;
@@ -110,14 +110,6 @@ impl GlaConfig {
             .with_fuse_norm(common.fuse_norm)
             .with_norm_eps(common.norm_eps)
             .with_clamp_min(fields.optional_f64("clamp_min")?))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<Gla, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// The widths, or an error for values that no layer can be built from.

@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{DType, Device, Tensor, activation};
+use burn::tensor::{DType, Tensor, activation};
 use burn_fla_ops as ops;
 
 use super::state::conv_elements;
@@ -12,7 +12,7 @@ use crate::modules::{
     FeatureMap, Linear, LinearMap, RmsNorm, ShortConv, check_conv, log_sigmoid, merge_heads, output_norm, repeat_heads,
     split_heads,
 };
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// The output norm has an ε of its own, whatever `norm_eps` is.
 const NORM_EPS: f64 = 1e-5;
@@ -138,14 +138,6 @@ impl GsaConfig {
             .with_use_short_conv(fields.bool("use_short_conv", false)?)
             .with_conv_size(fields.usize("conv_size", 4)?)
             .with_elementwise_affine(common.elementwise_affine))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<Gsa, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// The widths, or an error for values that no layer can be built from.

@@ -2,14 +2,14 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{DType, Device, Tensor, activation};
+use burn::tensor::{DType, Tensor, activation};
 use burn_fla_ops as ops;
 
 use super::state::conv_elements;
 use super::{Convs, MixerState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, RmsNorm, ShortConv, check_conv, forget_gate, output_norm};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// Configuration of [`Hgrn`].
 #[derive(Config, Debug)]
@@ -90,14 +90,6 @@ impl HgrnConfig {
             .with_use_lower_bound(fields.bool("use_lower_bound", true)?)
             .with_elementwise_affine(common.elementwise_affine)
             .with_norm_eps(common.norm_eps))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<Hgrn, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// D, or an error for values that no layer can be built from.

@@ -4,14 +4,14 @@
 
 use burn::config::Config;
 use burn::module::{Module, Param};
-use burn::tensor::{DType, Device, Tensor, activation};
+use burn::tensor::{DType, Tensor, activation};
 use burn_fla_ops::{self as ops, GateActivation};
 
 use super::delta::{Heads, Maps, a_log, check_conv, convolved, dt_bias, gated_norm, normalised, strength};
 use super::{Convs, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, RmsNorm, ShortConv, merge_heads, softplus, split_heads};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// The lowest bound of a log decay that the format's safe gate has.
 const SAFE_BOUND: f64 = -5.0;
@@ -102,14 +102,6 @@ impl KdaConfig {
             .with_use_short_conv(fields.bool("use_short_conv", true)?)
             .with_conv_size(fields.usize("conv_size", 4)?)
             .with_norm_eps(common.norm_eps))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<Kda, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     fn conv_size(&self) -> Option<usize> {

@@ -2,14 +2,14 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use burn_fla_ops as ops;
 
 use super::state::conv_elements;
 use super::{Convs, HeadsByRatio, MixerState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{FeatureMap, Linear, RmsNorm, ShortConv, check_conv, merge_heads, output_norm, split_heads};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// The output norm has an ε of its own, whatever `norm_eps` is.
 const NORM_EPS: f64 = 1e-6;
@@ -91,14 +91,6 @@ impl LightNetConfig {
             .with_use_short_conv(fields.bool("use_short_conv", false)?)
             .with_conv_size(fields.usize("conv_size", 4)?)
             .with_elementwise_affine(common.elementwise_affine))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<LightNet, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// The heads, or an error for values that no layer can be built from.

@@ -2,13 +2,13 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Tensor};
 use burn_fla_ops as ops;
 
 use super::{MixerDims, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{HeadMap, LearnedMap, Linear, RmsNorm, merge_heads, output_norm, repeat_heads, split_heads};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// Added to the sums by which `norm_q` and `norm_k` divide.
 const SUM_EPS: f64 = 1e-4;
@@ -99,14 +99,6 @@ impl LinearAttentionConfig {
             .with_norm_feature_map(fields.bool("norm_feature_map", false)?)
             .with_elementwise_affine(common.elementwise_affine)
             .with_norm_eps(common.norm_eps))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<LinearAttention, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// The widths, or an error for values that no layer can be built from.

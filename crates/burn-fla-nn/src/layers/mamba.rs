@@ -4,14 +4,14 @@
 
 use burn::config::Config;
 use burn::module::{Module, Param};
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Tensor};
 use burn_fla_ops::{self as ops, SelectiveScanOptions};
 
 use super::{MixerState, SequenceContext, StepSizes};
 use crate::init::Init;
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, ShortConv, check_conv_of, softplus};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// Configuration of [`Mamba`].
 #[derive(Config, Debug)]
@@ -152,14 +152,6 @@ impl MambaConfig {
             .with_dt_scale(fields.positive(names.scale, 1.0)?)
             .with_dt_init_constant(constant)
             .with_rescale_layers(rescale.then_some(common.num_hidden_layers)))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<Mamba, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// An error for values that no layer can be built from.

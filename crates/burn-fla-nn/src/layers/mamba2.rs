@@ -4,7 +4,7 @@
 
 use burn::config::Config;
 use burn::module::{Module, Param};
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Tensor};
 use burn_fla_ops::{self as ops, GroupedGatedNorm, SsdOptions};
 
 use super::mamba::{inner_size, output_map};
@@ -12,7 +12,7 @@ use super::{RecurrentState, SequenceContext, StepSizes};
 use crate::init::Init;
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, RmsNorm, ShortConv, check_conv_of, merge_heads, softplus, split_heads};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// Configuration of [`Mamba2`].
 #[derive(Config, Debug)]
@@ -140,14 +140,6 @@ impl Mamba2Config {
             .with_dt_least(least)
             .with_dt_most(most.is_finite().then_some(most))
             .with_rescale_layers(rescale.then_some(common.num_hidden_layers)))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<Mamba2, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// The number of heads, or an error for values that no layer can be built from.

@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::module::{Module, Param};
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Tensor};
 use burn_fla_ops::{self as ops, GateActivation, MesaOptions, MesaState};
 
 use super::delta::{Heads, Maps, gated_norm, strength};
@@ -11,7 +11,7 @@ use super::{Convs, MixerState, SequenceContext};
 use crate::init::Init;
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, RmsNorm, ShortConv, check_conv, log_sigmoid, merge_heads, softplus, split_heads};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// Every λ starts at this.
 const FIRST_LAMBDA: f64 = 1.0;
@@ -113,14 +113,6 @@ impl MesaNetConfig {
             .with_max_cg_step_training(fields.usize("max_cg_step_training", ops::mesa_net::ITERATIONS)?)
             .with_max_cg_step_decoding(fields.usize("max_cg_step_decoding", ops::mesa_net::ITERATIONS)?)
             .with_norm_eps(common.norm_eps))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<MesaNet, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// The heads, or an error for values that no layer can be built from.

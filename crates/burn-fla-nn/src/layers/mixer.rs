@@ -1,10 +1,10 @@
-//! THE list of mixers: each with its layer, its configuration and its state.
+//! THE list of mixers: each with its layer, its configuration and its state, and what every one of them has besides.
 
 use burn::module::Module;
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
 use super::*;
-use crate::ParamScope;
+use crate::{ParamScope, ParamSource};
 
 /// Makes the enums over all mixers from one line each.
 macro_rules! mixers {
@@ -30,6 +30,16 @@ macro_rules! mixers {
         pub enum LayerState {
             $($(#[$doc])* $name($state),)*
         }
+
+        $(impl $config {
+            /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
+            ///
+            /// # Errors
+            /// As [`build`](Self::build).
+            pub fn init(&self, seed: u64, device: &Device) -> Result<$layer, NnError> {
+                self.build(&ParamSource::seeded(seed, 0.02, device).root())
+            }
+        })*
 
         impl MixerConfig {
             /// An error for values that no layer can be built from.

@@ -2,13 +2,13 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use burn_fla_ops as ops;
 
 use super::{KeyValueState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, RmsNorm, Rotary, merge_heads, repeat_heads, split_heads};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// The norms of the latents have an ε of their own, whatever `norm_eps` is.
 const LATENT_EPS: f64 = 1e-5;
@@ -107,14 +107,6 @@ impl LatentAttentionConfig {
             }
             _ => Ok(config),
         }
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<LatentAttention, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// An error for values that no layer can be built from.

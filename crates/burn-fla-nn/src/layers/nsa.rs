@@ -2,13 +2,13 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{Device, Tensor, activation};
+use burn::tensor::{Tensor, activation};
 use burn_fla_ops::{self as ops, NsaOptions, OpError};
 
 use super::{KeyValueState, SequenceContext, check_groups};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, Rotary, merge_heads, split_heads};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// Configuration of [`NativeSparseAttention`].
 #[derive(Config, Debug)]
@@ -88,14 +88,6 @@ impl NativeSparseAttentionConfig {
             .with_block_counts(fields.usize("block_counts", 16)?)
             .with_window_size(window)
             .with_rope_theta(fields.positive("rope_theta", 10_000.0)?))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<NativeSparseAttention, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// An error for values that no layer can be built from.

@@ -2,14 +2,14 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{DType, Device, Tensor, activation};
+use burn::tensor::{DType, Tensor, activation};
 use burn_fla_ops::{self as ops, PathOptions, PathState, l2_norm};
 
 use super::state::{conv_elements, in_window};
 use super::{Convs, MixerState, SequenceContext, check_groups};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, ShortConv, log_sigmoid, merge_heads, split_heads};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// Rank of the map to the reflections where it is factored.
 const LOW_RANK: usize = 32;
@@ -101,14 +101,6 @@ impl PathAttentionConfig {
             .with_use_forget_gate(fields.bool("use_forget_gate", false)?)
             .with_use_low_rank_w(fields.bool("use_low_rank_w", true)?)
             .with_use_w_shortconv(fields.bool("use_w_shortconv", true)?))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<PathAttention, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// An error for values that no layer can be built from.

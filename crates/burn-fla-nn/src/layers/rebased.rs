@@ -2,14 +2,14 @@
 
 use burn::config::Config;
 use burn::module::{Module, Param};
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Tensor};
 use burn_fla_ops as ops;
 
 use super::based::{check_heads, polynomial_fields};
 use super::{RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, merge_heads, split_heads};
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// ε of the norm on queries and keys, whatever `eps` is.
 const NORM_EPS: f64 = 1e-5;
@@ -101,14 +101,6 @@ impl RebasedConfig {
             .with_use_beta(fields.bool("use_beta", true)?)
             .with_normalize(fields.bool("normalize", true)?)
             .with_eps(fields.positive("eps", 1e-5)?))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<Rebased, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// An error for values that no layer can be built from.

@@ -2,14 +2,14 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData};
 use burn_fla_ops::{self as ops, ScalarDecay};
 
 use super::{MixerDims, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{FeatureMap, Linear, RmsNorm, Rotary, merge_heads, output_norm, repeat_heads, split_heads};
 use crate::per_device::PerDevice;
-use crate::{NnError, ParamScope, ParamSource};
+use crate::{NnError, ParamScope};
 
 /// Configuration of [`Retention`].
 #[derive(Config, Debug)]
@@ -87,14 +87,6 @@ impl RetentionConfig {
             .with_elementwise_affine(common.elementwise_affine)
             .with_fuse_norm(common.fuse_norm)
             .with_norm_eps(common.norm_eps))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<Retention, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// The widths, or an error for values that no layer can be built from.

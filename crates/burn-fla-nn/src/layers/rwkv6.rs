@@ -2,13 +2,13 @@
 
 use burn::config::Config;
 use burn::module::{Module, Param};
-use burn::tensor::{DType, Device, Tensor, activation};
+use burn::tensor::{DType, Tensor, activation};
 use burn_fla_ops::{self as ops, SequenceOptions};
 
 use super::{MixerDims, SequenceContext, ShiftState};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Between, GroupNorm, LerpLinear, Linear, LowRank, lerp, merge_heads, split_heads};
-use crate::{Init, NnError, ParamScope, ParamSource};
+use crate::{Init, NnError, ParamScope};
 
 /// Gain of the maps at the start, 2^−2.5.
 const GAIN: f64 = 0.176_776_695_296_636_9;
@@ -102,14 +102,6 @@ impl Rwkv6Config {
             .with_proj_low_rank_dim(fields.usize("proj_low_rank_dim", 32)?)
             .with_gate_low_rank_dim(fields.usize("gate_low_rank_dim", 64)?)
             .with_norm_eps(common.norm_eps))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<Rwkv6, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// The widths, or an error for values that no layer can be built from.

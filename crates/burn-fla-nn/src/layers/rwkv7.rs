@@ -2,14 +2,14 @@
 
 use burn::config::Config;
 use burn::module::{Module, Param};
-use burn::tensor::{DType, Device, Tensor, activation};
+use burn::tensor::{DType, Tensor, activation};
 use burn_fla_ops::{self as ops, SequenceOptions};
 use serde_json::Value;
 
 use super::{SequenceContext, ShiftState};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Between, GroupNorm, Linear, LowRank, lerp, merge_heads, split_heads};
-use crate::{Init, NnError, ParamScope, ParamSource};
+use crate::{Init, NnError, ParamScope};
 
 /// The log decay of a token lies between this, −e^{−½}, and 0.
 const LOG_DECAY: f64 = -0.606_530_659_712_633_4;
@@ -125,14 +125,6 @@ impl Rwkv7Config {
             .with_norm_eps(common.norm_eps)
             .with_layer(layer)
             .with_num_layers(common.num_hidden_layers))
-    }
-
-    /// A layer with weights drawn from `seed`, for use outside a [`CausalLm`](crate::CausalLm).
-    ///
-    /// # Errors
-    /// As [`build`](Self::build).
-    pub fn init(&self, seed: u64, device: &Device) -> Result<Rwkv7, NnError> {
-        self.build(&ParamSource::seeded(seed, 0.02, device).root())
     }
 
     /// An error for values that no layer can be built from.

@@ -18,6 +18,8 @@ mod autodiff;
 mod backend;
 #[cfg(feature = "cube")]
 mod memory;
+#[cfg(any(feature = "cube", feature = "flex"))]
+pub(crate) mod own_gradient;
 
 #[cfg(feature = "cube")]
 pub use backend::{Call, Operator, TensorSpec, apply};

@@ -7,6 +7,8 @@
 use burn::tensor::Tensor;
 
 use super::MesaState;
+#[cfg(any(feature = "cube", feature = "flex"))]
+use crate::bridge::own_gradient::{takes_own_gradients, with_gradient};
 use crate::chunked::{lower, merge, pass_states, running_sum, split};
 use crate::matmul::product;
 use crate::sequences::Piece;
@@ -75,6 +77,50 @@ pub fn conjugate_gradients(q: Tensor<4>, iterations: usize, apply: impl Fn(Tenso
     x
 }
 
+/// The symmetric positive matrices of one system at each row, by what they make of rows.
+trait System: Clone + Send + Sync + 'static {
+    /// `A p` for rows `p` along the last dimension.
+    fn apply(&self, p: Tensor<4>) -> Tensor<4>;
+
+    /// The same without a graph.
+    fn constant(&self) -> Self;
+}
+
+/// `A⁻¹ q` as far as the steps reach, with the gradient of a solution: with the gradient dx of x, `y = A⁻¹ dx` by the same
+/// steps, `dq = y` and `dA = −y xᵀ`. So a backward pass solves once more and keeps none of the steps.
+///
+/// On a device whose build names no backend for that, the steps themselves are differentiated.
+fn solution(q: Tensor<4>, system: &impl System, iterations: usize) -> Tensor<4> {
+    #[cfg(any(feature = "cube", feature = "flex"))]
+    if q.is_autodiff() && takes_own_gradients(&q.device()) {
+        let fixed = system.constant();
+        let x = conjugate_gradients(q.clone().inner(), iterations, |p| fixed.apply(p));
+        // What is left of q, as a function of q and A: its gradient is y, and that of A follows from y by Burn's rules.
+        let rest = q - system.apply(x.clone());
+        return with_gradient(rest, x, move |dx| conjugate_gradients(dx, iterations, |p| fixed.apply(p)));
+    }
+    conjugate_gradients(q, iterations, |p| system.apply(p))
+}
+
+/// A matrix for each row of heads: `H + diag(λ)`.
+#[derive(Clone)]
+struct Dense {
+    /// `[B, H, K, K]`
+    keys: Tensor<4>,
+    /// `[1, H, 1, K]`
+    lambda: Tensor<4>,
+}
+
+impl System for Dense {
+    fn apply(&self, p: Tensor<4>) -> Tensor<4> {
+        product(p.clone(), self.keys.clone()) + p * self.lambda.clone()
+    }
+
+    fn constant(&self) -> Self {
+        Self { keys: self.keys.clone().inner(), lambda: self.lambda.clone().inner() }
+    }
+}
+
 /// Token by token: `Hkk_t = e^{g_t} Hkk_{t−1} + β_t k_t k_tᵀ`, `Hkv_t = e^{g_t} Hkv_{t−1} + β_t k_t v_tᵀ`,
 /// `o_t = Hkv_tᵀ x_t`.
 ///
@@ -93,10 +139,51 @@ pub fn recurrent(inputs: Inputs, iterations: usize, state: MesaState) -> (Tensor
         let written = (k.clone() * row(&beta, 1)).swap_dims(2, 3);
         keys = keys * decay.clone() + written.clone() * k;
         values = values * decay + written * v;
-        let x = conjugate_gradients(q, iterations, |p| product(p.clone(), keys.clone()) + p * lambda.clone());
+        let system = Dense { keys: keys.clone(), lambda: lambda.clone() };
+        let x = solution(q, &system, iterations);
         outputs.push(product(x, values.clone()).reshape([b, 1, h, dv]));
     }
     (Tensor::cat(outputs, 1), MesaState { keys, values })
+}
+
+/// What queries read of the keys of their chunk and of the states before it, all tokens at once.
+#[derive(Clone)]
+struct Reads {
+    /// The keys, `[B·H, n, C, K]`
+    k: Tensor<4>,
+    /// `β_j e^{G_i − G_j}` for `j ≤ i`, `[B·H, n, C, C]`
+    pairs: Tensor<4>,
+    /// `e^{G_i}`, `[B·H, n, C, 1]`
+    since: Tensor<4>,
+    /// Hkk before each chunk, `[B·H, n, K, K]`
+    starts: Tensor<4>,
+    /// `[B·H, 1, 1, K]`
+    lambda: Tensor<4>,
+}
+
+impl Reads {
+    /// `e^{G_i} Sᵀ p_i + Σ_{j ≤ i} β_j e^{G_i − G_j} (p_i · k_j) w_j` for the states S before each chunk and values w.
+    fn read(&self, p: Tensor<4>, starts: Tensor<4>, values: Tensor<4>) -> Tensor<4> {
+        let scores = product(p.clone(), self.k.clone().swap_dims(2, 3)) * self.pairs.clone();
+        product(p * self.since.clone(), starts) + product(scores, values)
+    }
+}
+
+impl System for Reads {
+    fn apply(&self, p: Tensor<4>) -> Tensor<4> {
+        self.read(p.clone(), self.starts.clone(), self.k.clone()) + p * self.lambda.clone()
+    }
+
+    fn constant(&self) -> Self {
+        let inner = |x: &Tensor<4>| x.clone().inner();
+        Self {
+            k: inner(&self.k),
+            pairs: inner(&self.pairs),
+            since: inner(&self.since),
+            starts: inner(&self.starts),
+            lambda: inner(&self.lambda),
+        }
+    }
 }
 
 /// The chunked form of [`recurrent`]: inside a chunk, with the state S before it, what a query p reads of keys and values w is
@@ -124,14 +211,10 @@ pub fn chunked(inputs: Inputs, iterations: usize, state: MesaState, chunk: usize
         let first = first.reshape([b * h, 1, dk, width]);
         pass_states(product(written.clone(), x.clone()), forget.clone(), first)
     };
-    let (key_starts, keys) = pass(&k, state.keys);
+    let (starts, keys) = pass(&k, state.keys);
     let (value_starts, values) = pass(&v, state.values);
-    let transposed = k.clone().swap_dims(2, 3);
-    let read = |p: Tensor<4>, starts: &Tensor<4>, values: &Tensor<4>| {
-        let scores = product(p.clone(), transposed.clone()) * pairs.clone();
-        product(p * since.clone(), starts.clone()) + product(scores, values.clone())
-    };
-    let x = conjugate_gradients(q, iterations, |p| read(p.clone(), &key_starts, &k) + p * lambda.clone());
-    let o = merge(read(x, &value_starts, &v), b, t);
+    let reads = Reads { k, pairs, since, starts, lambda };
+    let x = solution(q, &reads, iterations);
+    let o = merge(reads.read(x, value_starts, v), b, t);
     (o, MesaState { keys: keys.reshape([b, h, dk, dk]), values: values.reshape([b, h, dk, dv]) })
 }
