@@ -39,12 +39,15 @@ echo "== 21 steps, every second one measured"
 run training.steps=21 lr_scheduler.warmup_steps=10 metrics.log_freq=100 profiling.enable=true profiling.freq=2 2>&1 |
     sed -n '/^profile: /,$p'
 
-count() { # steps, micro-batches
-    rm -f /tmp/launches.log
-    CUBECL_DEBUG_OPTION=profile CUBECL_DEBUG_LOG=/tmp/launches.log run "training.steps=$1" lr_scheduler.warmup_steps=1 \
-        "training.gradient_accumulation_steps=$2" >/tmp/launches.out 2>&1 || tail -2 /tmp/launches.out >&2
-    grep -c '^| ' /tmp/launches.log
+log() { # steps: the launches of a run, one a line
+    CUBECL_DEBUG_OPTION=profile CUBECL_DEBUG_LOG="/tmp/launches.$1.log" run "training.steps=$1" lr_scheduler.warmup_steps=1 \
+        >/tmp/launches.out 2>&1 || tail -2 /tmp/launches.out >&2
 }
-base=$(count 2 1)
-step=$(($(count 3 1) - base))
-echo "== launches of a step: $step, of the optimiser among them: $(grep -c -i 'adamw' /tmp/launches.log) in 3 steps"
+rm -f /tmp/launches.*.log
+log 2
+log 3
+echo "== launches of a step by kernel, as the difference of 2 and 3 steps (Squares, Factors, Update: the optimiser)"
+awk -F'|' 'FNR == 1 { file++ }
+    /^\| / { name = $3; gsub(/^ +| +$/, "", name); sub(/_[0-9a-f]*$/, "", name); n = file == 2 ? 1 : -1; count[name] += n; all += n }
+    END { print all, "in all"; for (name in count) if (count[name] > 0) print count[name], name }' \
+    /tmp/launches.2.log /tmp/launches.3.log | sort -rn

@@ -192,27 +192,85 @@ fn without_the_guard_it_spreads() {
 
 #[test]
 fn saved_moments_continue_to_the_last_bit() {
+    for (name, device) in devices() {
+        let folder = tempfile::tempdir().unwrap();
+        let (optimizer, training) = sections(1.0, true);
+        let mut model = model(&device, &start());
+        let mut adamw = AdamW::new(table(&model), &optimizer, &training, &device).unwrap();
+        for step in 0..3 {
+            model = adamw.step(model, grads(&device, &gradient(step)), 0.01).unwrap().0;
+        }
+        save_optimizer(&adamw, folder.path()).unwrap();
+        let mut restored = AdamW::new(table(&model), &optimizer, &training, &device).unwrap();
+        load_optimizer(&mut restored, folder.path(), &device).unwrap();
+        let mut again = model.clone();
+        for step in 3..6 {
+            model = adamw.step(model, grads(&device, &gradient(step)), 0.01).unwrap().0;
+            again = restored.step(again, grads(&device, &gradient(step)), 0.01).unwrap().0;
+        }
+        assert_eq!(values(&model), values(&again), "{name}");
+
+        let file = folder.path().join("optimizer.safetensors");
+        let bytes = std::fs::read(&file).unwrap();
+        std::fs::write(&file, &bytes[..bytes.len() - 8]).unwrap();
+        let error = load_optimizer(&mut restored, folder.path(), &device).unwrap_err().to_string();
+        assert!(error.contains("optimizer.safetensors"), "{name}: {error}");
+    }
+}
+
+/// A file as it has been written from the first version on: moments by name in the parameters' shapes, counters by name.
+#[test]
+fn the_file_of_the_moments_is_what_it_was() {
     let device = burn_fla_tests::reference_device();
     let folder = tempfile::tempdir().unwrap();
     let (optimizer, training) = sections(1.0, true);
-    let mut model = model(&device, &start());
-    let mut adamw = AdamW::new(table(&model), &optimizer, &training, &device).unwrap();
-    for step in 0..3 {
-        model = adamw.step(model, grads(&device, &gradient(step)), 0.01).unwrap().0;
+    let model = model(&device, &start());
+    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    let bytes = |values: &[f64]| values.iter().flat_map(|x| (*x as f32).to_le_bytes()).collect::<Vec<u8>>();
+    let start = Plain {
+        values: start(),
+        first: vec![uniform(7, 35, (-0.1, 0.1)), uniform(8, 11, (-0.1, 0.1))],
+        second: vec![uniform(9, 35, (0.0, 0.01)), uniform(10, 11, (0.0, 0.01))],
+        t: 4,
+    };
+    for (at, (name, shape)) in SIZES.iter().enumerate() {
+        let zeros = vec![0.0; 3];
+        let (first, second) = (start.first.get(at).unwrap_or(&zeros), start.second.get(at).unwrap_or(&zeros));
+        tensors.push((format!("exp_avg.{name}"), shape.to_vec(), bytes(first)));
+        tensors.push((format!("exp_avg_sq.{name}"), shape.to_vec(), bytes(second)));
     }
-    save_optimizer(&adamw, folder.path()).unwrap();
-    let mut restored = AdamW::new(table(&model), &optimizer, &training, &device).unwrap();
-    load_optimizer(&mut restored, folder.path(), &device).unwrap();
-    let mut again = model.clone();
-    for step in 3..6 {
-        model = adamw.step(model, grads(&device, &gradient(step)), 0.01).unwrap().0;
-        again = restored.step(again, grads(&device, &gradient(step)), 0.01).unwrap().0;
+    let corrections = [1.0 - 0.9f64.powi(4), 1.0 - 0.999f64.powi(4)];
+    let names = ["correction1", "correction2", "skipped_in_a_row", "skipped_most", "skipped"];
+    for (name, value) in names.into_iter().zip([corrections[0], corrections[1], 0.0, 2.0, 3.0]) {
+        tensors.push((name.to_string(), vec![1], bytes(&[value])));
     }
-    assert_eq!(values(&model), values(&again));
-
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
+    });
     let file = folder.path().join("optimizer.safetensors");
-    let bytes = std::fs::read(&file).unwrap();
-    std::fs::write(&file, &bytes[..bytes.len() - 8]).unwrap();
-    let error = load_optimizer(&mut restored, folder.path(), &device).unwrap_err().to_string();
-    assert!(error.contains("optimizer.safetensors"), "{error}");
+    std::fs::write(&file, safetensors::serialize(views, None).unwrap()).unwrap();
+    let mut adamw = AdamW::new(table(&model), &optimizer, &training, &device).unwrap();
+    load_optimizer(&mut adamw, folder.path(), &device).unwrap();
+    let (model, report) = adamw.step(model, grads(&device, &gradient(0)), 0.01).unwrap();
+    let mut plain = start;
+    plain.step(&gradient(0), 0.01, 1.0);
+    for (found, expected) in values(&model).iter().zip(&plain.values) {
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((f64::from(*found) - expected).abs() < 1e-6, "{found}, not {expected}");
+        }
+    }
+    let figures = report.read().unwrap();
+    assert_eq!((figures.skipped_in_a_row, figures.skipped_most, figures.skipped), (0, 2, 3));
+    let written = folder.path().join("written");
+    std::fs::create_dir(&written).unwrap();
+    save_optimizer(&adamw, &written).unwrap();
+    let described = |path: &std::path::Path| {
+        let bytes = std::fs::read(path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let mut names: Vec<_> =
+            file.tensors().iter().map(|(n, v)| (n.clone(), v.shape().to_vec(), v.dtype())).collect();
+        names.sort_by(|a, b| a.0.cmp(&b.0));
+        names
+    };
+    assert_eq!(described(&written.join("optimizer.safetensors")), described(&file));
 }

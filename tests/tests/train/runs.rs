@@ -142,6 +142,27 @@ fn budgets_of_tokens_and_of_time_end() {
     assert!(summary.step > 1 && summary.seconds >= 0.72 && summary.seconds < 60.0, "{summary:?}");
 }
 
+/// What is measured changes no number, and a run that goes on keeps the lines of the steps before.
+#[test]
+fn a_profile_has_every_part_of_the_steps_it_measured() {
+    let bench = Bench::new();
+    let other = format!("job.dump_folder={}", bench.path("other").display());
+    let on = ["profiling.enable=true", "profiling.freq=4", "device.threads=1"];
+    bench.train(&["training.steps=10", "device.threads=1", &other]).unwrap();
+    bench.train(&[&["training.steps=6"], &on[..]].concat()).unwrap();
+    bench.train(&[&["training.steps=10"], &on[..]].concat()).unwrap();
+    let last = |run: &str| bench.losses(run).last().cloned().unwrap();
+    assert_eq!(bench.losses("run")[..4], bench.losses("other")[..4]);
+    assert_eq!(last("run").0, 10);
+    let text = std::fs::read_to_string(bench.path("run").join("profile/profile.jsonl")).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.iter().map(|line| line["step"].as_u64().unwrap()).collect::<Vec<_>>(), [4, 8]);
+    for part in ["forward_ms", "backward_ms", "optimizer_ms"] {
+        assert!(lines.iter().all(|line| line[part].as_f64().unwrap() > 0.0), "{part}: {text}");
+    }
+    assert!(!bench.path("other").join("profile").exists());
+}
+
 /// The crates that recipes train on are pinned by Cargo.lock in the versions that they name.
 #[test]
 fn recipes_name_pinned_crates() {

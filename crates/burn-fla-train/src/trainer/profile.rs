@@ -165,8 +165,9 @@ impl Profiler {
     }
 }
 
+/// To the microsecond.
 fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
+    time.as_micros() as f64 / 1e3
 }
 
 #[cfg(test)]
