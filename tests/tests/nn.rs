@@ -2,6 +2,8 @@
 
 #[path = "nn/common.rs"]
 mod common;
+#[path = "nn/cost.rs"]
+mod cost;
 #[path = "nn/files.rs"]
 mod files;
 #[path = "nn/forgetting.rs"]

@@ -7,6 +7,7 @@
 //! - [`hub`]: import from and export to a Hugging Face folder;
 //! - [`generate`](mod@generate), [`tokenizer`]: text out of a model;
 //! - [`device`]: from the name of a backend to a device that answers;
+//! - `learner`: burn-train's steps on a model (feature `learner`);
 //! - [`verify`]: a folder of expected results, checked number by number.
 //!
 //! Parameters are always f32; [`Compute`] says in which type activations are kept and which operators run.
@@ -32,6 +33,8 @@ pub mod generate;
 pub mod hub;
 mod init;
 pub mod layers;
+#[cfg(feature = "learner")]
+pub mod learner;
 pub mod models;
 pub mod modules;
 mod params;

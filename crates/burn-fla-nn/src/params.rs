@@ -26,6 +26,7 @@ pub struct ParamSource<'a> {
 #[derive(Debug)]
 enum Kind<'a> {
     Seeded(u64),
+    Outline,
     Stored { store: &'a TensorStore, used: RefCell<BTreeSet<String>>, problems: RefCell<Vec<String>> },
 }
 
@@ -45,6 +46,11 @@ impl<'a> ParamSource<'a> {
             std: 0.0,
             kind: Kind::Stored { store, used: RefCell::default(), problems: RefCell::default() },
         }
+    }
+
+    /// Parameters that have a shape and no values: for modules that are looked at and never run. They take no memory.
+    pub fn outline(device: &Device) -> Self {
+        Self { device: device.clone(), std: 0.0, kind: Kind::Outline }
     }
 
     /// The outermost scope.
@@ -147,7 +153,12 @@ impl<'s, 'a> ParamScope<'s, 'a> {
     ) -> Param<Tensor<D>> {
         let path = self.full(name);
         let device = &self.source.device;
+        let without_values = || {
+            let zeros = move |device: &Device, _| Tensor::zeros(shape, device);
+            Param::uninitialized(ParamId::new(), zeros, device.clone(), true, shape.into())
+        };
         let values = match &self.source.kind {
+            Kind::Outline => return without_values(),
             Kind::Seeded(seed) => init.draw(&mut Draws::new(*seed, &path), &shape, self.source.std),
             Kind::Stored { store, used, problems } => {
                 let values = match older {
@@ -165,13 +176,7 @@ impl<'s, 'a> ParamScope<'s, 'a> {
                     Err(problem) => {
                         problems.borrow_mut().push(problem);
                         // Never read: `finish` refuses the whole module.
-                        return Param::uninitialized(
-                            ParamId::new(),
-                            move |device, _| Tensor::zeros(shape, device),
-                            device.clone(),
-                            true,
-                            shape.into(),
-                        );
+                        return without_values();
                     }
                 }
             }

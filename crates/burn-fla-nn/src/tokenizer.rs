@@ -32,6 +32,50 @@ impl Tokenizer {
             .map_err(|error| NnError::Tokenizer { path: Some(path.to_path_buf()), message: error.to_string() })
     }
 
+    /// A byte-level BPE trained on `texts`: every text can be encoded, whatever its characters, and decodes to itself. Token
+    /// 0 is the special token `<|endoftext|>`.
+    ///
+    /// # Errors
+    /// Fewer than 257 tokens, which the bytes and the special token need; a failure of the training.
+    pub fn train_bpe(texts: impl Iterator<Item = String> + Send, vocab_size: usize) -> Result<Self, NnError> {
+        use tokenizers::models::bpe::{BPE, BpeTrainer};
+        use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+        if vocab_size < 257 {
+            return Err(failed(format!("a vocabulary of {vocab_size} has no room for 256 bytes and <|endoftext|>")));
+        }
+        let mut trainer = BpeTrainer::builder()
+            .vocab_size(vocab_size)
+            .show_progress(false)
+            .special_tokens(vec![tokenizers::AddedToken::from("<|endoftext|>", true)])
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+            .build();
+        let bytes = ByteLevel::new(false, false, true);
+        let mut tokenizer =
+            tokenizers::TokenizerBuilder::<BPE, tokenizers::NormalizerWrapper, ByteLevel, ByteLevel, ByteLevel>::new()
+                .with_model(BPE::default())
+                .with_pre_tokenizer(Some(bytes))
+                .with_decoder(Some(bytes))
+                .build()
+                .map_err(failed)?;
+        tokenizer.train(&mut trainer, texts).map_err(failed)?;
+        // Through its file's format, so that what is used is what a file would give.
+        let text = tokenizer.to_string(false).map_err(failed)?;
+        tokenizers::Tokenizer::from_bytes(text).map(|tokenizer| Self(Kind::File(Box::new(tokenizer)))).map_err(failed)
+    }
+
+    /// Writes the `tokenizer.json`, whole or not at all.
+    ///
+    /// # Errors
+    /// A tokenizer of bytes, which has no file; a file that cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), NnError> {
+        match &self.0 {
+            Kind::Byte => Err(failed("bytes have no tokenizer.json")),
+            Kind::File(tokenizer) => {
+                crate::hub::write_file(path, tokenizer.to_string(true).map_err(failed)?.as_bytes())
+            }
+        }
+    }
+
     /// Whether tokens are bytes.
     pub fn is_byte(&self) -> bool {
         matches!(self.0, Kind::Byte)
@@ -220,6 +264,28 @@ mod tests {
         assert!(tokenizer.decode(&[256]).is_err());
         assert!(tokenizer.check_vocab(255).is_err());
         assert!(tokenizer.check_vocab(256).is_ok());
+    }
+
+    #[test]
+    fn a_trained_tokenizer_gives_every_text_back() {
+        let texts = || (0..200).map(|i| format!("the cat number {i} sat on the mat, größer than the hat"));
+        let tokenizer = Tokenizer::train_bpe(texts(), 400).expect("a tokenizer");
+        assert!((300..=400).contains(&tokenizer.vocab_size()), "{}", tokenizer.vocab_size());
+        assert_eq!(tokenizer.token_id("<|endoftext|>"), Some(0));
+        for text in ["the cat sat on the mat", " 日本語 🦀\n\tfn main() {}", ""] {
+            let ids = tokenizer.encode(text).expect("ids");
+            assert_eq!(tokenizer.decode(&ids).expect("a text"), text);
+        }
+        // What it has seen is short, and the word it has seen most is one token.
+        assert_eq!(tokenizer.encode(" the").expect("ids").len(), 1);
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("tokenizer.json");
+        tokenizer.save(&path).expect("a file");
+        let again = Tokenizer::from_file(&path).expect("the file");
+        let text = "the cat number 17 sat on the größer hat";
+        assert_eq!(again.encode(text).expect("ids"), tokenizer.encode(text).expect("ids"));
+        assert!(Tokenizer::train_bpe(texts(), 256).is_err());
+        assert!(Tokenizer::byte().save(&path).is_err());
     }
 
     #[test]

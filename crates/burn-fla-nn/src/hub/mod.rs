@@ -75,12 +75,52 @@ pub fn save_model_sharded(
     dtype: DType,
     shard_bytes: u64,
 ) -> Result<(), NnError> {
+    write_model(&model.config(), &parameters(model), folder.as_ref(), dtype, shard_bytes)
+}
+
+/// A model's parameters in the host's memory, to be written while the model goes on changing.
+#[derive(Debug)]
+pub struct ModelSnapshot {
+    config: ModelConfig,
+    tensors: Vec<(String, TensorData)>,
+}
+
+impl ModelSnapshot {
+    /// Reads every parameter from the device.
+    ///
+    /// # Errors
+    /// A device that fails while the weights are read.
+    pub fn take(model: &CausalLm) -> Result<Self, NnError> {
+        let tensors = parameters(model).into_iter().map(|tensor| Ok((tensor.name, (tensor.read)()?)));
+        Ok(Self { config: model.config(), tensors: tensors.collect::<Result<_, NnError>>()? })
+    }
+
+    /// Writes what [`save_model`] would have written when the snapshot was taken.
+    ///
+    /// # Errors
+    /// As [`save_model`].
+    pub fn save(self, folder: impl AsRef<Path>, dtype: DType) -> Result<(), NnError> {
+        let parameter = |(name, data): (String, TensorData)| Parameter {
+            name,
+            shape: data.shape().to_vec(),
+            read: Box::new(move || Ok(data.clone())),
+        };
+        let parameters: Vec<Parameter> = self.tensors.into_iter().map(parameter).collect();
+        write_model(&self.config, &parameters, folder.as_ref(), dtype, SHARD_BYTES)
+    }
+}
+
+fn write_model(
+    config: &ModelConfig,
+    tensors: &[Parameter],
+    folder: &Path,
+    dtype: DType,
+    shard_bytes: u64,
+) -> Result<(), NnError> {
     if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
         return Err(NnError::argument("dtype", format!("weights are written in F32, BF16 or F16, not in {dtype:?}")));
     }
-    let folder = folder.as_ref();
     std::fs::create_dir_all(folder).map_err(NnError::io("create", folder))?;
-    let tensors = parameters(model);
     let specs = tensors
         .iter()
         .map(|tensor| TensorSpec::new(&tensor.name, dtype, tensor.shape.clone()))
@@ -121,7 +161,7 @@ pub fn save_model_sharded(
         write_file(folder.join(INDEX_FILE), format!("{index:#}\n").as_bytes())?;
         kept.push(INDEX_FILE.to_string());
     }
-    write_file(folder.join(CONFIG_FILE), model.config().to_json().as_bytes())?;
+    write_file(folder.join(CONFIG_FILE), config.to_json().as_bytes())?;
     // An older export in other files would be read instead of this one, or beside it.
     let stale = old_index.into_iter().chain([WEIGHTS_FILE.to_string(), INDEX_FILE.to_string()]);
     for file in stale.filter(|file| !kept.contains(file)) {

@@ -49,6 +49,11 @@ impl Heads {
         self.keys * self.key_width
     }
 
+    /// HV · K · V
+    pub fn state(&self) -> usize {
+        self.values * self.key_width * self.value_width
+    }
+
     /// HV · V
     pub fn all_values(&self) -> usize {
         self.values * self.value_width

@@ -49,6 +49,14 @@ impl CausalLm {
         Self::build(config, &source.root())
     }
 
+    /// A model whose parameters have shapes and no values: to be counted, not run, whatever its size.
+    ///
+    /// # Errors
+    /// Widths and head counts that do not fit.
+    pub fn outline(config: &ModelConfig, device: &Device) -> Result<Self, NnError> {
+        Self::build(config, &ParamSource::outline(device).root())
+    }
+
     /// A model with the parameters of `scope`.
     ///
     /// # Errors

@@ -59,6 +59,15 @@ impl HeadMap {
         }
     }
 
+    /// F of heads of D = `width`.
+    pub(crate) fn features(self, width: usize) -> usize {
+        match self {
+            Self::Hedgehog => 2 * width,
+            Self::Dpfp => 2 * DPFP_SHIFTS * width,
+            Self::ElementwiseProduct | Self::T2r | Self::Elu | Self::Relu | Self::Identity => width,
+        }
+    }
+
     /// Its parameters for heads of `width`, where it has some.
     pub(crate) fn build(self, scope: &ParamScope<'_, '_>, width: usize) -> Option<LearnedMap> {
         let linear = |name, bias| Linear::new(&scope.at(name), width, width, bias);
