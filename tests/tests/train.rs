@@ -2,8 +2,16 @@
 
 #[path = "train/bad_input.rs"]
 mod bad_input;
+#[path = "train/branch.rs"]
+mod branch;
+#[path = "train/faults.rs"]
+mod faults;
+#[path = "train/fuzz.rs"]
+mod fuzz;
 #[path = "train/mqar.rs"]
 mod mqar;
+#[path = "train/muon.rs"]
+mod muon;
 #[path = "train/optimizer.rs"]
 mod optimizer;
 #[path = "train/resume.rs"]
@@ -12,3 +20,5 @@ mod resume;
 mod runs;
 #[path = "train/shipped.rs"]
 mod shipped;
+#[path = "train/throughput.rs"]
+mod throughput;

@@ -173,13 +173,23 @@ pub enum TrainError {
     },
     /// An error of the model's storey.
     #[error(transparent)]
-    Model(#[from] burn_fla_nn::NnError),
+    Model(burn_fla_nn::NnError),
     /// An error of an operator.
     #[error(transparent)]
     Op(#[from] burn_fla_ops::OpError),
     /// The device failed while computing or reading.
     #[error("the device failed: {0}")]
     Execution(String),
+}
+
+/// A file that a model's storey could not read or write gets the hints of this one.
+impl From<burn_fla_nn::NnError> for TrainError {
+    fn from(error: burn_fla_nn::NnError) -> TrainError {
+        match error {
+            burn_fla_nn::NnError::Io { action, path, source } => TrainError::Io { action, path, source },
+            other => TrainError::Model(other),
+        }
+    }
 }
 
 impl TrainError {

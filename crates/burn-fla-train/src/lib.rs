@@ -4,6 +4,8 @@
 //! - [`data`]: documents → tokens, once → windows in a shuffled order with an integer cursor;
 //! - [`schedule`], [`optim`]: learning rate, AdamW, clip and guard on the device;
 //! - [`checkpoint`]: whole or not there, verified, exact to resume from;
+//! - [`branch`]: decay runs out of a stable one;
+//! - [`plan`]: what a recipe asks for, before anything runs;
 //! - [`metrics`]: JSONL and the terminal;
 //! - [`trainer`]: the loop.
 //!
@@ -19,11 +21,13 @@
 //! # }
 //! ```
 
+pub mod branch;
 pub mod checkpoint;
 pub mod data;
 mod error;
 pub mod metrics;
 pub mod optim;
+pub mod plan;
 pub mod recipe;
 pub mod schedule;
 pub mod trainer;

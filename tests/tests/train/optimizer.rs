@@ -5,7 +5,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use burn_fla_tests::uniform;
 use burn_fla_train::checkpoint::{load_optimizer, save_optimizer};
 use burn_fla_train::optim::{AdamW, ParamEntry, ParamTable};
-use burn_fla_train::recipe::{GroupRule, OptimizerSection, TrainingSection};
+use burn_fla_train::recipe::{GroupRule, OptimizerName, OptimizerSection, TrainingSection};
 
 #[derive(Module, Debug)]
 struct Model {
@@ -56,17 +56,21 @@ fn grads(device: &Device, values: &[Vec<f64>]) -> Vec<Option<Tensor<1>>> {
 
 fn sections(max_norm: f64, skip: bool) -> (OptimizerSection, TrainingSection) {
     let optimizer = OptimizerSection {
-        name: "adamw".to_string(),
+        name: OptimizerName::Adamw,
         lr: 0.01,
         beta1: 0.9,
         beta2: 0.999,
         eps: 1e-8,
         weight_decay: 0.1,
+        momentum: None,
+        ns_steps: None,
         groups: vec![GroupRule { pattern: "vector".to_string(), lr_scale: 0.5, weight_decay: Some(0.3) }],
     };
     let training = TrainingSection {
         batch_size: 1,
         seq_len: 1,
+        varlen: false,
+        context_len: None,
         gradient_accumulation_steps: 1,
         steps: Some(1),
         tokens: None,

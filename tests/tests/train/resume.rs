@@ -15,7 +15,7 @@ fn child_process() {
     }
 }
 
-fn spawn(bench: &Bench) -> Child {
+pub fn spawn(bench: &Bench) -> Child {
     Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "resume::child_process", "--test-threads=1"])
         .env("BURN_FLA_TEST_RECIPE", bench.path("recipe.toml"))

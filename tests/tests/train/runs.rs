@@ -89,7 +89,14 @@ steps = 3
 #[test]
 fn a_run_learns_reports_and_saves_a_hugging_face_folder() {
     let bench = Bench::new();
-    let summary = bench.train(&["training.steps=60", "validation.freq=30", "validation.samples=[\"fn \"]"]).unwrap();
+    let summary = bench
+        .train(&[
+            "training.steps=60",
+            "validation.freq=30",
+            "validation.samples=[\"fn \"]",
+            "metrics.peak_tflops=0.001",
+        ])
+        .unwrap();
     assert_eq!((summary.step, summary.tokens, summary.interrupted), (60, 60 * 2 * 4 * 32, false));
     let losses = bench.losses("run");
     assert_eq!(losses.len(), 60);
@@ -102,6 +109,12 @@ fn a_run_learns_reports_and_saves_a_hugging_face_folder() {
     assert!(bits[1] < bits[0] && Some(bits[1]) == summary.bits_per_byte, "{bits:?}");
     assert_eq!(lines.iter().filter(|line| line.get("sample").is_some()).count(), 2);
     let train = lines.iter().find(|line| line.get("loss").is_some()).unwrap();
+    // The peak that was given is a thousandth of 10¹² operations: the share is the rate over it.
+    let share = train["flops_per_s"].as_f64().unwrap() / 1e9;
+    assert!((train["mfu"].as_f64().unwrap() / share - 1.0).abs() < 1e-9, "{train}");
+    let per_token = train["flops_per_s"].as_f64().unwrap() / train["tokens_per_s"].as_f64().unwrap();
+    let maps = 5 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 256 * 32;
+    assert!((per_token / (3.0 * (2 * maps + 4 * 2 * 16 * 16) as f64) - 1.0).abs() < 1e-9, "{per_token}");
     for field in ["step", "tokens", "lr", "grad_norm", "tokens_per_s", "data_wait_s", "seconds"] {
         assert!(train[field].is_number(), "{field}: {train}");
     }

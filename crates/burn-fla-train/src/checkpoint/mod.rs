@@ -4,8 +4,11 @@
 //! the run has one) with three files more: `optimizer.safetensors`, `state.json` and `recipe.toml`. `DONE`, written
 //! last, lists the size and CRC-32 of every other file.
 
+mod background;
 mod state;
 
+pub use background::Background;
+pub(crate) use state::{OPTIMIZER_FILE, optimizer_bytes};
 pub use state::{TrainState, load_optimizer, save_optimizer};
 
 use std::fs::{self, File};

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::write_synced;
 use crate::TrainError;
-use crate::optim::{AdamW, AdamWState, COUNTER_NAMES};
+use crate::optim::OptimizerState;
 
 /// The state of the loop; with the tensors beside it, everything the next step depends on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -71,43 +71,45 @@ fn damaged(folder: &Path, message: String) -> TrainError {
     }
 }
 
-/// Writes the moments as `exp_avg.NAME` and `exp_avg_sq.NAME` in the parameters' shapes, and the counters.
+/// Writes every tensor of the optimiser's state into `optimizer.safetensors`.
 ///
 /// # Errors
 /// A device that cannot be read, a file that cannot be written.
-pub fn save_optimizer(optimizer: &AdamW, folder: &Path) -> Result<(), TrainError> {
-    let state = optimizer.state();
+pub fn save_optimizer(optimizer: &impl OptimizerState, folder: &Path) -> Result<(), TrainError> {
+    write_synced(&folder.join(OPTIMIZER_FILE), &optimizer_bytes(optimizer)?)
+}
+
+/// The content of `optimizer.safetensors`, read from the device.
+///
+/// # Errors
+/// A device that cannot be read.
+pub(crate) fn optimizer_bytes(optimizer: &impl OptimizerState) -> Result<Vec<u8>, TrainError> {
     let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
-    for (at, entry) in optimizer.table().entries().iter().enumerate() {
-        for (kind, moments) in [("exp_avg", &state.first), ("exp_avg_sq", &state.second)] {
-            let bytes = read_bytes(moments[at].clone())?;
-            tensors.push((format!("{kind}.{}", entry.name), entry.shape.clone(), bytes));
-        }
-    }
-    for (name, counter) in COUNTER_NAMES.iter().zip(read_bytes(state.counters.clone())?.chunks(4)) {
-        tensors.push((name.to_string(), vec![1], counter.to_vec()));
+    for (name, shape, values) in optimizer.tensors() {
+        tensors.push((name, shape, read_bytes(values)?));
     }
     let views: Result<Vec<_>, _> = tensors
         .iter()
         .map(|(name, shape, bytes)| TensorView::new(Dtype::F32, shape.clone(), bytes).map(|view| (name.as_str(), view)))
         .collect();
-    let bytes = views
+    views
         .and_then(|views| safetensors::serialize(views, None))
-        .map_err(|error| TrainError::Execution(format!("the optimiser's state: {error}")))?;
-    write_synced(&folder.join("optimizer.safetensors"), &bytes)
+        .map_err(|error| TrainError::Execution(format!("the optimiser's state: {error}")))
 }
 
-/// Reads what [`save_optimizer`] wrote into an optimiser of the same parameters.
+/// Reads what [`save_optimizer`] wrote into an optimiser of the same kind and parameters.
 ///
 /// # Errors
 /// A missing or misshapen tensor, a file that cannot be read.
-pub fn load_optimizer(optimizer: &mut AdamW, folder: &Path, device: &Device) -> Result<(), TrainError> {
-    let path = folder.join("optimizer.safetensors");
+pub fn load_optimizer(optimizer: &mut impl OptimizerState, folder: &Path, device: &Device) -> Result<(), TrainError> {
+    let path = folder.join(OPTIMIZER_FILE);
     let bytes = std::fs::read(&path).map_err(TrainError::io("read", &path))?;
-    let bad = |message: String| damaged(folder, format!("optimizer.safetensors: {message}"));
+    let bad = |message: String| damaged(folder, format!("{OPTIMIZER_FILE}: {message}"));
     let file = SafeTensors::deserialize(&bytes).map_err(|error| bad(error.to_string()))?;
-    let read = |name: &str, shape: &[usize]| -> Result<Tensor<1>, TrainError> {
-        let view = file.tensor(name).map_err(|_| bad(format!("the tensor {name} is missing")))?;
+    optimizer.restore(&mut |name, shape| {
+        let view = file
+            .tensor(name)
+            .map_err(|_| bad(format!("the tensor {name} is missing; was the run of another optimizer.name?")))?;
         if view.shape() != shape || view.dtype() != Dtype::F32 {
             return Err(bad(format!("the tensor {name} is {:?} {:?}, not F32 {shape:?}", view.dtype(), view.shape())));
         }
@@ -115,19 +117,11 @@ pub fn load_optimizer(optimizer: &mut AdamW, folder: &Path, device: &Device) -> 
             view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
         let n = values.len();
         Ok(Tensor::from_data(TensorData::new(values, [n]), device))
-    };
-    let (mut first, mut second) = (Vec::new(), Vec::new());
-    for entry in optimizer.table().entries() {
-        first.push(read(&format!("exp_avg.{}", entry.name), &entry.shape)?);
-        second.push(read(&format!("exp_avg_sq.{}", entry.name), &entry.shape)?);
-    }
-    let mut counters = Vec::new();
-    for name in COUNTER_NAMES {
-        counters.push(read(name, &[1])?);
-    }
-    optimizer.set_state(AdamWState { first, second, counters: Tensor::cat(counters, 0) });
-    Ok(())
+    })
 }
+
+/// The optimiser's tensors in a checkpoint.
+pub(crate) const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 
 fn read_bytes(tensor: Tensor<1>) -> Result<Vec<u8>, TrainError> {
     let values = tensor.try_into_vec_as::<f32>().map_err(|error| TrainError::Execution(error.to_string()))?;

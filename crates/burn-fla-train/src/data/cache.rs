@@ -2,10 +2,10 @@
 //!
 //! A cache lies in `<cache_folder>/<key>/`, where the key is a hash of the data section and the tokenizer: shards of
 //! u16 or u32 tokens behind a header, and `manifest.json`, which lists the source files and every shard's length and
-//! checksum. It is built in a temporary folder and renamed, so that a cache is whole or not there.
+//! checksum, and `documents.bin`, where every document ends. It is built in a temporary folder and renamed, so that a
+//! cache is whole or not there.
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::Path;
 
 use memmap2::Mmap;
@@ -13,15 +13,12 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::Encoder;
+use super::build::build;
 use super::permutation::mix;
-use super::shards::{HEADER, SHARD_TOKENS, ShardEntry, ShardWriter, header, shard_name};
+use super::shards::{DOCUMENTS, HEADER, SHARD_TOKENS, ShardEntry, header, shard_name};
 use super::source::{self, SourceFile};
 use crate::TrainError;
-use crate::checkpoint::{readable_by_all, sync_folder};
 use crate::recipe::{SourceSection, hex};
-
-/// Text that is tokenised at once, by all cores.
-const BLOCK_BYTES: usize = 8 << 20;
 
 /// Which documents of the sources a store holds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -36,7 +33,7 @@ pub enum Part {
 
 impl Part {
     /// Decided by the document's number alone, so that the two parts never share one.
-    fn takes(self, document: u64) -> bool {
+    pub(super) fn takes(self, document: u64) -> bool {
         let below = |fraction: f64| (mix(document) as f64) < fraction * u64::MAX as f64;
         match self {
             Part::All => true,
@@ -47,31 +44,35 @@ impl Part {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct FileStamp {
+pub(super) struct FileStamp {
     name: String,
     size: u64,
     modified_ns: u64,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Manifest {
-    version: u32,
-    key: String,
-    width: usize,
-    documents: u64,
-    bytes: u64,
-    tokens: u64,
-    shards: Vec<ShardEntry>,
-    files: Vec<FileStamp>,
+pub(super) struct Manifest {
+    pub version: u32,
+    pub key: String,
+    pub width: usize,
+    pub documents: u64,
+    pub bytes: u64,
+    pub tokens: u64,
+    pub shards: Vec<ShardEntry>,
+    /// CRC-32 of `documents.bin`.
+    pub index: u32,
+    pub files: Vec<FileStamp>,
 }
 
-const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
 /// Tokens on disk, read through memory maps.
 #[derive(Debug)]
 pub struct TokenStore {
     manifest: Manifest,
     maps: Vec<Mmap>,
+    /// Where each document ends, as u64; absent where there is none.
+    ends: Option<Mmap>,
 }
 
 impl TokenStore {
@@ -110,7 +111,10 @@ impl TokenStore {
             }
             (None, _) => {}
         }
-        build(&place, &key, sources, &listed?, part, encoder, tell)?;
+        let files = listed?;
+        let now = stamps(&files)?;
+        let usable = |place: &Path| TokenStore::open_cache(place, &key).is_ok_and(|store| store.manifest.files == now);
+        build(&place, &key, sources, &files, part, encoder, usable, tell)?;
         TokenStore::open_cache(&place, &key).map_err(|message| TrainError::BadDocument {
             path: place,
             line: None,
@@ -146,7 +150,20 @@ impl TokenStore {
         if !whole || manifest.tokens != manifest.shards.iter().map(|shard| shard.tokens).sum::<u64>() {
             return Err("manifest.json: the shards do not add up".to_string());
         }
-        Ok(TokenStore { manifest, maps })
+        let ends = open_index(place, &manifest)?;
+        Ok(TokenStore { manifest, maps, ends })
+    }
+
+    /// What a cache says of itself, if there is one for these sources; its shards are not looked at.
+    pub(super) fn summary(
+        folder: &Path,
+        sources: &[SourceSection],
+        part: Part,
+        encoder: &dyn Encoder,
+    ) -> Option<Manifest> {
+        let place = folder.join(cache_key(sources, part, encoder));
+        let text = fs::read_to_string(place.join("manifest.json")).ok()?;
+        serde_json::from_str(&text).ok().filter(|manifest: &Manifest| manifest.version == VERSION)
     }
 
     /// Number of tokens.
@@ -167,6 +184,34 @@ impl TokenStore {
     /// Bytes of their text.
     pub fn bytes(&self) -> u64 {
         self.manifest.bytes
+    }
+
+    /// Where document `index` ends: one past its last token, the separator included.
+    fn end(&self, index: usize) -> u64 {
+        let bytes = self.ends.as_deref().and_then(|ends| ends.get(8 * index..8 * index + 8));
+        bytes.and_then(|bytes| bytes.try_into().ok()).map_or(self.len(), u64::from_le_bytes)
+    }
+
+    /// The first document that ends after token `at`.
+    fn document_at(&self, at: u64) -> usize {
+        let (mut low, mut high) = (0, self.manifest.documents as usize);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if self.end(middle) <= at { low = middle + 1 } else { high = middle }
+        }
+        low
+    }
+
+    /// The places strictly between `start` and `start + count` where a document begins, in order.
+    pub fn document_starts(&self, start: u64, count: usize) -> Vec<u64> {
+        let first = self.document_at(start);
+        let ends = (first..self.manifest.documents as usize).map(|index| self.end(index));
+        ends.take_while(|end| *end < start + count as u64).collect()
+    }
+
+    /// Where the document that has token `at` begins.
+    pub fn document_start(&self, at: u64) -> u64 {
+        self.document_at(at).checked_sub(1).map_or(0, |before| self.end(before))
     }
 
     /// Identifies data and tokenizer: a hash of the cache's key and of every token.
@@ -203,7 +248,27 @@ impl TokenStore {
     }
 }
 
+fn open_index(place: &Path, manifest: &Manifest) -> Result<Option<Mmap>, String> {
+    let of = |message: String| format!("{DOCUMENTS}: {message}");
+    let file = File::open(place.join(DOCUMENTS)).map_err(|error| of(error.to_string()))?;
+    let length = file.metadata().map_err(|error| of(error.to_string()))?.len();
+    if length != 8 * manifest.documents {
+        return Err(of(format!("{length} bytes")));
+    }
+    if length == 0 {
+        return Ok(None);
+    }
+    // SAFETY: as for the shards.
+    let map = unsafe { Mmap::map(&file) }.map_err(|error| of(error.to_string()))?;
+    match crc32fast::hash(&map) == manifest.index {
+        true => Ok(Some(map)),
+        false => Err(of("the checksum differs".to_string())),
+    }
+}
+
 fn cache_key(sources: &[SourceSection], part: Part, encoder: &dyn Encoder) -> String {
+    // A weight decides how often a source is drawn from, not what its tokens are.
+    let sources: Vec<_> = sources.iter().map(|source| SourceSection { weight: None, ..source.clone() }).collect();
     let key = serde_json::json!({
         "version": VERSION,
         "sources": sources,
@@ -214,7 +279,7 @@ fn cache_key(sources: &[SourceSection], part: Part, encoder: &dyn Encoder) -> St
     hex(&Sha256::digest(key.to_string().as_bytes())[..8])
 }
 
-fn stamps(files: &[Vec<SourceFile>]) -> Result<Vec<FileStamp>, TrainError> {
+pub(super) fn stamps(files: &[Vec<SourceFile>]) -> Result<Vec<FileStamp>, TrainError> {
     let stamp = |file: &SourceFile| {
         let meta = fs::metadata(&file.path).map_err(TrainError::io("read", &file.path))?;
         let modified = meta.modified().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
@@ -222,117 +287,4 @@ fn stamps(files: &[Vec<SourceFile>]) -> Result<Vec<FileStamp>, TrainError> {
         Ok(FileStamp { name: file.name.clone(), size: meta.len(), modified_ns })
     };
     files.iter().flatten().map(stamp).collect()
-}
-
-/// Tokenises the sources into a temporary folder and renames it to `place`.
-fn build(
-    place: &Path,
-    key: &str,
-    sources: &[SourceSection],
-    files: &[Vec<SourceFile>],
-    part: Part,
-    encoder: &dyn Encoder,
-    tell: &mut dyn FnMut(String),
-) -> Result<(), TrainError> {
-    let parent = place.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(parent).map_err(TrainError::io("create the folder", parent))?;
-    let temporary = tempfile::Builder::new()
-        .prefix(".building-")
-        .tempdir_in(parent)
-        .map_err(TrainError::io("create a folder in", parent))?;
-    let width = if encoder.vocab_size() <= 1 << 16 { 2 } else { 4 };
-    let mut writer = ShardWriter::new(temporary.path(), width);
-    let (mut documents, mut bytes, mut seen, mut repaired) = (0, 0, 0, 0);
-    let mut block = Block::default();
-    for (source, files) in sources.iter().zip(files) {
-        repaired += source::documents(source, files, &mut |text| {
-            let number = seen;
-            seen += 1;
-            if !part.takes(number) {
-                return Ok(());
-            }
-            documents += 1;
-            bytes += text.len() as u64;
-            block.push(text);
-            if block.bytes >= BLOCK_BYTES { block.drain_into(encoder, &mut writer) } else { Ok(()) }
-        })?;
-    }
-    block.drain_into(encoder, &mut writer)?;
-    if repaired > 0 {
-        tell(format!("{repaired} documents were not UTF-8; what could not be read became U+FFFD"));
-    }
-    let shards = writer.finish()?;
-    let tokens = shards.iter().map(|shard| shard.tokens).sum();
-    let manifest = Manifest {
-        version: VERSION,
-        key: key.to_string(),
-        width,
-        documents,
-        bytes,
-        tokens,
-        shards,
-        files: stamps(files)?,
-    };
-    let path = temporary.path().join("manifest.json");
-    let text = serde_json::to_string_pretty(&manifest).expect("a manifest is plain JSON");
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(&path)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()
-    };
-    write().map_err(TrainError::io("write", &path))?;
-    sync_folder(temporary.path())?;
-    readable_by_all(temporary.path())?;
-    if place.exists() {
-        fs::remove_dir_all(place).map_err(TrainError::io("remove", place))?;
-    }
-    fs::rename(temporary.path(), place).map_err(TrainError::io("create", place))?;
-    sync_folder(parent)?;
-    tell(format!(
-        "tokenised {documents} documents, {:.1} MB, into {tokens} tokens: {}",
-        bytes as f64 / 1e6,
-        place.display()
-    ));
-    Ok(())
-}
-
-/// Documents waiting to be tokenised together.
-#[derive(Default)]
-struct Block {
-    texts: Vec<String>,
-    bytes: usize,
-}
-
-impl Block {
-    fn push(&mut self, text: String) {
-        self.bytes += text.len();
-        self.texts.push(text);
-    }
-
-    /// Tokenises on all cores; the order is that of the documents.
-    fn drain_into(&mut self, encoder: &dyn Encoder, writer: &mut ShardWriter) -> Result<(), TrainError> {
-        let texts = std::mem::take(&mut self.texts);
-        self.bytes = 0;
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let share = texts.len().div_ceil(cores).max(1);
-        let encoded: Vec<Result<Vec<Vec<u32>>, TrainError>> = std::thread::scope(|scope| {
-            let workers: Vec<_> = texts
-                .chunks(share)
-                .map(|part| scope.spawn(move || part.iter().map(|text| encoder.encode(text)).collect()))
-                .collect();
-            workers
-                .into_iter()
-                .map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-                .collect()
-        });
-        for part in encoded {
-            for tokens in part? {
-                writer.write(&tokens)?;
-                if let Some(separator) = encoder.separator() {
-                    writer.write(&[separator])?;
-                }
-            }
-        }
-        Ok(())
-    }
 }

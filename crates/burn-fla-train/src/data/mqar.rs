@@ -5,10 +5,8 @@ use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
 
 use super::RowSource;
+use super::rows::NOT_ASKED;
 use crate::recipe::{Filler, MqarSection, hex};
-
-/// The label of a position that asks for nothing.
-const NOT_ASKED: i32 = -100;
 
 /// Changes when the same section would give other rows.
 const VERSION: u32 = 1;
@@ -165,7 +163,7 @@ mod tests {
 
     fn examples(mqar: &Mqar, count: u64) -> Vec<Rows> {
         let row = |index| {
-            let mut rows = Rows { rows: 1, seq_len: mqar.seq_len(), ids: Vec::new(), labels: Vec::new() };
+            let mut rows = Rows { rows: 1, seq_len: mqar.seq_len(), ids: Vec::new(), labels: Vec::new(), starts: None };
             mqar.read(index, &mut rows.ids, &mut rows.labels);
             rows
         };

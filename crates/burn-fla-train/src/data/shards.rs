@@ -33,6 +33,37 @@ pub(super) fn header(width: usize, index: usize, entry: &ShardEntry) -> [u8; HEA
     header
 }
 
+/// Where every document ends, as u64, little-endian: tokens from the start of the cache.
+pub(super) const DOCUMENTS: &str = "documents.bin";
+
+/// Writes [`DOCUMENTS`].
+pub(super) struct IndexWriter {
+    path: PathBuf,
+    file: BufWriter<File>,
+    crc: crc32fast::Hasher,
+}
+
+impl IndexWriter {
+    pub(super) fn create(folder: &Path) -> Result<Self, TrainError> {
+        let path = folder.join(DOCUMENTS);
+        let file = BufWriter::new(File::create(&path).map_err(TrainError::io("create", &path))?);
+        Ok(IndexWriter { path, file, crc: crc32fast::Hasher::new() })
+    }
+
+    pub(super) fn push(&mut self, end: u64) -> Result<(), TrainError> {
+        let bytes = end.to_le_bytes();
+        self.crc.update(&bytes);
+        self.file.write_all(&bytes).map_err(TrainError::io("write", &self.path))
+    }
+
+    /// The checksum of all of it.
+    pub(super) fn finish(self) -> Result<u32, TrainError> {
+        let end = || -> std::io::Result<()> { self.file.into_inner().map_err(|error| error.into_error())?.sync_all() };
+        end().map_err(TrainError::io("write", &self.path))?;
+        Ok(self.crc.finalize())
+    }
+}
+
 /// Writes tokens into shards of a fixed length.
 pub(super) struct ShardWriter {
     folder: PathBuf,

@@ -1,12 +1,9 @@
-//! From the patterns of a recipe to files in a fixed order, and from files to documents.
+//! From the patterns of a recipe to files in a fixed order.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use crate::TrainError;
-use crate::recipe::{SourceFormat, SourceSection};
+use crate::recipe::SourceSection;
 
 /// A file of a source.
 #[derive(Clone, Debug)]
@@ -131,82 +128,4 @@ fn no_files(name: &str, pattern: String) -> TrainError {
         "check the path; relative paths start at the working directory"
     };
     TrainError::NoFiles { source_name: name.to_string(), pattern, remedy: remedy.to_string() }
-}
-
-/// Hands every document of a source to `each`, in order, within the source's bound of bytes.
-/// Returns how many documents held bytes that are not UTF-8 (each such sequence is replaced by U+FFFD).
-pub(super) fn documents(
-    source: &SourceSection,
-    files: &[SourceFile],
-    each: &mut dyn FnMut(String) -> Result<(), TrainError>,
-) -> Result<u64, TrainError> {
-    let mut left = source.max_bytes.unwrap_or(u64::MAX);
-    let mut repaired = 0;
-    let mut bounded = |text: String| -> Result<ControlFlow<()>, TrainError> {
-        if text.len() as u64 > left {
-            return Ok(ControlFlow::Break(()));
-        }
-        left -= text.len() as u64;
-        if !text.is_empty() {
-            each(text)?;
-        }
-        Ok(ControlFlow::Continue(()))
-    };
-    for file in files {
-        let read = TrainError::io("read", &file.path);
-        let flow = match source.format {
-            SourceFormat::Text => {
-                let bytes = std::fs::read(&file.path).map_err(read)?;
-                let text = String::from_utf8(bytes).unwrap_or_else(|error| {
-                    repaired += 1;
-                    String::from_utf8_lossy(error.as_bytes()).into_owned()
-                });
-                bounded(text)?
-            }
-            SourceFormat::Jsonl => json_lines(&file.path, &source.column, &mut bounded)?,
-        };
-        if flow.is_break() {
-            break;
-        }
-    }
-    Ok(repaired)
-}
-
-fn json_lines(
-    path: &Path,
-    column: &str,
-    each: &mut dyn FnMut(String) -> Result<ControlFlow<()>, TrainError>,
-) -> Result<ControlFlow<()>, TrainError> {
-    let file = File::open(path).map_err(TrainError::io("open", path))?;
-    let plain: Box<dyn Read> = match path.extension().and_then(|ext| ext.to_str()) {
-        Some("gz") => Box::new(flate2::read::MultiGzDecoder::new(file)),
-        Some("zst") => Box::new(zstd::stream::read::Decoder::new(file).map_err(TrainError::io("read", path))?),
-        _ => Box::new(file),
-    };
-    let mut reader = BufReader::with_capacity(1 << 20, plain);
-    let mut line = Vec::new();
-    for number in 1.. {
-        line.clear();
-        let read = reader.read_until(b'\n', &mut line).map_err(TrainError::io("read", path))?;
-        if read == 0 {
-            break;
-        }
-        if line.iter().all(u8::is_ascii_whitespace) {
-            continue;
-        }
-        let bad = |message: String| TrainError::BadDocument { path: path.to_path_buf(), line: Some(number), message };
-        let value: serde_json::Value =
-            serde_json::from_slice(&line).map_err(|error| bad(format!("this line is not JSON: {error}")))?;
-        let text = match value.get(column) {
-            Some(serde_json::Value::String(text)) => text.clone(),
-            Some(_) => return Err(bad(format!("the field {column:?} is not a string"))),
-            None => {
-                return Err(bad(format!("there is no field {column:?}; set the source's column")));
-            }
-        };
-        if each(text)?.is_break() {
-            return Ok(ControlFlow::Break(()));
-        }
-    }
-    Ok(ControlFlow::Continue(()))
 }

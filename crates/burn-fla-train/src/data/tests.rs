@@ -27,24 +27,25 @@ impl Encoder for Bytes {
 
 const BYTES: Bytes = Bytes { vocab: 256 };
 
-fn text(root: Option<String>, paths: &[&str]) -> SourceSection {
+pub(super) fn text(root: Option<String>, paths: &[&str]) -> SourceSection {
     SourceSection {
         root,
         paths: paths.iter().map(|path| path.to_string()).collect(),
         format: SourceFormat::Text,
         column: "text".to_string(),
         max_bytes: None,
+        weight: None,
     }
 }
 
-fn open(folder: &Path, source: &SourceSection, notes: &mut Vec<String>) -> Result<TokenStore, TrainError> {
+pub(super) fn open(folder: &Path, source: &SourceSection, notes: &mut Vec<String>) -> Result<TokenStore, TrainError> {
     let cache = folder.join("cache");
     TokenStore::open(&cache, "data.sources", std::slice::from_ref(source), Part::All, &BYTES, &mut |note| {
         notes.push(note);
     })
 }
 
-fn all(store: &TokenStore) -> String {
+pub(super) fn all(store: &TokenStore) -> String {
     let mut tokens = Vec::new();
     store.read(0, store.len() as usize, &mut tokens);
     tokens.into_iter().map(|token| if token == 0 { '|' } else { token as u8 as char }).collect()
@@ -183,7 +184,7 @@ fn windows_cover_an_epoch_and_resume_at_a_cursor() {
     assert_eq!(store.len(), 101);
     store.read(1, 100, &mut expected);
     expected.sort_unstable();
-    let windows = Arc::new(Windows::new(store, 10));
+    let windows = Arc::new(Windows::new(store, 10, Packing::default()));
     assert_eq!(windows.len(), 10);
     let mut loader = Loader::shuffled(windows.clone(), 1, 0);
     let rows = loader.next_rows(10);

@@ -1,14 +1,24 @@
-//! What a run reports: `metrics.jsonl` always, and the terminal.
+//! What a run reports: `metrics.jsonl` always, the terminal, TensorBoard; and what is made of it afterwards.
 
+#[cfg(feature = "tui")]
+mod dashboard;
+mod history;
+mod plot;
+mod tensorboard;
 mod terminal;
 
+#[cfg(feature = "tui")]
+pub use dashboard::Dashboard;
+pub use history::{History, TrainPoint, ValidationPoint};
+pub use plot::plot;
+pub use tensorboard::TensorBoard;
 pub use terminal::Terminal;
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::TrainError;
 use crate::checkpoint::write_atomic;
@@ -42,12 +52,24 @@ pub struct TrainLine {
     pub grad_norm: f64,
     /// Training speed since the line before, without evaluations and saves.
     pub tokens_per_s: f64,
+    /// Floating-point operations of the model in a second, forward and backward, as [`crate::plan::Plan`] counts them.
+    pub flops_per_s: f64,
+    /// The share of what the device computes at most (`metrics.peak_tflops`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mfu: Option<f64>,
+    /// Tokens drawn from each source so far, where sources have weights.
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "as_map")]
+    pub sources: Vec<(String, u64)>,
     /// Seconds since the line before in which the model waited for data.
     pub data_wait_s: f64,
     /// Seconds of training so far, without evaluations and saves.
     pub seconds: f64,
     /// Steps skipped so far because the gradient was not finite.
     pub skipped: u64,
+}
+
+fn as_map<S: Serializer>(list: &[(String, u64)], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(list.iter().map(|(name, tokens)| (name, tokens)))
 }
 
 /// A held-out evaluation.
@@ -102,6 +124,7 @@ pub struct ProfileLine {
 pub struct Journal {
     path: PathBuf,
     file: File,
+    tensorboard: Option<TensorBoard>,
 }
 
 impl Journal {
@@ -126,7 +149,12 @@ impl Journal {
             Err(error) => return Err(TrainError::io("read", path)(error)),
         }
         let file = OpenOptions::new().create(true).append(true).open(path);
-        Ok(Journal { path: path.to_path_buf(), file: file.map_err(TrainError::io("open", path))? })
+        Ok(Journal { path: path.to_path_buf(), file: file.map_err(TrainError::io("open", path))?, tensorboard: None })
+    }
+
+    /// The same, that writes into `board` too.
+    pub fn with_tensorboard(self, board: Option<TensorBoard>) -> Journal {
+        Journal { tensorboard: board, ..self }
     }
 
     /// Appends a line.
@@ -136,7 +164,8 @@ impl Journal {
     pub fn write(&mut self, line: &Line) -> Result<(), TrainError> {
         let mut text = serde_json::to_string(line).expect("a line is plain JSON");
         text.push('\n');
-        self.file.write_all(text.as_bytes()).map_err(TrainError::io("write", &self.path))
+        self.file.write_all(text.as_bytes()).map_err(TrainError::io("write", &self.path))?;
+        self.tensorboard.as_mut().map_or(Ok(()), |board| board.write(line))
     }
 }
 

@@ -78,6 +78,13 @@ impl StepReport {
     }
 }
 
+impl StepReport {
+    /// The same with the norm over more parameters than AdamW has.
+    pub(super) fn with_norm(self, norm: Tensor<1>) -> StepReport {
+        StepReport { norm, ..self }
+    }
+}
+
 impl AdamW {
     /// An optimiser with zero moments on `device`, which must have no autodiff.
     ///

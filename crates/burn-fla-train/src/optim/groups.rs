@@ -59,19 +59,21 @@ impl ParamRules {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recipe::GroupRule;
+    use crate::recipe::{GroupRule, OptimizerName};
 
     #[test]
     fn first_match_counts_and_vectors_are_spared() {
         let rule =
             |pattern: &str, lr_scale, weight_decay| GroupRule { pattern: pattern.to_string(), lr_scale, weight_decay };
         let rules = ParamRules::new(&OptimizerSection {
-            name: "adamw".to_string(),
+            name: OptimizerName::Adamw,
             lr: 1.0,
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
             weight_decay: 0.1,
+            momentum: None,
+            ns_steps: None,
             groups: vec![rule("embed", 0.5, None), rule("bias$", 1.0, Some(0.2)), rule("emb", 9.0, None)],
         })
         .unwrap();

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::section::Section;
@@ -9,7 +10,7 @@ use super::{Job, TrainingSection, resolve::folder};
 use crate::TrainError;
 
 /// `[data]`: its `kind` says what the rest of the section is about.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum DataSection {
     /// `"text"` (default): documents of files, tokenised once.
@@ -29,17 +30,21 @@ impl DataSection {
 }
 
 /// The format of a source's files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SourceFormat {
     /// One document per file.
     Text,
     /// One JSON object per line, also `.gz` and `.zst`.
     Jsonl,
+    /// One document per row.
+    Parquet,
+    /// Token shards of llm.c, of 16 or 32 bits; a file is one document.
+    Bin,
 }
 
 /// One entry of `data.sources` or `data.validation`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct SourceSection {
     /// Folder pattern the `paths` are relative to. Files are named and ordered by their path under it, so that the
     /// order does not depend on where it lies; when it matches several folders, each entry of `paths` is taken from
@@ -47,16 +52,31 @@ pub struct SourceSection {
     pub root: Option<String>,
     /// Patterns, in order; the files of each in order of their names. `path = "…"` is short for one of them.
     pub paths: Vec<String>,
-    /// `"text"` (default) or `"jsonl"`.
+    /// `"text"` (default), `"jsonl"`, `"parquet"` or `"bin"`.
     pub format: SourceFormat,
-    /// The field of a JSON line that holds the text (`"text"`).
+    /// The field of a JSON line, or the column of a Parquet file, that holds the text (`"text"`).
     pub column: String,
-    /// Documents are taken until the next would pass this many bytes of text (no bound).
+    /// Documents are taken until the next would pass this many bytes of text (no bound); a token of `"bin"` counts 4.
     pub max_bytes: Option<u64>,
+    /// The source's share of the tokens, over the sum of all weights; all sources have one, or none. Without weights the
+    /// sources are one after the other, and an epoch has each token once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight: Option<f64>,
+}
+
+impl SourceSection {
+    /// What the source is called in reports: its first pattern, with the root before it.
+    pub fn name(&self) -> String {
+        let first = self.paths.first().map_or("", String::as_str);
+        match &self.root {
+            Some(root) => format!("{root}/{first}"),
+            None => first.to_string(),
+        }
+    }
 }
 
 /// `[data]` of `kind = "text"`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct TextSection {
     /// Where token caches are kept (default `cache` in the run folder).
     pub cache_folder: PathBuf,
@@ -72,7 +92,7 @@ pub struct TextSection {
 }
 
 /// What stands where neither a pair nor a query does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Filler {
     /// A token drawn from the whole vocabulary.
@@ -83,7 +103,7 @@ pub enum Filler {
 
 /// `[data]` of `kind = "mqar"`: multi-query associative recall, see [`crate::data::Mqar`]. A row has
 /// `training.seq_len` tokens, and `validation.steps` batches of other examples are held out.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct MqarSection {
     /// Seed of the examples and of their order (`job.seed`).
     pub seed: u64,
@@ -124,11 +144,22 @@ fn text(section: &Section<'_>, job: &Job) -> Result<TextSection, TrainError> {
         let message = "give either validation or validation_fraction".to_string();
         return Err(section.bad("validation_fraction", message));
     }
+    let sources = sources.into_iter().map(source).collect::<Result<Vec<_>, _>>()?;
+    let validation = validation.into_iter().map(source).collect::<Result<Vec<_>, _>>()?;
+    let weights = sources.iter().filter(|source| source.weight.is_some()).count();
+    if weights != 0 && weights != sources.len() {
+        let message =
+            format!("{weights} of {} sources have a weight; give one to all of them, or to none", sources.len());
+        return Err(section.bad("sources", message));
+    }
+    if validation.iter().any(|source| source.weight.is_some()) {
+        return Err(section.bad("validation", "a weight has no meaning here: all of it is read".to_string()));
+    }
     Ok(TextSection {
         cache_folder: folder(section, "cache_folder", job.dump_folder.join("cache"))?,
         seed: section.count("seed")?.unwrap_or(job.seed),
-        sources: sources.into_iter().map(source).collect::<Result<_, _>>()?,
-        validation: validation.into_iter().map(source).collect::<Result<_, _>>()?,
+        sources,
+        validation,
         validation_fraction,
     })
 }
@@ -143,27 +174,25 @@ fn source(section: Section<'_>) -> Result<SourceSection, TrainError> {
         }
         (None, None) => return Err(section.missing("path", "a file name or a pattern such as data/*.txt")),
     };
-    section.unsupported("weight", "sources are concatenated")?;
-    match section.string("format")?.as_deref() {
-        Some(name @ ("parquet" | "bin")) => {
-            let message = format!("{name:?} is not supported yet; use \"text\" or \"jsonl\"");
-            return Err(section.bad("format", message));
-        }
-        Some("mqar") => {
-            let message = "\"mqar\" is not a format of files; set data.kind = \"mqar\" without sources".to_string();
-            return Err(section.bad("format", message));
-        }
-        _ => {}
+    if section.string("format")?.as_deref() == Some("mqar") {
+        let message = "\"mqar\" is not a format of files; set data.kind = \"mqar\" without sources".to_string();
+        return Err(section.bad("format", message));
     }
     let source = SourceSection {
         root: section.string("root")?,
         paths,
-        format: match section.choice("format", &["text", "jsonl"], "text")? {
+        format: match section.choice("format", &["text", "jsonl", "parquet", "bin"], "text")? {
             "jsonl" => SourceFormat::Jsonl,
+            "parquet" => SourceFormat::Parquet,
+            "bin" => SourceFormat::Bin,
             _ => SourceFormat::Text,
         },
         column: section.string("column")?.unwrap_or_else(|| "text".to_string()),
         max_bytes: section.positive("max_bytes")?,
+        weight: match section.number("weight")? {
+            None => None,
+            Some(_) => Some(section.number_in("weight", 1.0, f64::MIN_POSITIVE, f64::MAX)?),
+        },
     };
     section.finish()?;
     Ok(source)

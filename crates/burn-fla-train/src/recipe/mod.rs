@@ -7,12 +7,14 @@
 
 mod data;
 mod resolve;
+mod schema;
 mod section;
 mod value;
 
 use std::path::{Path, PathBuf};
 
 use burn_fla_nn::device::Backend;
+use schemars::JsonSchema;
 use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
@@ -20,9 +22,10 @@ use crate::TrainError;
 use value::{Kind, Table};
 
 pub use data::{DataSection, Filler, MqarSection, SourceFormat, SourceSection, TextSection};
+pub use schema::{reference, schema};
 
 /// A resolved recipe: nothing is left to a default.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct Recipe {
     /// `[job]`: where the run lives.
     pub job: Job,
@@ -30,7 +33,7 @@ pub struct Recipe {
     pub device: DeviceSection,
     /// `[model]`: what is trained.
     pub model: ModelSection,
-    /// `[optimizer]`: AdamW.
+    /// `[optimizer]`: AdamW or Muon.
     pub optimizer: OptimizerSection,
     /// `[lr_scheduler]`: the learning rate over the steps.
     pub lr_scheduler: SchedulerSection,
@@ -53,7 +56,7 @@ pub struct Recipe {
 }
 
 /// `[job]`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct Job {
     /// The run folder: checkpoints, metrics and the resolved recipe (default `runs/NAME`, NAME the recipe's file name).
     pub dump_folder: PathBuf,
@@ -68,7 +71,7 @@ fn by_name<S: Serializer>(backend: &Backend, serializer: S) -> Result<S::Ok, S::
 }
 
 /// The numbers in which activations are kept; parameters and moments are always f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ComputeDtype {
     /// 16-bit brain floats.
@@ -78,10 +81,11 @@ pub enum ComputeDtype {
 }
 
 /// `[device]`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct DeviceSection {
     /// `"cpu"` (default), `"cuda"` or `"wgpu"`.
     #[serde(serialize_with = "by_name")]
+    #[schemars(schema_with = "schema::backend")]
     pub backend: Backend,
     /// Which device of that backend (0), in the driver's order.
     pub index: usize,
@@ -93,7 +97,7 @@ pub struct DeviceSection {
 }
 
 /// `[model]`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct ModelSection {
     /// A config.json, or a folder in Hugging Face's layout whose weights the run starts from.
     pub config: PathBuf,
@@ -104,11 +108,21 @@ pub struct ModelSection {
     pub overrides: serde_json::Map<String, serde_json::Value>,
 }
 
+/// The rule of the updates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, JsonSchema, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerName {
+    /// AdamW for every parameter.
+    Adamw,
+    /// Muon for the matrices of the layers, AdamW for the others.
+    Muon,
+}
+
 /// `[optimizer]`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct OptimizerSection {
-    /// `"adamw"`.
-    pub name: String,
+    /// `"adamw"` (default) or `"muon"`.
+    pub name: OptimizerName,
     /// Peak learning rate (3e-4).
     pub lr: f64,
     /// Decay of the first moment (0.9).
@@ -119,13 +133,19 @@ pub struct OptimizerSection {
     pub eps: f64,
     /// Decoupled weight decay (0.1); not on 1-D parameters, `A_log`, `dt_bias` and `D` unless a group says so.
     pub weight_decay: f64,
+    /// Of Muon: decay of its moment (0.95).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub momentum: Option<f64>,
+    /// Of Muon: Newton-Schulz iterations (5).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ns_steps: Option<usize>,
     /// Exceptions by parameter name; the first that matches counts.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub groups: Vec<GroupRule>,
 }
 
 /// One entry of `optimizer.groups`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct GroupRule {
     /// A regular expression searched in the parameter's name.
     #[serde(rename = "match")]
@@ -137,7 +157,7 @@ pub struct GroupRule {
 }
 
 /// The shape of the learning rate's decay.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DecayKind {
     /// Half a cosine.
@@ -149,7 +169,7 @@ pub enum DecayKind {
 }
 
 /// `[lr_scheduler]`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct SchedulerSection {
     /// Linear warm-up (2 % of the steps).
     pub warmup_steps: u64,
@@ -162,12 +182,17 @@ pub struct SchedulerSection {
 }
 
 /// `[training]`: exactly one of `steps`, `tokens` and `hours` is set.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct TrainingSection {
     /// Rows per device and micro-batch (16).
     pub batch_size: usize,
     /// Tokens of a row (1024).
     pub seq_len: usize,
+    /// Documents in a row do not see each other, and no label crosses from one to the next (false).
+    pub varlen: bool,
+    /// With `varlen`: longer documents are cut into sequences of this many tokens, at most `seq_len` (none).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context_len: Option<usize>,
     /// Micro-batches per optimiser step (1; or derived from `tokens_per_step`).
     pub gradient_accumulation_steps: usize,
     /// Budget in optimiser steps.
@@ -201,7 +226,7 @@ impl TrainingSection {
 }
 
 /// What a run continues from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, JsonSchema, Serialize)]
 #[serde(into = "String")]
 pub enum Resume {
     /// The latest checkpoint of the run folder, if there is one.
@@ -223,10 +248,15 @@ impl From<Resume> for String {
 }
 
 /// `[checkpoint]`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct CheckpointSection {
     /// Steps between saves (500); the last step is always saved.
     pub interval: u64,
+    /// Write checkpoints while the run goes on (true).
+    #[serde(rename = "async")]
+    pub background: bool,
+    /// Every checkpoint is a Hugging Face folder in any case (true).
+    pub export_hf: bool,
     /// How many to keep (2); 0 keeps all.
     pub keep_latest_k: usize,
     /// Where (default `checkpoints` in the run folder).
@@ -236,26 +266,35 @@ pub struct CheckpointSection {
 }
 
 /// How progress is shown; `metrics.jsonl` is written in any case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TerminalKind {
     /// A progress bar; plain lines where the output is not a terminal.
     Bar,
     /// One line per log step.
     Plain,
+    /// burn-train's dashboard, in a build with the feature `tui`; plain lines where the output is not a terminal.
+    Tui,
 }
 
 /// `[metrics]`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct MetricsSection {
     /// Steps between log lines (10); only then are losses read from the device.
     pub log_freq: u64,
-    /// `"bar"` (default) or `"plain"`.
+    /// `metrics.jsonl` is written in any case (true).
+    pub jsonl: bool,
+    /// What the device computes at most, in 10¹² operations a second, to say which share of it is used (none).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_tflops: Option<f64>,
+    /// Write the folder `tensorboard` of the run too (false).
+    pub tensorboard: bool,
+    /// `"bar"` (default), `"plain"` or `"tui"`.
     pub terminal: TerminalKind,
 }
 
 /// `[validation]`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct ValidationSection {
     /// Steps between evaluations (500); 0 turns them off. The last step is always evaluated.
     pub freq: u64,
@@ -270,7 +309,7 @@ pub struct ValidationSection {
 }
 
 /// `[profiling]`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct ProfilingSection {
     /// Measure the parts of a step (false).
     pub enable: bool,

@@ -15,14 +15,17 @@ pub(super) fn resolve(path: &Path, table: &Table) -> Result<Recipe, TrainError> 
     let training = training(top.section("training")?)?;
     let data = top.section("data")?;
     let generated = data::generated(&data)?;
+    if generated && training.varlen {
+        notices.push("training.varlen has no effect with data.kind = \"mqar\": a row is one example".to_string());
+    }
     let recipe = Recipe {
         device: device(top.section("device")?, &training, &mut notices)?,
         model: model(top.section("model")?, generated)?,
-        optimizer: optimizer(top.section("optimizer")?)?,
+        optimizer: optimizer(top.section("optimizer")?, &mut notices)?,
         lr_scheduler: scheduler(top.section("lr_scheduler")?, &training)?,
         data: data::data(data, &job, &training)?,
-        checkpoint: checkpoint(top.section("checkpoint")?, &job)?,
-        metrics: metrics(top.section("metrics")?)?,
+        checkpoint: checkpoint(top.section("checkpoint")?, &job, &mut notices)?,
+        metrics: metrics(top.section("metrics")?, &mut notices)?,
         validation: validation(top.section("validation")?, generated)?,
         profiling: profiling(top.section("profiling")?, &job)?,
         job,
@@ -122,9 +125,21 @@ fn model(section: Section<'_>, generated: bool) -> Result<ModelSection, TrainErr
     Ok(model)
 }
 
-fn optimizer(section: Section<'_>) -> Result<OptimizerSection, TrainError> {
-    if section.choice("name", &["adamw", "muon"], "adamw")? == "muon" {
-        return Err(section.bad("name", "\"muon\" is not supported yet; use \"adamw\"".to_string()));
+fn optimizer(section: Section<'_>, notices: &mut Vec<String>) -> Result<OptimizerSection, TrainError> {
+    let name = match section.choice("name", &["adamw", "muon"], "adamw")? {
+        "muon" => OptimizerName::Muon,
+        _ => OptimizerName::Adamw,
+    };
+    let momentum = section.number_in("momentum", 0.95, 0.0, 0.999_999)?;
+    let ns_steps = section.positive("ns_steps")?.unwrap_or(5);
+    if ns_steps > 20 {
+        return Err(section.bad("ns_steps", format!("{ns_steps} iterations are more than 20, and 5 are enough")));
+    }
+    let muon = name == OptimizerName::Muon;
+    for key in ["momentum", "ns_steps"] {
+        if !muon && section.get(key).is_some() {
+            notices.push(format!("optimizer.{key} has no effect with optimizer.name = \"adamw\""));
+        }
     }
     let mut groups = Vec::new();
     for group in section.tables("groups")?.unwrap_or_default() {
@@ -145,12 +160,14 @@ fn optimizer(section: Section<'_>) -> Result<OptimizerSection, TrainError> {
         group.finish()?;
     }
     let optimizer = OptimizerSection {
-        name: "adamw".to_string(),
+        name,
         lr: section.number_in("lr", 3e-4, 0.0, f64::MAX)?,
         beta1: section.number_in("beta1", 0.9, 0.0, 0.999_999)?,
         beta2: section.number_in("beta2", 0.95, 0.0, 0.999_999)?,
         eps: section.number_in("eps", 1e-8, 1e-30, f64::MAX)?,
         weight_decay: section.number_in("weight_decay", 0.1, 0.0, f64::MAX)?,
+        momentum: muon.then_some(momentum),
+        ns_steps: muon.then_some(ns_steps as usize),
         groups,
     };
     section.finish()?;
@@ -219,12 +236,23 @@ fn training(section: Section<'_>) -> Result<TrainingSection, TrainError> {
             return Err(section.bad(key, "only one of steps, tokens and hours can be the budget".into()));
         }
     }
-    section.unsupported("context_len", "documents are concatenated and cut at seq_len")?;
-    section.unsupported("varlen", "documents are concatenated and cut at seq_len")?;
+    let varlen = section.bool("varlen", false)?;
+    let context_len = section.positive("context_len")?.map(|tokens| tokens as usize);
+    match context_len {
+        Some(_) if !varlen => {
+            return Err(section.bad("context_len", "documents are only cut with training.varlen = true".to_string()));
+        }
+        Some(tokens) if tokens > seq_len => {
+            return Err(section.bad("context_len", format!("{tokens} is more than training.seq_len = {seq_len}")));
+        }
+        _ => {}
+    }
     section.unsupported("activation_checkpoint", "activations are kept")?;
     let training = TrainingSection {
         batch_size,
         seq_len,
+        varlen,
+        context_len,
         gradient_accumulation_steps,
         steps,
         tokens,
@@ -237,11 +265,14 @@ fn training(section: Section<'_>) -> Result<TrainingSection, TrainError> {
     Ok(training)
 }
 
-fn checkpoint(section: Section<'_>, job: &Job) -> Result<CheckpointSection, TrainError> {
-    section.unsupported("async", "checkpoints are written between two steps")?;
-    section.unsupported("export_hf", "every checkpoint is a Hugging Face folder already")?;
+fn checkpoint(section: Section<'_>, job: &Job, notices: &mut Vec<String>) -> Result<CheckpointSection, TrainError> {
+    if !section.bool("export_hf", true)? {
+        notices.push("checkpoint.export_hf = false has no effect: a checkpoint is a Hugging Face folder".to_string());
+    }
     let checkpoint = CheckpointSection {
         interval: section.positive("interval")?.unwrap_or(500),
+        background: section.bool("async", true)?,
+        export_hf: true,
         keep_latest_k: section.count("keep_latest_k")?.unwrap_or(2) as usize,
         folder: folder(&section, "folder", job.dump_folder.join("checkpoints"))?,
         resume: match section.string("resume")?.as_deref() {
@@ -254,17 +285,29 @@ fn checkpoint(section: Section<'_>, job: &Job) -> Result<CheckpointSection, Trai
     Ok(checkpoint)
 }
 
-fn metrics(section: Section<'_>) -> Result<MetricsSection, TrainError> {
-    section.unsupported("tensorboard", "metrics.jsonl is always written")?;
-    section.unsupported("jsonl", "metrics.jsonl is always written")?;
+fn metrics(section: Section<'_>, notices: &mut Vec<String>) -> Result<MetricsSection, TrainError> {
+    if !section.bool("jsonl", true)? {
+        notices.push("metrics.jsonl = false has no effect: metrics.jsonl is always written".to_string());
+    }
     let terminal = section.choice("terminal", &["bar", "plain", "tui"], "bar")?;
-    if terminal == "tui" {
-        let message = "\"tui\" is not supported yet; use \"bar\" or \"plain\"".to_string();
-        return Err(section.bad("terminal", message));
+    if terminal == "tui" && !cfg!(feature = "tui") {
+        let message =
+            "this build has no dashboard; use \"bar\", or rebuild with `cargo run --release --features tui -- …`";
+        return Err(section.bad("terminal", message.to_string()));
     }
     let metrics = MetricsSection {
         log_freq: section.positive("log_freq")?.unwrap_or(10),
-        terminal: if terminal == "plain" { TerminalKind::Plain } else { TerminalKind::Bar },
+        jsonl: true,
+        peak_tflops: match section.number("peak_tflops")? {
+            None => None,
+            Some(_) => Some(section.number_in("peak_tflops", 1.0, 1e-9, f64::MAX)?),
+        },
+        tensorboard: section.bool("tensorboard", false)?,
+        terminal: match terminal {
+            "plain" => TerminalKind::Plain,
+            "tui" => TerminalKind::Tui,
+            _ => TerminalKind::Bar,
+        },
     };
     section.finish()?;
     Ok(metrics)

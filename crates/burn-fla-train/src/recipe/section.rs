@@ -139,7 +139,7 @@ impl<'a> Section<'a> {
 
     /// A key that the format reserves and this version cannot honour.
     pub(crate) fn unsupported(&self, key: &'static str, instead: &str) -> Result<(), TrainError> {
-        match self.get(key) {
+        match self.table.and_then(|table| table.get(key)) {
             None => Ok(()),
             Some(_) => Err(self.bad(key, format!("not supported yet; {instead}"))),
         }
@@ -148,6 +148,8 @@ impl<'a> Section<'a> {
     /// Fails for the first key that no getter asked for.
     pub(crate) fn finish(self) -> Result<(), TrainError> {
         let known = self.known.borrow();
+        #[cfg(test)]
+        record(&self.name, &known);
         let Some(table) = self.table else { return Ok(()) };
         match table.entries.iter().find(|(key, _)| !known.contains(&key.as_str())) {
             None => Ok(()),
@@ -190,4 +192,28 @@ fn nearest<'n>(typed: &str, names: impl Iterator<Item = &'n str>) -> Option<&'n 
         .filter(|(score, _)| *score > 0.7)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, name)| name)
+}
+
+#[cfg(test)]
+thread_local! {
+    static RECORDED: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
+}
+
+#[cfg(test)]
+fn record(section: &str, known: &[&'static str]) {
+    let section = section.split('[').map(|part| part.split_once(']').map_or(part, |(_, rest)| rest));
+    let section = section.collect::<Vec<_>>().join("[]");
+    RECORDED.with_borrow_mut(|recorded| {
+        let names =
+            known.iter().map(|key| if section.is_empty() { key.to_string() } else { format!("{section}.{key}") });
+        recorded.iter_mut().for_each(|list| list.extend(names.clone()));
+    });
+}
+
+/// The names of all keys that are asked for while `f` runs, `[]` where a list has tables.
+#[cfg(test)]
+pub(super) fn record_keys<T>(f: impl FnOnce() -> T) -> Vec<String> {
+    RECORDED.set(Some(Vec::new()));
+    f();
+    RECORDED.take().unwrap_or_default()
 }

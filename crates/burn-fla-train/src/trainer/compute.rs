@@ -4,6 +4,7 @@ use burn::module::Module;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_fla_nn::modules::cross_entropy;
 use burn_fla_nn::{CausalLm, Compute};
+use burn_fla_ops::CuSeqlens;
 
 use super::pool::Pool;
 use super::profile::{Part, Stopwatch, Times};
@@ -76,8 +77,8 @@ impl Computer {
                 let sums = |rows: &Rows| match answers {
                     true => loss_and_hits(&model, rows, &device, compute),
                     false => {
-                        let (ids, labels) = tensors(rows, &device);
-                        Ok(model.loss(ids, labels, None, compute)?.sum)
+                        let (ids, labels, cu) = tensors(rows, &device)?;
+                        Ok(model.loss(ids, labels, cu.as_ref(), compute)?.sum)
                     }
                 };
                 share.iter().map(sums).collect()
@@ -107,8 +108,8 @@ impl Computer {
 
 /// Σ of the cross entropy, and the number of counted positions whose most likely token is the label: `[2]`.
 fn loss_and_hits(model: &CausalLm, rows: &Rows, device: &Device, compute: Compute) -> Result<Tensor<1>, TrainError> {
-    let (ids, labels) = tensors(rows, device);
-    let logits = model.forward(ids, None, compute)?.flatten::<2>(0, 1);
+    let (ids, labels, cu) = tensors(rows, device)?;
+    let logits = model.forward(ids, cu.as_ref(), compute)?.flatten::<2>(0, 1);
     let labels = labels.flatten::<1>(0, 1);
     let loss = cross_entropy(logits.clone(), labels.clone()).sum;
     // A label that is not counted is negative: no token equals it.
@@ -130,9 +131,9 @@ fn gradient_of_share(
     let model = model.train();
     let mut total: Option<Gradient> = None;
     for rows in share {
-        let (ids, labels) = tensors(rows, device);
+        let (ids, labels, cu) = tensors(rows, device)?;
         lap(Part::Upload)?;
-        let loss = model.loss(ids, labels, None, compute)?.sum * scale;
+        let loss = model.loss(ids, labels, cu.as_ref(), compute)?.sum * scale;
         lap(Part::Forward)?;
         let mut gradients = loss.backward();
         let grads = table.gradients(&model, &mut gradients);
@@ -162,10 +163,12 @@ fn add(a: Gradient, b: Gradient, times: impl FnOnce(Times, Times) -> Times) -> G
     }
 }
 
-fn tensors(rows: &Rows, device: &Device) -> (Tensor<2, Int>, Tensor<2, Int>) {
-    let make =
-        |values: &Vec<i32>| Tensor::from_data(TensorData::new(values.clone(), [rows.rows, rows.seq_len]), device);
-    (make(&rows.ids), make(&rows.labels))
+/// Ids, labels, and where sequences begin: rows that hold several sequences become one packed row.
+fn tensors(rows: &Rows, device: &Device) -> Result<(Tensor<2, Int>, Tensor<2, Int>, Option<CuSeqlens>), TrainError> {
+    let (shape, offsets) = rows.layout();
+    let cu = offsets.map(CuSeqlens::new).transpose().map_err(burn_fla_nn::NnError::from)?;
+    let make = |values: &Vec<i32>| Tensor::from_data(TensorData::new(values.clone(), shape), device);
+    Ok((make(&rows.ids), make(&rows.labels), cu))
 }
 
 /// Reads a vector from the device, which waits for it.

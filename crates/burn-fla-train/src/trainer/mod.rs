@@ -9,23 +9,28 @@ mod signals;
 mod task;
 mod text;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Tensor};
-use burn_fla_nn::{CausalLm, hub};
+use burn_fla_nn::CausalLm;
+use burn_fla_nn::hub::ModelSnapshot;
 
 use crate::TrainError;
-use crate::checkpoint::{CheckpointStore, TrainState, save_optimizer, write_atomic, write_synced};
+use crate::checkpoint::{
+    Background, CheckpointStore, OPTIMIZER_FILE, TrainState, optimizer_bytes, write_atomic, write_synced,
+};
 use crate::data::{Loader, Rows};
 use crate::metrics::{Journal, Line, SampleLine, Terminal, TrainLine, ValidationLine};
-use crate::optim::{AdamW, StepFigures, StepReport};
+use crate::optim::{Optimizer, StepFigures, StepReport};
 use crate::recipe::Recipe;
 use crate::schedule::Schedule;
 use compute::{Computer, read};
 use profile::{Part, Profiler, Stopwatch};
+pub(crate) use setup::model_config as read_model_config;
 use signals::Signals;
-use task::{HeldOut, Task};
+use task::HeldOut;
+pub(crate) use task::Task;
 use text::Text;
 
 /// A run that is ready for its next step.
@@ -37,12 +42,13 @@ pub struct Trainer {
     /// Without autodiff; each step makes copies with it. `None` only while the optimiser has it: being its sole owner
     /// lets the update work in place.
     model: Option<CausalLm>,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     schedule: Schedule,
     loader: Loader,
     held_out: Option<HeldOut>,
     state: TrainState,
     store: CheckpointStore,
+    saver: Background,
     journal: Journal,
     terminal: Terminal,
     interval: Interval,
@@ -58,6 +64,8 @@ pub struct Trainer {
     resumed: bool,
     vocab_size: usize,
     profiler: Option<Profiler>,
+    /// Arithmetic of the model in training, counted.
+    flops_per_token: f64,
 }
 
 /// What was measured since the last log line.
@@ -105,8 +113,9 @@ impl Trainer {
     pub fn run(mut self) -> Result<RunSummary, TrainError> {
         let signals = Signals::install();
         let mut last_batch = Vec::new();
-        while !self.finished() && !signals.asked() {
+        while !self.finished() && !signals.asked() && !self.terminal.asked_to_stop() {
             last_batch = self.step()?;
+            self.saver.poll()?;
             let step = self.state.step;
             let every = |n: u64| n > 0 && step.is_multiple_of(n);
             if every(self.recipe.metrics.log_freq) || self.finished() {
@@ -129,6 +138,7 @@ impl Trainer {
             }
             self.save()?;
         }
+        self.saver.wait()?;
         self.terminal.finish();
         if let Some(summary) = self.profiler.as_ref().and_then(Profiler::summary) {
             self.terminal.note(&summary);
@@ -225,13 +235,17 @@ impl Trainer {
         let interval = std::mem::take(&mut self.interval);
         let losses = std::mem::take(&mut self.pending);
         let count = losses.len().max(1) as f64;
+        let tokens_per_s = interval.tokens as f64 / interval.time.as_secs_f64().max(1e-9);
         let line = TrainLine {
             step: self.state.step,
             tokens: self.state.tokens,
             loss: losses.into_iter().map(f64::from).sum::<f64>() / count,
             lr: self.last_lr,
             grad_norm: figures.grad_norm,
-            tokens_per_s: interval.tokens as f64 / interval.time.as_secs_f64().max(1e-9),
+            tokens_per_s,
+            flops_per_s: tokens_per_s * self.flops_per_token,
+            mfu: self.recipe.metrics.peak_tflops.map(|peak| tokens_per_s * self.flops_per_token / (peak * 1e12)),
+            sources: self.loader.ledger(),
             data_wait_s: interval.waited.as_secs_f64(),
             seconds: self.state.seconds,
             skipped: figures.skipped,
@@ -298,24 +312,33 @@ impl Trainer {
         Ok(())
     }
 
+    /// Reads all of the run's state from the device, and writes it: on a thread of its own where the recipe asks for that,
+    /// and the run goes on meanwhile.
     fn save(&mut self) -> Result<(), TrainError> {
         let start = Instant::now();
         self.read_losses()?;
         self.state.pending_losses = self.pending.iter().map(|loss| loss.to_bits()).collect();
-        let path = self.store.save(self.state.step, |folder| {
-            hub::save_model(self.model(), folder, DType::F32)?;
-            if let Some(tokenizer) = self.task.text().and_then(Text::file) {
-                write_synced(&folder.join("tokenizer.json"), tokenizer)?;
+        let model = ModelSnapshot::take(self.model())?;
+        let optimizer = optimizer_bytes(&self.optimizer)?;
+        let tokenizer = self.task.text().and_then(Text::file).map(<[u8]>::to_vec);
+        let (state, recipe) = (self.state.clone(), self.recipe.to_toml());
+        let write = move |folder: &Path| {
+            model.save(folder, DType::F32)?;
+            if let Some(tokenizer) = tokenizer {
+                write_synced(&folder.join("tokenizer.json"), &tokenizer)?;
             }
-            save_optimizer(&self.optimizer, folder)?;
-            self.state.save(folder)?;
-            write_synced(&folder.join("recipe.toml"), self.recipe.to_toml().as_bytes())
-        })?;
+            write_synced(&folder.join(OPTIMIZER_FILE), &optimizer)?;
+            state.save(folder)?;
+            write_synced(&folder.join("recipe.toml"), recipe.as_bytes())
+        };
+        self.saver.save(self.state.step, write)?;
+        if !self.recipe.checkpoint.background {
+            self.saver.wait()?;
+        }
         self.saved = Some(self.state.step);
         if let Some(profiler) = &mut self.profiler {
             profiler.checkpoint(start.elapsed());
         }
-        tracing::info!(step = self.state.step, path = %path.display(), "saved");
         Ok(())
     }
 

@@ -14,10 +14,11 @@ use super::profile::Profiler;
 use super::task::{HeldOut, Task};
 use super::{Interval, Trainer};
 use crate::TrainError;
-use crate::checkpoint::{CheckpointStore, TrainState, load_optimizer, verify, write_atomic};
+use crate::checkpoint::{Background, CheckpointStore, TrainState, load_optimizer, verify, write_atomic};
 use crate::data::Loader;
-use crate::metrics::{Journal, Terminal};
-use crate::optim::{AdamW, ParamEntry, ParamTable};
+use crate::metrics::{Journal, TensorBoard, Terminal};
+use crate::optim::{Optimizer, ParamEntry, ParamTable};
+use crate::plan::training_flops_per_token;
 use crate::recipe::{ComputeDtype, Recipe, Resume};
 use crate::schedule::Schedule;
 
@@ -41,7 +42,7 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
     store.prepare()?;
 
     let seq_len = recipe.training.seq_len;
-    let corpus = task.corpus(seq_len, &mut |note| notes.push(note))?;
+    let corpus = task.corpus(&recipe.training, &mut |note| eprintln!("{note}"))?;
     let data = corpus.train.fingerprint();
     let held_out = match &corpus.validation {
         Some(rows) => Some(HeldOut::new(&recipe, rows, &task)?),
@@ -55,7 +56,7 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
         .map(|param| ParamEntry { name: param.name, id: param.id, shape: param.shape })
         .collect();
     let table = ParamTable::new(entries);
-    let mut optimizer = AdamW::new(table, &recipe.optimizer, &recipe.training, &device)?;
+    let mut optimizer = Optimizer::new(table, &recipe.optimizer, &recipe.training, &device)?;
     let fresh = TrainState {
         version: 1,
         step: 0,
@@ -81,13 +82,18 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
     };
 
     write_atomic(&folder.join("recipe.toml"), recipe.to_toml().as_bytes())?;
-    let journal = Journal::open(&folder.join("metrics.jsonl"), state.step)?;
+    let board = match recipe.metrics.tensorboard {
+        true => Some(TensorBoard::create(&folder.join("tensorboard"), state.step)?),
+        false => None,
+    };
+    let journal = Journal::open(&folder.join("metrics.jsonl"), state.step)?.with_tensorboard(board);
     let profiler = Profiler::open(&recipe.profiling, state.step)?;
     let total = recipe.training.total_steps();
-    let terminal = Terminal::new(recipe.metrics.terminal, state.step, total);
+    let mut terminal = Terminal::new(recipe.metrics.terminal, state.step, total);
     for note in &notes {
         terminal.note(note);
     }
+    let flops_per_token = training_flops_per_token(&config, seq_len)?;
     let parameters: usize = optimizer.table().entries().iter().map(ParamEntry::len).sum();
     terminal.note(&format!(
         "{}: {:.2} M parameters in {} layers on {} ({}); {}",
@@ -114,11 +120,13 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
         saved: resume.is_some().then_some(state.step),
         resumed: resume.is_some() || recipe.model.config.is_dir(),
         vocab_size: config.vocab_size(),
+        flops_per_token,
         recipe,
         task,
         model: Some(model),
         optimizer,
         state,
+        saver: Background::new(store.clone()),
         store,
         journal,
         terminal,
@@ -128,7 +136,7 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
 }
 
 /// The configuration, and the folder of the weights to start from if the recipe names one.
-fn model_config(recipe: &Recipe) -> Result<(ModelConfig, Option<PathBuf>), TrainError> {
+pub(crate) fn model_config(recipe: &Recipe) -> Result<(ModelConfig, Option<PathBuf>), TrainError> {
     let path = &recipe.model.config;
     let overrides = &recipe.model.overrides;
     if !path.is_dir() {

@@ -6,23 +6,23 @@ use burn_fla_nn::ModelConfig;
 
 use super::text::Text;
 use crate::TrainError;
-use crate::data::{Corpus, RowSource, Rows, spread};
-use crate::recipe::{DataSection, MqarSection, Recipe, TextSection};
+use crate::data::{Corpus, Encoder, RowSource, Rows, spread};
+use crate::recipe::{DataSection, MqarSection, Recipe, TextSection, TrainingSection};
 
 /// What a run learns.
 #[derive(Debug)]
-pub(super) enum Task {
+pub(crate) enum Task {
     /// To go on with text; judged by bits per byte, and by samples.
-    Text(TextSection, Text),
+    Text(TextSection, Box<Text>),
     /// To recall; judged by the share of right answers.
     Mqar(MqarSection),
 }
 
 impl Task {
     /// Reads the tokenizer where there is text; either way every token must have an embedding.
-    pub(super) fn open(recipe: &Recipe, config: &ModelConfig) -> Result<Task, TrainError> {
+    pub(crate) fn open(recipe: &Recipe, config: &ModelConfig) -> Result<Task, TrainError> {
         match &recipe.data {
-            DataSection::Text(data) => Ok(Task::Text(data.clone(), Text::open(&recipe.model, config)?)),
+            DataSection::Text(data) => Ok(Task::Text(data.clone(), Box::new(Text::open(&recipe.model, config)?))),
             DataSection::Mqar(data) if data.vocab_size > config.vocab_size() => Err(TrainError::BadValue {
                 at: "recipe".to_string(),
                 key: "data.vocab_size".to_string(),
@@ -37,11 +37,20 @@ impl Task {
         }
     }
 
-    pub(super) fn corpus(&self, seq_len: usize, tell: &mut dyn FnMut(String)) -> Result<Corpus, TrainError> {
+    pub(crate) fn corpus(
+        &self,
+        training: &TrainingSection,
+        tell: &mut dyn FnMut(String),
+    ) -> Result<Corpus, TrainError> {
         match self {
-            Task::Text(data, text) => Corpus::text(data, seq_len, text, tell),
-            Task::Mqar(data) => Ok(Corpus::mqar(data, seq_len)),
+            Task::Text(data, text) => Corpus::text(data, training, text.as_ref(), tell),
+            Task::Mqar(data) => Ok(Corpus::mqar(data, training.seq_len)),
         }
+    }
+
+    /// What tokenises text.
+    pub(crate) fn encoder(&self) -> Option<&dyn Encoder> {
+        self.text().map(|text| text as &dyn Encoder)
     }
 
     /// The tokenizer of text.

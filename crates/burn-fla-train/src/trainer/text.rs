@@ -14,7 +14,7 @@ use crate::recipe::{ModelSection, ValidationSection, hex};
 
 /// A tokenizer with the separator that the run writes after every document.
 #[derive(Debug)]
-pub(super) struct Text {
+pub(crate) struct Text {
     tokenizer: Tokenizer,
     separator: Option<u32>,
     fingerprint: String,
