@@ -1,7 +1,12 @@
 //! The command line: one file a command.
 
 mod architectures;
+mod branch;
 mod generate;
+mod plan;
+mod runs;
+mod schema;
+mod tokenizer;
 mod train;
 mod verify;
 
@@ -34,8 +39,14 @@ Exit codes: 0 done, 1 failed (one line on standard error says why), 2 bad usage.
 #[derive(Debug, Subcommand)]
 enum Command {
     Train(train::TrainArgs),
+    Plan(plan::PlanArgs),
+    Branch(branch::BranchArgs),
+    Runs(runs::RunsArgs),
+    Plot(runs::PlotArgs),
+    Tokenizer(tokenizer::TokenizerArgs),
     Generate(generate::GenerateArgs),
     Verify(verify::VerifyArgs),
+    Schema(schema::SchemaArgs),
     Architectures(architectures::ArchitecturesArgs),
 }
 
@@ -53,8 +64,14 @@ impl Cli {
     pub fn run(self) -> Result<Outcome, Failure> {
         match self.command {
             Command::Train(args) => train::run(args),
+            Command::Plan(args) => plan::run(args),
+            Command::Branch(args) => branch::run(args),
+            Command::Runs(args) => runs::runs(args),
+            Command::Plot(args) => runs::plot(args),
+            Command::Tokenizer(args) => tokenizer::run(args),
             Command::Generate(args) => generate::run(args),
             Command::Verify(args) => verify::run(args),
+            Command::Schema(args) => schema::run(args),
             Command::Architectures(args) => architectures::run(args),
         }
     }

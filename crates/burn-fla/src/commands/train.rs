@@ -46,7 +46,7 @@ pub fn run(args: TrainArgs) -> Result<Outcome, Failure> {
 }
 
 /// What there is now, and the command that goes on from it.
-fn report(summary: &RunSummary) {
+pub fn report(summary: &RunSummary) {
     let measured = match (summary.bits_per_byte, summary.accuracy) {
         (Some(bits), _) => format!(", {bits:.3} validation bits per byte"),
         (None, Some(share)) => format!(", {:.2} % of the validation answers right", 100.0 * share),

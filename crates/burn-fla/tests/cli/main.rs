@@ -3,6 +3,7 @@
 mod bad_input;
 mod generate;
 mod resume;
+mod tools;
 mod verify;
 
 use std::fs;
@@ -147,7 +148,20 @@ fn usage_errors_exit_with_two() {
 fn help_and_version_say_what_there_is() {
     let place = Place::new();
     let help = place.succeed(&["--help"]);
-    for part in ["train", "generate", "verify", "architectures", "recipes/quickstart.toml", "Exit codes"] {
+    for part in [
+        "train",
+        "plan",
+        "branch",
+        "runs",
+        "plot",
+        "tokenizer",
+        "schema",
+        "generate",
+        "verify",
+        "architectures",
+        "recipes/quickstart.toml",
+        "Exit codes",
+    ] {
         assert!(help.contains(part), "{part}: {help}");
     }
     assert_eq!(place.succeed(&["--version"]), format!("burn-fla {}\n", env!("CARGO_PKG_VERSION")));

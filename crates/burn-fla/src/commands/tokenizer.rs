@@ -1,0 +1,67 @@
+//! `burn-fla tokenizer`.
+
+use std::path::PathBuf;
+
+use burn_fla::train::Recipe;
+use burn_fla::train::data::train_tokenizer;
+use clap::{Args, Subcommand};
+
+use super::Outcome;
+use crate::failure::Failure;
+
+/// Make a tokenizer from the data of a recipe
+#[derive(Debug, Args)]
+pub struct TokenizerArgs {
+    #[command(subcommand)]
+    command: TokenizerCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum TokenizerCommand {
+    Train(TrainTokenizerArgs),
+}
+
+/// Train a byte-level BPE on the training sources of a recipe and write a tokenizer.json
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+struct TrainTokenizerArgs {
+    /// The recipe
+    recipe: PathBuf,
+
+    /// Override a key of the recipe; may be given several times
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+
+    /// Tokens of the vocabulary, the 256 bytes and the end of text among them
+    #[arg(long, value_name = "N", default_value_t = 32_000)]
+    vocab_size: usize,
+
+    /// Read at most this many bytes of text
+    #[arg(long, value_name = "N", default_value_t = 1_000_000_000)]
+    max_bytes: u64,
+
+    /// The file to write
+    #[arg(long, short, value_name = "FILE", default_value = "tokenizer.json")]
+    output: PathBuf,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  burn-fla tokenizer train recipes/my.toml --vocab-size 32000 --output tokenizer.json
+
+Then name it in the recipe (model.tokenizer), with vocab_size and eos_token_id = 0 in the model's config: the token 0,
+`<|endoftext|>`, is written after every document.";
+
+pub fn run(args: TokenizerArgs) -> Result<Outcome, Failure> {
+    let TokenizerCommand::Train(args) = args.command;
+    let recipe = Recipe::load(&args.recipe, &args.set)?;
+    let report = train_tokenizer(&recipe.data, args.vocab_size, args.max_bytes, &args.output)?;
+    eprintln!(
+        "{} tokens from {} documents, {:.1} MB: {}",
+        report.tokens,
+        report.documents,
+        report.bytes as f64 / 1e6,
+        args.output.display()
+    );
+    Ok(Outcome::Done)
+}
