@@ -181,7 +181,7 @@ proptest! {
     #[test]
     fn overrides(text in "[a-z_.=\\[\\]{}\"' 0-9-]{0,40}", key in prop::sample::select(vec!["training.steps", "data.sources", "optimizer.groups", "model.overrides"])) {
         let path = root().join("recipes/quickstart.toml");
-        let _ = Recipe::load(&path, &[text.clone()]);
+        let _ = Recipe::load(&path, std::slice::from_ref(&text));
         let _ = Recipe::load(&path, &[format!("{key}={text}")]);
     }
 

@@ -136,7 +136,7 @@ fn updates_are_those_of_the_equations() {
             values.iter().map(|values| values.iter().map(|x| f64::from(*x)).collect()).collect()
         };
         let mut expected = wide(&values(1));
-        let mut moments = vec![vec![0.0; 21], vec![0.0; 24]];
+        let mut moments = [vec![0.0; 21], vec![0.0; 24]];
         let (mut first, mut second) = (vec![vec![0.0; 20], vec![0.0; 6]], vec![vec![0.0; 20], vec![0.0; 6]]);
         for step in 1..=3 {
             let grads = values(step as u64 + 1);

@@ -29,7 +29,7 @@ pub trait OptimizerState {
 #[derive(Clone, Debug)]
 pub enum Optimizer {
     /// AdamW for every parameter.
-    AdamW(AdamW),
+    AdamW(Box<AdamW>),
     /// Muon for the matrices of the layers, AdamW for the others.
     Muon(Box<Muon>),
 }
@@ -46,7 +46,7 @@ impl Optimizer {
         device: &Device,
     ) -> Result<Optimizer, TrainError> {
         Ok(match optimizer.name {
-            OptimizerName::Adamw => Optimizer::AdamW(AdamW::new(table, optimizer, training, device)?),
+            OptimizerName::Adamw => Optimizer::AdamW(Box::new(AdamW::new(table, optimizer, training, device)?)),
             OptimizerName::Muon => Optimizer::Muon(Box::new(Muon::new(table, optimizer, training, device)?)),
         })
     }
