@@ -117,6 +117,12 @@ pub struct ProfileLine {
     pub backward_ms: f64,
     /// Sums over micro-batches and threads, and the update.
     pub optimizer_ms: f64,
+    /// The most memory in use at the end of any of these parts, where the device tells.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub in_use_gib: Option<f64>,
+    /// The most memory that the allocator had reserved then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reserved_gib: Option<f64>,
 }
 
 /// `metrics.jsonl`: one JSON object a line, flushed as it is written.

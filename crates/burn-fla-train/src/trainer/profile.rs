@@ -34,19 +34,29 @@ const PARTS: [(Part, &str); 5] = [
     (Part::Optimizer, "optimizer"),
 ];
 
-/// Time by part.
+/// Time by part, and the most memory that was seen at the end of any: bytes in use, and bytes that the allocator has
+/// reserved; 0 where the device does not tell.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Times([Duration; PARTS.len()]);
+pub(super) struct Times {
+    parts: [Duration; PARTS.len()],
+    memory: [u64; 2],
+}
 
 impl Times {
     /// The sum, for what came one after the other.
     pub(super) fn then(self, other: Times) -> Times {
-        Times(std::array::from_fn(|at| self.0[at] + other.0[at]))
+        let parts = std::array::from_fn(|at| self.parts[at] + other.parts[at]);
+        Times { parts, memory: self.most_memory(other.memory) }
     }
 
     /// The longer of each part, for what ran side by side.
     pub(super) fn beside(self, other: Times) -> Times {
-        Times(std::array::from_fn(|at| self.0[at].max(other.0[at])))
+        let parts = std::array::from_fn(|at| self.parts[at].max(other.parts[at]));
+        Times { parts, memory: self.most_memory(other.memory) }
+    }
+
+    fn most_memory(&self, other: [u64; 2]) -> [u64; 2] {
+        std::array::from_fn(|at| self.memory[at].max(other[at]))
     }
 }
 
@@ -69,9 +79,11 @@ impl Stopwatch {
     /// What happened since the last call was `part`.
     pub(super) fn lap(&mut self, part: Part) -> Result<(), TrainError> {
         wait(&self.device)?;
-        let now = Instant::now();
-        self.times.0[part as usize] += now - self.last;
-        self.last = now;
+        self.times.parts[part as usize] += self.last.elapsed();
+        if let Some(usage) = self.device.memory_pool_usage() {
+            self.times.memory = self.times.most_memory([usage.bytes_in_use, usage.bytes_reserved]);
+        }
+        self.last = Instant::now();
         Ok(())
     }
 
@@ -121,13 +133,23 @@ impl Profiler {
     /// Keeps the times of a step: a line for the terminal.
     pub(super) fn step(&mut self, step: u64, times: Times) -> Result<String, TrainError> {
         self.steps.push(times);
-        let [data_ms, upload_ms, forward_ms, backward_ms, optimizer_ms] = times.0.map(milliseconds);
-        let line = ProfileLine { step, data_ms, upload_ms, forward_ms, backward_ms, optimizer_ms };
+        let [data_ms, upload_ms, forward_ms, backward_ms, optimizer_ms] = times.parts.map(milliseconds);
+        let [in_use, reserved] = times.memory.map(gibibytes);
+        let told = times.memory[1] > 0;
+        let (in_use_gib, reserved_gib) = (told.then_some(in_use), told.then_some(reserved));
+        let line =
+            ProfileLine { step, data_ms, upload_ms, forward_ms, backward_ms, optimizer_ms, in_use_gib, reserved_gib };
         self.journal.write(&Line::Profile(line))?;
-        let parts: Vec<String> =
-            PARTS.iter().map(|(part, name)| format!("{name} {:.1}", milliseconds(times.0[*part as usize]))).collect();
-        let total = milliseconds(times.0.iter().sum());
-        Ok(format!("profile of step {step}: {} = {total:.1} ms", parts.join(" + ")))
+        let parts: Vec<String> = PARTS
+            .iter()
+            .map(|(part, name)| format!("{name} {:.1}", milliseconds(times.parts[*part as usize])))
+            .collect();
+        let total = milliseconds(times.parts.iter().sum());
+        let memory = match told {
+            true => format!("; {in_use:.2} GiB in use at the end of a part, {reserved:.2} reserved"),
+            false => String::new(),
+        };
+        Ok(format!("profile of step {step}: {} = {total:.1} ms{memory}", parts.join(" + ")))
     }
 
     pub(super) fn validation(&mut self, time: Duration) {
@@ -146,7 +168,7 @@ impl Profiler {
             return None;
         }
         let median = |at: usize| {
-            let mut times: Vec<Duration> = self.steps.iter().map(|times| times.0[at]).collect();
+            let mut times: Vec<Duration> = self.steps.iter().map(|times| times.parts[at]).collect();
             times.sort();
             milliseconds(times[times.len() / 2])
         };
@@ -158,6 +180,11 @@ impl Profiler {
             text += &format!("\n  {name:<12}{time:>10.2} ms{:>7.1} %", 100.0 * time / total.max(1e-9));
         }
         text += &format!("\n  {:<12}{total:>10.2} ms", "step");
+        let [in_use, reserved] = self.steps.iter().fold([0; 2], |most, times| times.most_memory(most)).map(gibibytes);
+        if reserved > 0.0 {
+            text +=
+                &format!("\n  {:<12}{in_use:>10.2} GiB in use at the end of a part, {reserved:.2} reserved", "memory");
+        }
         for (name, count, time) in self.rest.iter().filter(|(_, count, _)| *count > 0) {
             text += &format!("\n  {name:<12}{:>10.2} ms each, {count} of them", milliseconds(*time / *count));
         }
@@ -170,12 +197,16 @@ fn milliseconds(time: Duration) -> f64 {
     time.as_micros() as f64 / 1e3
 }
 
+fn gibibytes(bytes: u64) -> f64 {
+    (bytes as f64 / f64::from(1 << 30) * 1e3).round() / 1e3
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn times(milliseconds: [u64; 5]) -> Times {
-        Times(milliseconds.map(Duration::from_millis))
+        Times { parts: milliseconds.map(Duration::from_millis), memory: [0; 2] }
     }
 
     #[test]
@@ -183,6 +214,8 @@ mod tests {
         let (a, b) = (times([1, 2, 3, 4, 5]), times([5, 0, 3, 6, 1]));
         assert_eq!(a.then(b), times([6, 2, 6, 10, 6]));
         assert_eq!(a.beside(b), times([5, 2, 3, 6, 5]));
+        let (a, b) = (Times { memory: [5, 7], ..a }, Times { memory: [6, 6], ..b });
+        assert_eq!((a.then(b).memory, a.beside(b).memory), ([6, 7], [6, 7]));
     }
 
     #[test]
@@ -200,15 +233,20 @@ mod tests {
             );
             assert_eq!(line, expected);
         }
+        assert!(!profiler.summary().unwrap().contains("memory"), "no device has told");
+        let memory = [3 << 30, 5 << 29];
+        let line = profiler.step(20, Times { memory, ..times([1, 2, 30, 40, 8]) }).unwrap();
+        assert!(line.ends_with(" = 81.0 ms; 3.00 GiB in use at the end of a part, 2.50 reserved"), "{line}");
+        assert!(profiler.summary().unwrap().contains("memory            3.00 GiB in use at the end of a part, 2.50"));
         profiler.validation(Duration::from_millis(10));
         profiler.validation(Duration::from_millis(20));
         let summary = profiler.summary().unwrap();
-        for part in ["3 steps", "forward          30.00 ms", "81.00 ms", "validation       15.00 ms each, 2 of them"] {
+        for part in ["4 steps", "forward          30.00 ms", "81.00 ms", "validation       15.00 ms each, 2 of them"] {
             assert!(summary.contains(part), "{summary}");
         }
         assert!(!summary.contains("checkpoint"), "{summary}");
         let written = std::fs::read_to_string(section.folder.join("profile.jsonl")).unwrap();
-        assert_eq!(written.lines().count(), 3);
+        assert_eq!(written.lines().count(), 4);
         assert!(
             written.contains(r#""step":10,"data_ms":1.0"#) && written.contains(r#""forward_ms":30.0"#),
             "{written}"
