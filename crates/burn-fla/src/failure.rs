@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use burn_fla::nn::NnError;
 use burn_fla::nn::device::{DeviceError, is_probing};
 use burn_fla::train::TrainError;
+use burn_fla::train::data::is_reading_parquet;
 
 /// Why a command failed, in one line that says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +51,7 @@ pub fn say_panics_in_one_line() {
         return;
     }
     std::panic::set_hook(Box::new(|panic| {
-        if is_probing() {
+        if is_probing() || is_reading_parquet() {
             return;
         }
         let text = panic.payload_as_str().unwrap_or("no message");

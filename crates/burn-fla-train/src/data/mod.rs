@@ -26,6 +26,7 @@ pub use dataset::{RowBatcher, RowDataset};
 pub use loader::{Loader, spread};
 pub use mixture::Mixture;
 pub use mqar::{Mqar, Split};
+pub use parquet::is_reading_parquet;
 pub use permutation::Permutation;
 pub use rows::{RowSource, Rows};
 pub use size::{DataSize, data_size};
