@@ -23,13 +23,15 @@ for suite in "$@"; do
     [ -x "$folder/$suite" ] || { xz -dkf "$folder/$suite.xz" && chmod +x "$folder/$suite"; }
     (cd tests && "$folder/$suite" --list 2>/dev/null) | sed -n 's/: test$//p' | grep -vE "${FILTER:-^$}" | sed "s/^/$suite /" >>"$logs/all"
 done
-touch "$logs/failed"
+touch "$logs/failed" "$logs/all"
 xargs -P 12 -L 1 bash -c 'one "$1" "$2" "$0"' "$logs" <"$logs/all"
 while read -r suite test code; do
     echo "== $suite $test $code"
     grep -vE '^ +[0-9]+: |^ +at |^stack backtrace|^note:|^running|^$' "$logs/$suite-${test//:/_}.txt" | cut -c1-400 | head -n 25
 done <"$logs/failed"
 for suite in "$@"; do
+    # A binary that lists nothing has not passed.
+    grep -q "^$suite " "$logs/all" || echo "$suite lists no test" >>"$logs/failed"
     echo "$suite: $(grep -c "^$suite " "$logs/all") tests, $(grep -c "^$suite " "$logs/failed") failed"
 done
 [ ! -s "$logs/failed" ]

@@ -33,7 +33,7 @@ fn resident() -> f64 {
 
 /// `cargo test --release -p burn-fla-tests --test train -- --ignored --nocapture throughput`
 #[test]
-#[ignore = "a measurement of time, to be read by a person"]
+#[ignore = "a measurement of time, to be read by a person: it asserts nothing"]
 fn throughput_of_the_data_path() {
     let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../recipes/quickstart.toml");
     let recipe = Recipe::load(root.as_ref(), &[]).unwrap();

@@ -101,10 +101,10 @@ const BATCH: usize = 8;
 ///
 /// `a_i = q_i ∘ dq_i` and `b_i = k_i ∘ dk_i` come without the part of a token's own key and value, which is in both and
 /// would cancel. The parts of pairs of one span are products of the same rounded numbers in both, and cancel exactly
-/// where they must; both are kept in f16 with a scale for each 16 tokens, for in bf16 their own rounding, summed up over
-/// a chunk, was 1 to 8 % of a gradient. `X`, the product of the state after the chunk with its gradient, comes as that
-/// of the state before the last span, and what the span's tokens contribute, as it is contained in their `b_i`: computed
-/// from the state after the chunk, it left 2 to 4 %.
+/// where they must; both are kept in f16 with a scale for each 16 tokens, because their own rounding is summed up over a
+/// chunk. `X`, the product of the state after the chunk with its gradient, comes as that of the state before the last
+/// span, and what the span's tokens contribute, as it is contained in their `b_i`. Both in bf16, and with `X` computed from
+/// the state after the chunk, a gradient was 1 to 8 % off.
 #[cube(launch_unchecked)]
 pub(super) fn key_gate_gradient(
     query_products: &[u32],

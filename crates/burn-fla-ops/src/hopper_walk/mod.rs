@@ -19,8 +19,8 @@
 //! writes before the walks, and the gradients of queries and keys a factor. Nothing is saved for backward either; while a
 //! backward pass runs, its buffers hold 10 K bytes a token and head beside the states.
 //!
-//! Measured on an H100 beside flash-linear-attention (`benches/results/61-hopper-simple-gla.json`, `62-hopper-gla.json`).
-//! What is known to be left:
+//! Measured on an H100: `benches/results/61-hopper-simple-gla.json`, and beside flash-linear-attention
+//! `62-hopper-gla.json`. What is known to be left:
 //! - Restarting the gate's sum at every 512th token instead (a twentieth of the states) gave errors of 3e-2 in dg.
 //! - Writing and reading these states is a fifth of the backward pass's traffic; the walks for dk and dv read q, k, v and
 //!   do once each, where one walk for both would read them once.
@@ -29,9 +29,11 @@
 //! - With K = V = 64 one warpgroup walks alone on a processor.
 //! - Segments compute their states anew for each of the four walks.
 //! - By key, preparing is a fifth of the time (forward and backward): idle warps of the loader's warpgroup could do it inside
-//!   the walks. The walk for dk takes 1.5 times that for dq, for the sums at a chunk's end.
-//! - By key, products in bf16 (not f16 with scales) left 1 to 8 % in dg; the product of the states at a border, taken beside
-//!   a product in flight, made backward 0.2 ms slower at 8 × 2048 × 32 × 128 × 128.
+//!   the walks. The walk for dk takes 1.5 times that for dq; why was not measured (it sums
+//!   up what ends a chunk, and spills most).
+//! - By key, products in bf16 (not f16 with scales), with the state taken after a chunk, left 1 to 8 % in dg: both were
+//!   changed at once. The product of the states at a border beside a product in flight: 2.86 ms forward and backward at
+//!   8 × 2048 × 32 × 128 × 128 on one H100, where another gave 2.64 without.
 
 mod gate;
 mod key;
