@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One training step of GLA 340M (recipes/gla-340M.toml, 8 x 2048 tokens, bf16) on a machine with a GPU and no Rust: tokens a
-# second, where its milliseconds go, peak memory, and the kernel launches of a step and of the optimiser alone.
+# second, where its milliseconds go, peak memory, and its kernels by time.
 # usage: gpu-step.sh FOLDER [OVERRIDE…]   FOLDER holds burn-fla.xz and sources.tar.xz, see gpu-quickstart.sh; overrides are
 #   section.key=value. Text is read as bytes, so that no tokenizer is needed: the shapes are those of the recipe all the same.
 set -uo pipefail
@@ -46,8 +46,21 @@ log() { # steps: the launches of a run, one a line
 rm -f /tmp/launches.*.log
 log 2
 log 3
-echo "== launches of a step by kernel, as the difference of 2 and 3 steps (Squares, Factors, Update: the optimiser)"
-awk -F'|' 'FNR == 1 { file++ }
-    /^\| / { name = $3; gsub(/^ +| +$/, "", name); sub(/_[0-9a-f]*$/, "", name); n = file == 2 ? 1 : -1; count[name] += n; all += n }
-    END { print all, "in all"; for (name in count) if (count[name] > 0) print count[name], name }' \
-    /tmp/launches.2.log /tmp/launches.3.log | sort -rn
+echo "== milliseconds and launches of a step by kernel, one at a time, as the difference of 2 and 3 steps"
+awk -F'|' 'function ms(text) {
+        if (text ~ /ns$/) return text / 1e6
+        if (text ~ /µs$/) return text / 1e3
+        if (text ~ /ms$/) return text + 0
+        return text * 1e3
+    }
+    FNR == 1 { file++ }
+    $2 ~ /^ *[0-9.]+(ns|µs|ms|s) *$/ {
+        name = $3; gsub(/^ +| +$/, "", name); sub(/_[0-9a-f]*$/, "", name)
+        time = $2; gsub(/ /, "", time)
+        sign = file == 2 ? 1 : -1
+        count[name] += sign; took[name] += sign * ms(time); all += sign; total += sign * ms(time)
+    }
+    END {
+        printf "%9.2f %6d in all\n", total, all
+        for (name in count) if (count[name] > 0) printf "%9.2f %6d %s\n", took[name], count[name], name
+    }' /tmp/launches.2.log /tmp/launches.3.log | sort -rn | cut -c1-150

@@ -40,28 +40,37 @@ struct TrainTokenizerArgs {
     #[arg(long, value_name = "N", default_value_t = 1_000_000_000)]
     max_bytes: u64,
 
-    /// The file to write
-    #[arg(long, short, value_name = "FILE", default_value = "tokenizer.json")]
-    output: PathBuf,
+    /// The file to write [default: the one that the recipe names, if it is not there yet, else tokenizer.json]
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
 }
 
 const EXAMPLES: &str = "\
 Examples:
-  burn-fla tokenizer train recipes/my.toml --vocab-size 32000 --output tokenizer.json
+  burn-fla tokenizer train recipes/my.toml --vocab-size 32000
 
-Then name it in the recipe (model.tokenizer), with vocab_size and eos_token_id = 0 in the model's config: the token 0,
+The recipe names the file as model.tokenizer, and the model's config has vocab_size, and eos_token_id = 0: the token 0,
 `<|endoftext|>`, is written after every document.";
 
 pub fn run(args: TokenizerArgs) -> Result<Outcome, Failure> {
     let TokenizerCommand::Train(args) = args.command;
     let recipe = Recipe::load(&args.recipe, &args.set)?;
-    let report = train_tokenizer(&recipe.data, args.vocab_size, args.max_bytes, &args.output)?;
+    // A tokenizer that runs have used is not replaced unasked.
+    let named = Some(PathBuf::from(&recipe.model.tokenizer)).filter(|file| recipe.model.tokenizer != "byte" && !file.exists());
+    let output = args.output.or(named).unwrap_or_else(|| PathBuf::from("tokenizer.json"));
+    if let Some(folder) = output.parent() {
+        std::fs::create_dir_all(folder).map_err(|source| Failure::Folder {
+            path: folder.to_path_buf(),
+            message: format!("cannot make this folder for the tokenizer: {source}"),
+        })?;
+    }
+    let report = train_tokenizer(&recipe.data, args.vocab_size, args.max_bytes, &output)?;
     eprintln!(
         "{} tokens from {} documents, {:.1} MB: {}",
         report.tokens,
         report.documents,
         report.bytes as f64 / 1e6,
-        args.output.display()
+        output.display()
     );
     Ok(Outcome::Done)
 }
