@@ -33,7 +33,8 @@ echo "== 60 steps: tokens a second from log line to log line; peak memory as nvi
 watcher=$!
 run training.steps=60 lr_scheduler.warmup_steps=10 metrics.log_freq=10 2>&1 | grep -v '^---'
 kill "$watcher"
-sort -n /tmp/memory.log | tail -1 | sed 's/$/ MiB at most/'
+sort -n /tmp/memory.log | tail -1 | sed 's/$/ MiB at most; every second:/'
+awk 'NR % 2 == 1 { printf "%s ", $1 } END { print "" }' /tmp/memory.log
 
 echo "== 21 steps, every second one measured"
 run training.steps=21 lr_scheduler.warmup_steps=10 metrics.log_freq=100 profiling.enable=true profiling.freq=2 2>&1 |
@@ -45,8 +46,8 @@ log() { # steps: the launches of a run, one a line
 }
 rm -f /tmp/launches.*.log
 log 2
-log 3
-echo "== milliseconds and launches of a step by kernel, one at a time, as the difference of 2 and 3 steps"
+log 12
+echo "== milliseconds and launches of a step by kernel, one at a time, a tenth of the difference of 2 and 12 steps"
 awk -F'|' 'function ms(text) {
         if (text ~ /ns$/) return text / 1e6
         if (text ~ /µs$/) return text / 1e3
@@ -57,10 +58,10 @@ awk -F'|' 'function ms(text) {
     $2 ~ /^ *[0-9.]+(ns|µs|ms|s) *$/ {
         name = $3; gsub(/^ +| +$/, "", name); sub(/_[0-9a-f]*$/, "", name)
         time = $2; gsub(/ /, "", time)
-        sign = file == 2 ? 1 : -1
+        sign = file == 2 ? 0.1 : -0.1
         count[name] += sign; took[name] += sign * ms(time); all += sign; total += sign * ms(time)
     }
     END {
-        printf "%9.2f %6d in all\n", total, all
-        for (name in count) if (count[name] > 0) printf "%9.2f %6d %s\n", took[name], count[name], name
-    }' /tmp/launches.2.log /tmp/launches.3.log | sort -rn | cut -c1-150
+        printf "%9.2f %6.0f in all\n", total, all
+        for (name in count) if (count[name] > 0) printf "%9.2f %6.0f %s\n", took[name], count[name], name
+    }' /tmp/launches.2.log /tmp/launches.12.log | sort -rn | cut -c1-150

@@ -103,8 +103,10 @@ fn kernels_take_any_inputs_and_losses() {
                     compare(&problem, &Way { used: vec![true, false], ..way.clone() }, name, 1e-5);
                     compare(&problem, &Way { used: vec![false, true], ..way.clone() }, name, 1e-5);
                 }
-                Op::Gated { .. } | Op::SwiGlu => compare(&problem, &Way { shared: true, ..way }, name, 1e-5),
-                Op::Rms { .. } | Op::Rotary => {}
+                Op::Gated { .. } | Op::SwiGlu | Op::SwiGluLinear => {
+                    compare(&problem, &Way { shared: true, ..way }, name, 1e-5)
+                }
+                Op::Rms { .. } | Op::LogGate { .. } | Op::Linear | Op::Rotary => {}
             }
         }
     }

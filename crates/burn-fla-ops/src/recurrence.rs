@@ -67,7 +67,7 @@ pub(crate) struct Problem {
     pub(crate) state: Option<Tensor<4>>,
     pub(crate) sequences: CuSeqlens,
     pub(crate) packed: bool,
-    engine: Engine,
+    pub(crate) engine: Engine,
     pub(crate) chunk: Option<usize>,
 }
 

@@ -1,8 +1,8 @@
 //! Products of bf16 matrices against f64.
 
 use burn::tensor::{DType, Device, Tensor};
-use burn_fla_ops::matmul::hopper::{product, takes};
-use burn_fla_ops::{bridge, linear};
+use burn_fla_ops::matmul::hopper::{accumulate, product, takes};
+use burn_fla_ops::{bridge, linear, linears};
 use burn_fla_tests::{assert_close, numbers, reference_device, tensor, uniform};
 
 use super::hopper;
@@ -96,4 +96,79 @@ fn two_products_are_equal_bit_for_bit() {
     let b: Tensor<2> = tensor(&rounded(2, n * k), [n, k], &device, DType::BF16);
     let run = || numbers(product(a.clone(), b.clone(), false, false, DType::F32));
     assert_eq!(run(), run());
+}
+
+/// Their products are one launch, and the gradient of what they share is one product: of all layers, of some, of one.
+#[test]
+fn several_layers_of_one_input_equal_each_by_itself() {
+    let Some(device) = hopper() else { return };
+    bridge::poison_outputs(true);
+    for (rows, inner, outs, wide) in [
+        (1, 64, &[48, 8][..], false),
+        (513, 256, &[512, 16, 264], true),
+        (4096, 128, &[128, 128, 256, 256, 16], true),
+        (700, 72, &[1032, 200, 64, 8, 16, 24, 32], false),
+    ] {
+        let x = rounded(1, rows * inner);
+        let weights: Vec<_> = outs.iter().enumerate().map(|(i, out)| rounded(10 + i as u64, out * inner)).collect();
+        let dys: Vec<_> = outs.iter().enumerate().map(|(i, out)| rounded(20 + i as u64, rows * out)).collect();
+        let run = |device: &Device, dtype, weight_dtype, used: &dyn Fn(usize) -> bool| {
+            let x: Tensor<3> = tensor(&x, [1, rows, inner], device, dtype).require_grad();
+            let weights: Vec<Tensor<2>> = weights
+                .iter()
+                .zip(outs)
+                .map(|(w, out)| tensor(w, [*out, inner], device, weight_dtype).require_grad())
+                .collect();
+            let outputs = linears(x.clone(), weights.iter().map(|w| (w.clone(), None)).collect()).unwrap();
+            let mut loss = Tensor::<1>::zeros([1], (device, dtype));
+            for (i, y) in outputs.iter().enumerate().filter(|(i, _)| used(*i)) {
+                loss = loss + (y.clone() * tensor(&dys[i], [1, rows, outs[i]], device, dtype)).sum();
+            }
+            let grads = loss.backward();
+            let mut found: Vec<_> = outputs.into_iter().map(numbers).collect();
+            found.push(numbers(x.grad(&grads).unwrap()));
+            found.extend(weights.iter().map(|w| w.grad(&grads).map(numbers).unwrap_or_default()));
+            found
+        };
+        let weight_dtype = if wide { DType::F32 } else { DType::BF16 };
+        for (name, used) in [
+            ("all", &(|_| true) as &dyn Fn(usize) -> bool),
+            ("all but the first", &|i| i > 0),
+            ("the second", &|i| i == 1),
+        ] {
+            let found = run(&device.clone().autodiff(), DType::BF16, weight_dtype, used);
+            let exact = run(&reference_device().autodiff(), DType::F64, DType::F64, used);
+            for (at, (found, exact)) in found.iter().zip(&exact).enumerate() {
+                // Outputs, dx, then gradients of weights; those of layers that are not used are zero or missing.
+                let bound = if at > outs.len() && wide { 2e-6 } else { 2.5e-3 };
+                if exact.iter().all(|x| *x == 0.0) {
+                    assert!(found.iter().all(|x| *x == 0.0), "{outs:?}, {name}: {at}");
+                    continue;
+                }
+                assert_close(&format!("{rows} × {inner} × {outs:?}, {name}: {at}"), found, exact, bound);
+            }
+        }
+    }
+    bridge::poison_outputs(false);
+}
+
+/// Whole tiles, edges, and a contraction that is split.
+#[test]
+fn a_product_is_added_to_a_sum() {
+    let Some(device) = hopper() else { return };
+    for [m, n, k] in [[65, 200, 136], [300, 520, 264], [256, 256, 8192]] {
+        let (a, b) = (rounded(1, m * k), rounded(2, n * k));
+        let before = uniform(3, m * n, (-100.0, 100.0));
+        let before: Vec<f64> = before.into_iter().map(|x| f64::from(x as f32)).collect();
+        let [x, y] = [(&a, m), (&b, n)].map(|(numbers, rows)| tensor(numbers, [rows, k], &device, DType::BF16));
+        let sum: Tensor<2> = tensor(&before, [m, n], &device, DType::F32);
+        let kept = sum.clone();
+        let found = numbers(accumulate(sum, x.clone(), y.clone(), false, false));
+        let product = numbers(product(x, y, false, false, DType::F32));
+        for ((found, before), product) in found.iter().zip(&before).zip(&product) {
+            // One addition in f32.
+            assert_eq!(*found as f32, *before as f32 + *product as f32);
+        }
+        assert_eq!(numbers(kept), before, "a sum that somebody else holds is not changed");
+    }
 }

@@ -218,6 +218,18 @@ fn two_runs_are_equal_bit_for_bit() {
     }
 }
 
+/// They are walked as two heads each; 272 with 16 channels of zeros.
+#[test]
+fn more_than_256_values_are_right() {
+    let packed: Option<&[usize]> = Some(&[0, 64, 64, 65, 140]);
+    for by in [By::Head, By::Token, By::Key(DType::F32)] {
+        check(&[
+            Case { values: 512, by, ..BASE },
+            Case { keys: 48, values: 272, batch: 1, tokens: 140, packed, by, ..BASE },
+        ]);
+    }
+}
+
 const KEY: Case = Case { by: By::Key(DType::F32), ..BASE };
 
 #[test]

@@ -3,12 +3,14 @@
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_fla_ops::bridge::poison_outputs;
 use burn_fla_ops::{
-    CuSeqlens, Engine, GateActivation, ShortConvOptions, add_rms_norm, gated_rms_norm, rms_norm, rotary, short_conv,
-    swiglu,
+    CuSeqlens, Engine, GateActivation, ShortConvOptions, add_rms_norm, gated_rms_norm, linear, log_gate, rms_norm,
+    rotary, short_conv, swiglu, swiglu_linear,
 };
 use burn_fla_tests::{assert_close, numbers, reference_device, tensor, uniform};
 
 pub const EPS: f64 = 1e-5;
+/// Outputs of a linear layer.
+const OUT: usize = 24;
 
 /// An operator over inputs that are all carried as `[_, _, _]`.
 #[derive(Clone, Debug)]
@@ -17,6 +19,9 @@ pub enum Op {
     AddRms,
     Gated { weight: bool, act: GateActivation },
     SwiGlu,
+    SwiGluLinear,
+    LogGate { bias: bool },
+    Linear,
     Conv { silu: bool, bias: bool, initial: bool, packed: Option<Vec<usize>> },
     Rotary,
 }
@@ -54,6 +59,9 @@ impl Problem {
             Op::AddRms => vec![x, x, w],
             Op::Gated { weight, .. } => [vec![x, x], vec![w; usize::from(*weight)]].concat(),
             Op::SwiGlu => vec![x, x],
+            Op::SwiGluLinear => vec![x, x, parameter([1, OUT, d])],
+            Op::LogGate { bias } => [vec![x], vec![w; usize::from(*bias)]].concat(),
+            Op::Linear => vec![x, parameter([1, OUT, d]), parameter([1, 1, OUT])],
             Op::Conv { bias, initial, packed, .. } => {
                 let n = packed.as_ref().map_or(b, |offsets| offsets.len() - 1);
                 let mut inputs = vec![x, parameter([1, d, self.taps])];
@@ -83,6 +91,18 @@ impl Problem {
                 vec![gated_rms_norm(x, gate, weight.then(|| next().reshape([d])), EPS, *act, engine).unwrap()]
             }
             Op::SwiGlu => vec![swiglu(next(), next(), engine).unwrap()],
+            Op::SwiGluLinear => {
+                let (gate, up, weight) = (next(), next(), next().reshape([OUT, d]));
+                vec![swiglu_linear(gate, up, weight, engine).unwrap()]
+            }
+            Op::LogGate { bias } => {
+                let x = next();
+                vec![log_gate(x, bias.then(|| next().reshape([d])), 16.0, engine).unwrap()]
+            }
+            Op::Linear => {
+                let (x, weight, bias) = (next(), next().reshape([OUT, d]), next().reshape([OUT]));
+                vec![linear(x, weight, Some(bias)).unwrap()]
+            }
             Op::Conv { silu, bias, initial, packed } => {
                 let (x, weight) = (next(), next().reshape([d, self.taps]));
                 let bias = bias.then(|| next().reshape([d]));
@@ -210,6 +230,10 @@ pub fn problems(shape: [usize; 3], taps: usize) -> Vec<Problem> {
         Op::Gated { weight: true, act: GateActivation::Silu },
         Op::Gated { weight: false, act: GateActivation::Sigmoid },
         Op::SwiGlu,
+        Op::SwiGluLinear,
+        Op::LogGate { bias: true },
+        Op::LogGate { bias: false },
+        Op::Linear,
         Op::Conv { silu: true, bias: false, initial: false, packed: None },
         Op::Conv { silu: false, bias: true, initial: true, packed: None },
         Op::Conv { silu: true, bias: true, initial: false, packed: None },

@@ -9,7 +9,7 @@ use super::gsa::check_slots;
 use super::state::conv_elements;
 use super::{Convs, MixerDims, MixerState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
-use crate::modules::{Linear, RmsNorm, Rotary, ShortConv, check_conv, merge_heads, output_norm, split_heads};
+use crate::modules::{Linear, RmsNorm, Rotary, ShortConv, check_conv, merge_heads, output_norm, project, split_heads};
 use crate::{NnError, ParamScope};
 
 /// Configuration of [`Abc`].
@@ -191,9 +191,10 @@ impl Abc {
         context.check_input(&x, self.q_proj.weight.dims()[1])?;
         let (memory, conv) = past.map_or((None, Vec::new()), |past| (Some(past.memory), past.conv));
         let mut convs = Convs::new(context, conv);
-        let q = convs.run(&self.q_conv1d, self.q_proj.forward(x.clone())?)?;
-        let k = convs.run(&self.k_conv1d, self.k_proj.forward(x.clone())?)?;
-        let v = convs.run(&self.v_conv1d, self.v_proj.forward(x.clone())?)?;
+        let [q, k, v] = project([&self.q_proj, &self.k_proj, &self.v_proj], x.clone())?;
+        let q = convs.run(&self.q_conv1d, q)?;
+        let k = convs.run(&self.k_conv1d, k)?;
+        let v = convs.run(&self.v_conv1d, v)?;
         let heads = |x| split_heads(x, self.num_heads);
         let rotate = |x: Tensor<4>| match &self.rotary {
             Some(rotary) => rotary.forward(x, context.positions(), context.position_end(), context.engine()),

@@ -7,7 +7,7 @@ use burn_fla_ops as ops;
 
 use super::{KeyValueState, SequenceContext, check_groups};
 use crate::models::Fields;
-use crate::modules::{Linear, RmsNorm, Rotary, merge_heads, split_heads};
+use crate::modules::{Linear, RmsNorm, Rotary, merge_heads, project, split_heads};
 use crate::{Init, NnError, ParamScope};
 
 /// The norm on queries and keys has an ε of its own, whatever `norm_eps` is.
@@ -165,9 +165,10 @@ impl Attention {
             };
             self.rotary.forward(x, context.positions(), context.position_end(), engine)
         };
-        let q = rotate(self.q_proj.forward(x.clone())?, self.num_heads, self.q_norm.as_ref())?;
-        let k = rotate(self.k_proj.forward(x.clone())?, self.num_kv_heads, self.k_norm.as_ref())?;
-        let v = split_heads(self.v_proj.forward(x)?, self.num_kv_heads);
+        let [q, k, v] = project([&self.q_proj, &self.k_proj, &self.v_proj], x)?;
+        let q = rotate(q, self.num_heads, self.q_norm.as_ref())?;
+        let k = rotate(k, self.num_kv_heads, self.k_norm.as_ref())?;
+        let v = split_heads(v, self.num_kv_heads);
         let (k, v) = KeyValueState::extend(past, k, v);
         let o = ops::attention(q, k.clone(), v.clone(), context.attention(k.dims()[1], self.window_size))?;
         let state = KeyValueState::keep(k, v, self.window_size, context);

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::delta::{Maps, check_conv, gated_norm, strength};
 use super::{Convs, MixerDims, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
-use crate::modules::{Linear, RmsNorm, ShortConv, merge_heads, split_heads};
+use crate::modules::{Linear, RmsNorm, ShortConv, merge_heads, project, split_heads};
 use crate::{NnError, ParamScope};
 
 /// The smallest sum that a query or key is divided by.
@@ -202,9 +202,10 @@ impl DeltaNet {
         context.check_input(&x, self.q_proj.weight.dims()[1])?;
         let (state, conv) = past.map_or((None, Vec::new()), |past| (Some(past.state), past.conv));
         let mut convs = Convs::new(context, conv);
-        let q = convs.run(&self.q_conv1d, self.q_proj.forward(x.clone())?)?;
-        let k = convs.run(&self.k_conv1d, self.k_proj.forward(x.clone())?)?;
-        let v = convs.run(&self.v_conv1d, self.v_proj.forward(x.clone())?)?;
+        let [q, k, v] = project([&self.q_proj, &self.k_proj, &self.v_proj], x.clone())?;
+        let q = convs.run(&self.q_conv1d, q)?;
+        let k = convs.run(&self.k_conv1d, k)?;
+        let v = convs.run(&self.v_conv1d, v)?;
         let v = if self.v_conv1d.is_some() { v } else { activation::silu(v) };
         let [q, k] = [q, k].map(|x| self.normalise(split_heads(self.activate(x), self.num_heads)));
         let beta = match &self.b_proj {

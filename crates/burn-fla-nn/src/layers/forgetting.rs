@@ -2,13 +2,13 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{DType, Tensor, activation};
+use burn::tensor::{Tensor, activation};
 use burn_fla_ops as ops;
 
 use super::state::in_window;
 use super::{ForgettingState, KeyValueState, SequenceContext, check_groups};
 use crate::models::{CommonConfig, Fields};
-use crate::modules::{Linear, RmsNorm, log_sigmoid, merge_heads, split_heads};
+use crate::modules::{Linear, RmsNorm, merge_heads, project, split_heads};
 use crate::{NnError, ParamScope};
 
 /// The norm on queries and keys has an ε of its own, whatever `norm_eps` is.
@@ -142,10 +142,11 @@ impl ForgettingAttention {
             Some(norm) => norm.forward_heads(split_heads(x, heads), context.engine()),
             None => Ok(split_heads(x, heads)),
         };
-        let q = heads(self.q_proj.forward(x.clone())?, self.num_heads, &self.q_norm)?;
-        let k = heads(self.k_proj.forward(x.clone())?, self.num_kv_heads, &self.k_norm)?;
-        let v = split_heads(self.v_proj.forward(x.clone())?, self.num_kv_heads);
-        let log_forget = log_sigmoid(self.f_proj.forward(x.clone())?.cast(DType::F32));
+        let [q, k, v] = project([&self.q_proj, &self.k_proj, &self.v_proj], x.clone())?;
+        let q = heads(q, self.num_heads, &self.q_norm)?;
+        let k = heads(k, self.num_kv_heads, &self.k_norm)?;
+        let v = split_heads(v, self.num_kv_heads);
+        let log_forget = ops::log_gate(self.f_proj.forward(x.clone())?, None, 1.0, context.engine())?;
         let window = self.window_size.filter(|_| past.is_some());
         let (keys, gates) = past.map_or((None, None), |past| (Some(past.keys), Some(past.log_forget)));
         let (k, v) = KeyValueState::extend(keys, k, v);

@@ -10,7 +10,7 @@ use burn_fla_ops::{self as ops, GateActivation};
 use super::delta::{Heads, Maps, a_log, check_conv, convolved, dt_bias, gated_norm, log_decay, normalised, strength};
 use super::{Convs, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
-use crate::modules::{Linear, RmsNorm, ShortConv, merge_heads, split_heads};
+use crate::modules::{Linear, RmsNorm, ShortConv, merge_heads, project, split_heads};
 use crate::{NnError, ParamScope};
 
 /// Configuration of [`GatedDeltaNet`].
@@ -166,9 +166,10 @@ impl GatedDeltaNet {
         let heads = self.heads;
         let (state, conv) = past.map_or((None, Vec::new()), |past| (Some(past.state), past.conv));
         let mut convs = Convs::new(context, conv);
-        let q = convolved(&mut convs, &self.q_conv1d, self.q_proj.forward(x.clone())?)?;
-        let k = convolved(&mut convs, &self.k_conv1d, self.k_proj.forward(x.clone())?)?;
-        let v = convolved(&mut convs, &self.v_conv1d, self.v_proj.forward(x.clone())?)?;
+        let [q, k, v] = project([&self.q_proj, &self.k_proj, &self.v_proj], x.clone())?;
+        let q = convolved(&mut convs, &self.q_conv1d, q)?;
+        let k = convolved(&mut convs, &self.k_conv1d, k)?;
+        let v = convolved(&mut convs, &self.v_conv1d, v)?;
         let log_decay = log_decay(self.a_proj.forward(x.clone())?, &self.A_log, &self.dt_bias);
         let beta = strength(self.b_proj.forward(x.clone())?, self.allow_neg_eigval);
         let [q, k] = [q, k].map(|x| split_heads(x, heads.keys));

@@ -10,7 +10,7 @@ use burn_fla_ops::{self as ops, GateActivation};
 use super::delta::{Heads, Maps, a_log, check_conv, convolved, dt_bias, gated_norm, log_decay, normalised, strength};
 use super::{Convs, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
-use crate::modules::{Linear, RmsNorm, ShortConv, merge_heads, split_heads};
+use crate::modules::{Linear, RmsNorm, ShortConv, merge_heads, project, split_heads};
 use crate::{NnError, ParamScope};
 
 /// The most steps a token.
@@ -170,9 +170,10 @@ impl GatedDeltaProduct {
         let [b, t, _] = x.dims();
         let (state, conv) = past.map_or((None, Vec::new()), |past| (Some(past.state), past.conv));
         let mut convs = Convs::new(context, conv);
-        let q = convolved(&mut convs, &self.q_conv1d, self.q_proj.forward(x.clone())?)?;
-        let k = convolved(&mut convs, &self.k_conv1d, self.k_proj.forward(x.clone())?)?;
-        let v = convolved(&mut convs, &self.v_conv1d, self.v_proj.forward(x.clone())?)?;
+        let [q, k, v] = project([&self.q_proj, &self.k_proj, &self.v_proj], x.clone())?;
+        let q = convolved(&mut convs, &self.q_conv1d, q)?;
+        let k = convolved(&mut convs, &self.k_conv1d, k)?;
+        let v = convolved(&mut convs, &self.v_conv1d, v)?;
         // The steps of a token lie side by side among its features: there they become tokens.
         let k = k.reshape([b, t * n, heads.keys, heads.key_width]);
         let v = v.reshape([b, t * n, heads.values, heads.value_width]);

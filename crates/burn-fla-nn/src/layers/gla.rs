@@ -2,13 +2,13 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{DType, Tensor};
-use burn_fla_ops as ops;
+use burn::tensor::Tensor;
+use burn_fla_ops::{self as ops, Engine};
 
 use super::{Convs, MixerDims, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{
-    FeatureMap, Linear, RmsNorm, ShortConv, check_conv, log_sigmoid, merge_heads, output_norm, repeat_heads,
+    FeatureMap, Linear, RmsNorm, ShortConv, check_conv, merge_heads, output_norm, project_all, repeat_heads,
     split_heads,
 };
 use crate::{NnError, ParamScope};
@@ -183,9 +183,15 @@ impl Gla {
         context.check_input(&x, self.q_proj.weight.dims()[1])?;
         let (state, conv) = past.map_or((None, Vec::new()), |past| (Some(past.state), past.conv));
         let mut convs = Convs::new(context, conv);
-        let q = convs.run(&self.q_conv1d, self.q_proj.forward(x.clone())?)?;
-        let k = convs.run(&self.k_conv1d, self.k_proj.forward(x.clone())?)?;
-        let v = convs.run(&self.v_conv1d, self.v_proj.forward(x.clone())?)?;
+        let mut maps = vec![&self.q_proj, &self.k_proj, &self.v_proj, &self.gk_proj[0]];
+        maps.extend(&self.g_proj);
+        let mut projected = project_all(&maps, x)?.into_iter();
+        let mut next = || projected.next().expect("an output for each map");
+        let (q, k, v, low) = (next(), next(), next(), next());
+        let gate = self.g_proj.as_ref().map(|_| split_heads(next(), self.num_heads));
+        let q = convs.run(&self.q_conv1d, q)?;
+        let k = convs.run(&self.k_conv1d, k)?;
+        let v = convs.run(&self.v_conv1d, v)?;
         let map = |x: Tensor<4>| match self.feature_map {
             Some(map) => map.apply(x),
             None => x,
@@ -194,12 +200,8 @@ impl Gla {
         let q = map(split_heads(q, self.num_heads));
         let k = repeat_heads(map(split_heads(k, self.num_kv_heads)), repeat);
         let v = repeat_heads(split_heads(v, self.num_kv_heads), repeat);
-        let log_decay = split_heads(self.log_decay(x.clone())?, self.num_kv_heads);
+        let log_decay = split_heads(self.log_decay(low, context.engine())?, self.num_kv_heads);
         let (o, state) = ops::gla(q, k, v, repeat_heads(log_decay, repeat), context.options(state))?;
-        let gate = match &self.g_proj {
-            Some(g_proj) => Some(split_heads(g_proj.forward(x)?, self.num_heads)),
-            None => None,
-        };
         let norm = self.g_norm_swish_gate.as_ref().or(self.g_norm.as_ref());
         let o = output_norm(o, gate, norm, self.norm_eps, context.engine())?;
         let y = self.o_proj.forward(merge_heads(o))?;
@@ -207,11 +209,13 @@ impl Gla {
         Ok((y, state))
     }
 
-    /// ln α, f32 `[B, T, G·K]`.
-    fn log_decay(&self, x: Tensor<3>) -> Result<Tensor<3>, NnError> {
-        let low = self.gk_proj[0].forward(x)?;
-        let a = self.gk_proj[1].forward(low)?.cast(DType::F32);
-        let log_decay = log_sigmoid(a).div_scalar(GATE_NORMALIZER);
+    /// ln α, f32 `[B, T, G·K]`, of `low` = W₁ x.
+    fn log_decay(&self, low: Tensor<3>, engine: Engine) -> Result<Tensor<3>, NnError> {
+        let dtype = low.dtype();
+        let up = &self.gk_proj[1];
+        let a = ops::linear(low, up.weight_for(dtype), None)?;
+        let bias = up.bias.as_ref().map(|bias| bias.val());
+        let log_decay = ops::log_gate(a, bias, GATE_NORMALIZER, engine)?;
         Ok(match self.clamp_min {
             Some(clamp) => log_decay.clamp_min(clamp),
             None => log_decay,

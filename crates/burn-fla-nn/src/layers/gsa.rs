@@ -9,7 +9,7 @@ use super::state::conv_elements;
 use super::{Convs, MixerDims, MixerState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{
-    FeatureMap, Linear, LinearMap, RmsNorm, ShortConv, check_conv, log_sigmoid, merge_heads, output_norm, repeat_heads,
+    FeatureMap, Linear, LinearMap, RmsNorm, ShortConv, check_conv, merge_heads, output_norm, project, repeat_heads,
     split_heads,
 };
 use crate::{NnError, ParamScope};
@@ -218,13 +218,14 @@ impl Gsa {
         let dtype = x.dtype();
         let (memory, conv) = past.map_or((None, Vec::new()), |past| (Some(past.memory), past.conv));
         let mut convs = Convs::new(context, conv);
-        let q = convs.run(&self.q_conv1d, self.q_proj.forward(x.clone())?)?;
-        let k = convs.run(&self.k_conv1d, self.k_proj.forward(x.clone())?)?;
-        let v = convs.run(&self.v_conv1d, self.v_proj.forward(x.clone())?)?;
+        let [q, k, v] = project([&self.q_proj, &self.k_proj, &self.v_proj], x.clone())?;
+        let q = convs.run(&self.q_conv1d, q)?;
+        let k = convs.run(&self.k_conv1d, k)?;
+        let v = convs.run(&self.v_conv1d, v)?;
         let repeat = self.num_heads / self.num_kv_heads;
         let grouped = |x| repeat_heads(split_heads(x, self.num_kv_heads), repeat);
         let f = self.f_proj.forward(x)?.cast(DType::F32);
-        let log_decay = log_sigmoid(f).div_scalar(self.gate_logit_normalizer);
+        let log_decay = ops::log_gate(f, None, self.gate_logit_normalizer, context.engine())?;
         let slots = log_decay.clone().exp().neg().add_scalar(1.0).cast(dtype);
         let options = ops::GsaOptions {
             scale: Some(1.0),

@@ -8,7 +8,7 @@ use burn_fla_ops as ops;
 use super::state::conv_elements;
 use super::{Convs, MixerState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
-use crate::modules::{Linear, RmsNorm, ShortConv, check_conv, forget_gate, output_norm};
+use crate::modules::{Linear, RmsNorm, ShortConv, check_conv, forget_gate, output_norm, project};
 use crate::{NnError, ParamScope};
 
 /// Configuration of [`Hgrn`].
@@ -157,8 +157,9 @@ impl Hgrn {
         let dtype = x.dtype();
         let (state, conv) = past.map_or((None, Vec::new()), |past| (Some(past.state), past.conv));
         let mut convs = Convs::new(context, conv);
-        let i = convs.run(&self.i_conv1d, self.i_proj.forward(x.clone())?)?;
-        let f = convs.run(&self.f_conv1d, self.f_proj.forward(x.clone())?)?;
+        let [i, f] = project([&self.i_proj, &self.f_proj], x.clone())?;
+        let i = convs.run(&self.i_conv1d, i)?;
+        let f = convs.run(&self.f_conv1d, f)?;
         let bound = self.bound_of.and_then(|layer| context.lower_bound(layer));
         let (log_decay, rest) = forget_gate(f, bound);
         let i = (activation::silu(i.cast(DType::F32)) * rest).cast(dtype);

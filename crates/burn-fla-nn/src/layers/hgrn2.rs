@@ -8,7 +8,7 @@ use burn_fla_ops as ops;
 use super::{Convs, HeadsByRatio, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{
-    FeatureMap, Linear, RmsNorm, ShortConv, check_conv, forget_gate, merge_heads, output_norm, split_heads,
+    FeatureMap, Linear, RmsNorm, ShortConv, check_conv, forget_gate, merge_heads, output_norm, project, split_heads,
 };
 use crate::{NnError, ParamScope};
 
@@ -148,9 +148,10 @@ impl Hgrn2 {
         let dtype = x.dtype();
         let (state, conv) = past.map_or((None, Vec::new()), |past| (Some(past.state), past.conv));
         let mut convs = Convs::new(context, conv);
-        let q = convs.run(&self.q_conv1d, self.q_proj.forward(x.clone())?)?;
-        let f = convs.run(&self.f_conv1d, self.f_proj.forward(x.clone())?)?;
-        let i = convs.run(&self.i_conv1d, self.i_proj.forward(x)?)?;
+        let [q, f, i] = project([&self.q_proj, &self.f_proj, &self.i_proj], x)?;
+        let q = convs.run(&self.q_conv1d, q)?;
+        let f = convs.run(&self.f_conv1d, f)?;
+        let i = convs.run(&self.i_conv1d, i)?;
         let bound = self.bound_of.and_then(|layer| context.lower_bound(layer));
         let (log_decay, k) = forget_gate(f, bound);
         let heads = |x| split_heads(x, self.num_heads);

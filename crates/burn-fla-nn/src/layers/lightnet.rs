@@ -8,7 +8,9 @@ use burn_fla_ops as ops;
 use super::state::conv_elements;
 use super::{Convs, HeadsByRatio, MixerState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
-use crate::modules::{FeatureMap, Linear, RmsNorm, ShortConv, check_conv, merge_heads, output_norm, split_heads};
+use crate::modules::{
+    FeatureMap, Linear, RmsNorm, ShortConv, check_conv, merge_heads, output_norm, project, split_heads,
+};
 use crate::{NnError, ParamScope};
 
 /// The output norm has an ε of its own, whatever `norm_eps` is.
@@ -149,9 +151,10 @@ impl LightNet {
             None => (None, None, Vec::new()),
         };
         let mut convs = Convs::new(context, conv);
-        let q = convs.run(&self.q_conv1d, self.q_proj.forward(x.clone())?)?;
-        let k = convs.run(&self.k_conv1d, self.k_proj.forward(x.clone())?)?;
-        let v = convs.run(&self.v_conv1d, self.v_proj.forward(x.clone())?)?;
+        let [q, k, v] = project([&self.q_proj, &self.k_proj, &self.v_proj], x.clone())?;
+        let q = convs.run(&self.q_conv1d, q)?;
+        let k = convs.run(&self.k_conv1d, k)?;
+        let v = convs.run(&self.v_conv1d, v)?;
         let (k, log_decay, normaliser) = ops::running_softmax(k, context.scan_options(normaliser))?;
         let heads = |x| split_heads(x, self.num_heads);
         let q = heads(FeatureMap::Silu.apply(q));

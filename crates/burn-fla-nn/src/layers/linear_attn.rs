@@ -7,7 +7,9 @@ use burn_fla_ops as ops;
 
 use super::{MixerDims, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
-use crate::modules::{HeadMap, LearnedMap, Linear, RmsNorm, merge_heads, output_norm, repeat_heads, split_heads};
+use crate::modules::{
+    HeadMap, LearnedMap, Linear, RmsNorm, merge_heads, output_norm, project, repeat_heads, split_heads,
+};
 use crate::{NnError, ParamScope};
 
 /// Added to the sums by which `norm_q` and `norm_k` divide.
@@ -159,9 +161,10 @@ impl LinearAttention {
         };
         let keys = if self.feature_map_k.is_some() { &self.feature_map_k } else { &self.feature_map_q };
         let repeat = self.num_heads / self.num_kv_heads;
-        let q = map(split_heads(self.q_proj.forward(x.clone())?, self.num_heads), &self.feature_map_q, self.norm_q)?;
-        let k = map(split_heads(self.k_proj.forward(x.clone())?, self.num_kv_heads), keys, self.norm_k)?;
-        let v = split_heads(self.v_proj.forward(x)?, self.num_kv_heads);
+        let [q, k, v] = project([&self.q_proj, &self.k_proj, &self.v_proj], x)?;
+        let q = map(split_heads(q, self.num_heads), &self.feature_map_q, self.norm_q)?;
+        let k = map(split_heads(k, self.num_kv_heads), keys, self.norm_k)?;
+        let v = split_heads(v, self.num_kv_heads);
         let (o, state) = ops::linear_attn(
             q,
             repeat_heads(k, repeat),

@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::module::{Module, Param};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 use burn_fla_ops::{self as ops, GateActivation, MesaOptions, MesaState};
 
 use super::delta::{Heads, Maps, gated_norm, strength};
@@ -10,7 +10,7 @@ use super::state::conv_elements;
 use super::{Convs, MixerState, SequenceContext};
 use crate::init::Init;
 use crate::models::{CommonConfig, Fields};
-use crate::modules::{Linear, RmsNorm, ShortConv, check_conv, log_sigmoid, merge_heads, softplus, split_heads};
+use crate::modules::{Linear, RmsNorm, ShortConv, check_conv, merge_heads, project, softplus, split_heads};
 use crate::{NnError, ParamScope};
 
 /// Every λ starts at this.
@@ -182,10 +182,11 @@ impl MesaNet {
         let iterations = self.steps[usize::from(past.is_some())];
         let (memory, conv) = past.map_or((None, Vec::new()), |past| (Some(past.memory), past.conv));
         let mut convs = Convs::new(context, conv);
-        let q = split_heads(convs.run(&self.q_conv1d, self.q_proj.forward(x.clone())?)?, heads);
-        let k = split_heads(convs.run(&self.k_conv1d, self.k_proj.forward(x.clone())?)?, heads);
-        let v = split_heads(self.v_proj.forward(x.clone())?, heads);
-        let log_decay = log_sigmoid(self.a_proj.forward(x.clone())?.cast(DType::F32));
+        let [q, k, v] = project([&self.q_proj, &self.k_proj, &self.v_proj], x.clone())?;
+        let q = split_heads(convs.run(&self.q_conv1d, q)?, heads);
+        let k = split_heads(convs.run(&self.k_conv1d, k)?, heads);
+        let v = split_heads(v, heads);
+        let log_decay = ops::log_gate(self.a_proj.forward(x.clone())?, None, 1.0, context.engine())?;
         let beta = strength(self.b_proj.forward(x.clone())?, false);
         let lambda = softplus(self.lambda_params.val()).add_scalar(self.lambda_lower_bound);
         let options = MesaOptions {

@@ -7,7 +7,7 @@ use burn_fla_ops::{self as ops, NsaOptions, OpError};
 
 use super::{KeyValueState, SequenceContext, check_groups};
 use crate::models::{CommonConfig, Fields};
-use crate::modules::{Linear, Rotary, merge_heads, split_heads};
+use crate::modules::{Linear, Rotary, merge_heads, project, split_heads};
 use crate::{NnError, ParamScope};
 
 /// Configuration of [`NativeSparseAttention`].
@@ -148,9 +148,10 @@ impl NativeSparseAttention {
         let rotate = |x: Tensor<3>, heads: usize| {
             self.rotary.forward(split_heads(x, heads), context.positions(), context.position_end(), engine)
         };
-        let q = rotate(self.q_proj.forward(x.clone())?, self.num_heads)?;
-        let k = rotate(self.k_proj.forward(x.clone())?, self.num_kv_heads)?;
-        let v = split_heads(self.v_proj.forward(x.clone())?, self.num_kv_heads);
+        let [q, k, v] = project([&self.q_proj, &self.k_proj, &self.v_proj], x.clone())?;
+        let q = rotate(q, self.num_heads)?;
+        let k = rotate(k, self.num_kv_heads)?;
+        let v = split_heads(v, self.num_kv_heads);
         let gates = split_heads(activation::sigmoid(self.g_proj.forward(x)?), self.num_heads);
         let gates = [0, 1, 2].map(|branch| gates.clone().narrow(3, branch, 1).squeeze_dim::<3>(3));
         let (k, v) = KeyValueState::extend(past, k, v);

@@ -8,7 +8,7 @@ use burn_fla_ops as ops;
 use super::based::{check_heads, polynomial_fields};
 use super::{RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
-use crate::modules::{Linear, merge_heads, split_heads};
+use crate::modules::{Linear, merge_heads, project, split_heads};
 use crate::{NnError, ParamScope};
 
 /// ε of the norm on queries and keys, whatever `eps` is.
@@ -155,9 +155,10 @@ impl Rebased {
         context: &SequenceContext,
     ) -> Result<(Tensor<3>, Option<RecurrentState>), NnError> {
         context.check_input(&x, self.q_proj.weight.dims()[1])?;
-        let q = self.feature_map.forward(split_heads(self.q_proj.forward(x.clone())?, self.num_heads));
-        let k = self.feature_map.forward(split_heads(self.k_proj.forward(x.clone())?, self.num_heads));
-        let v = split_heads(self.v_proj.forward(x)?, self.num_heads);
+        let [q, k, v] = project([&self.q_proj, &self.k_proj, &self.v_proj], x)?;
+        let q = self.feature_map.forward(split_heads(q, self.num_heads));
+        let k = self.feature_map.forward(split_heads(k, self.num_heads));
+        let v = split_heads(v, self.num_heads);
         let (o, state) = ops::rebased(q, k, v, self.eps, context.options(past.map(|past| past.state)))?;
         let y = self.o_proj.forward(merge_heads(o))?;
         Ok((y, context.keep_state().then(|| RecurrentState { state, conv: Vec::new() })))

@@ -7,7 +7,9 @@ use burn_fla_ops::{self as ops, ScalarDecay};
 
 use super::{MixerDims, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
-use crate::modules::{FeatureMap, Linear, RmsNorm, Rotary, merge_heads, output_norm, repeat_heads, split_heads};
+use crate::modules::{
+    FeatureMap, Linear, RmsNorm, Rotary, merge_heads, output_norm, project, repeat_heads, split_heads,
+};
 use crate::per_device::PerDevice;
 use crate::{NnError, ParamScope};
 
@@ -162,9 +164,10 @@ impl Retention {
             self.rotary.forward(x, context.positions(), context.position_end(), engine)
         };
         let repeat = self.num_heads / self.num_kv_heads;
-        let q = rotate(self.q_proj.forward(x.clone())?, self.num_heads)?;
-        let k = rotate(self.k_proj.forward(x.clone())?, self.num_kv_heads)?;
-        let v = split_heads(self.v_proj.forward(x.clone())?, self.num_kv_heads);
+        let [q, k, v] = project([&self.q_proj, &self.k_proj, &self.v_proj], x.clone())?;
+        let q = rotate(q, self.num_heads)?;
+        let k = rotate(k, self.num_kv_heads)?;
+        let v = split_heads(v, self.num_kv_heads);
         let decay = self.log_decay.get(
             &x.device(),
             |_| true,

@@ -42,11 +42,36 @@ impl Linear {
     /// # Errors
     /// Shapes that do not fit.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Result<Tensor<D>, NnError> {
-        let dtype = x.dtype();
-        let bias = self.bias.as_ref().map(|b| b.val().cast(dtype));
-        // A bf16 product takes the f32 weight as it is and rounds it once for both directions.
-        let weight = self.weight.val();
-        let weight = if dtype == DType::BF16 { weight } else { weight.cast(dtype) };
+        let (weight, bias) = self.for_input(x.dtype());
         Ok(ops::linear(x, weight, bias)?)
     }
+
+    /// W and b as they stand beside an input of `dtype`: with bf16 they stay f32, and W is rounded once for both directions.
+    fn for_input(&self, dtype: DType) -> (Tensor<2>, Option<Tensor<1>>) {
+        let to = if dtype == DType::BF16 { DType::F32 } else { dtype };
+        (self.weight.val().cast(to), self.bias.as_ref().map(|bias| bias.val().cast(to)))
+    }
+
+    /// W of [`Linear::for_input`].
+    pub(crate) fn weight_for(&self, dtype: DType) -> Tensor<2> {
+        self.for_input(dtype).0
+    }
+}
+
+/// Several maps of one input, whose gradient is then one product.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub(crate) fn project<const N: usize, const D: usize>(
+    maps: [&Linear; N],
+    x: Tensor<D>,
+) -> Result<[Tensor<D>; N], NnError> {
+    let outputs = project_all(&maps, x)?;
+    Ok(outputs.try_into().unwrap_or_else(|_| unreachable!("an output for each map")))
+}
+
+/// [`project`], where the number of maps is not known before.
+pub(crate) fn project_all<const D: usize>(maps: &[&Linear], x: Tensor<D>) -> Result<Vec<Tensor<D>>, NnError> {
+    let layers = maps.iter().map(|map| map.for_input(x.dtype())).collect();
+    Ok(ops::linears(x, layers)?)
 }

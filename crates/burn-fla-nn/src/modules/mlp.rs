@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::tensor::{DType, Tensor, activation};
 use burn_fla_ops::{self as ops, Engine};
 
-use super::Linear;
+use super::{Linear, project};
 use crate::{NnError, ParamScope};
 
 /// What the gate of a [`GatedMlp`] passes through (`hidden_act` in config.json).
@@ -70,11 +70,14 @@ impl GatedMlp {
     /// # Errors
     /// Shapes that do not fit.
     pub fn forward(&self, x: Tensor<3>, engine: Engine) -> Result<Tensor<3>, NnError> {
-        let gate = self.gate_proj.forward(x.clone())?;
-        let up = self.up_proj.forward(x)?;
-        self.down_proj.forward(match self.activation {
-            MlpActivation::Swish => ops::swiglu(gate, up, engine)?,
-            MlpActivation::PowLu => pow_lu(gate) * up,
-        })
+        let [gate, up] = project([&self.gate_proj, &self.up_proj], x)?;
+        match self.activation {
+            MlpActivation::Swish if self.down_proj.bias.is_none() => {
+                let weight = self.down_proj.weight_for(gate.dtype());
+                Ok(ops::swiglu_linear(gate, up, weight, engine)?)
+            }
+            MlpActivation::Swish => self.down_proj.forward(ops::swiglu(gate, up, engine)?),
+            MlpActivation::PowLu => self.down_proj.forward(pow_lu(gate) * up),
+        }
     }
 }

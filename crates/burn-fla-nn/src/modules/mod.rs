@@ -29,6 +29,7 @@ pub use head_map::{HeadMap, LearnedMap, LinearMap, ProductMap};
 pub use heads::{merge_heads, repeat_heads, split_heads};
 pub use layer_norm::{GroupNorm, LayerNorm};
 pub use linear::Linear;
+pub(crate) use linear::{project, project_all};
 pub use loss::{IGNORED_LABEL, LossOutput, cross_entropy};
 pub use low_rank::{Between, LowRank, LowRankMaps};
 pub use mlp::{GatedMlp, MlpActivation};

@@ -58,22 +58,68 @@ const QUERIES: Roles = Roles { outer_is_value: false, against_time: false, borde
 const KEYS: Roles = Roles { outer_is_value: false, against_time: true, borders: Borders::None };
 const VALUES: Roles = Roles { outer_is_value: true, against_time: true, borders: Borders::None };
 
-/// Whether this engine takes a problem: bf16 on a Hopper GPU, chunks of its own choice, key and value
-/// channels in multiples of 16 up to 256, and some sequence of more than one token.
+/// The most channels that a walk compares tokens along.
+const MOST_CHANNELS: usize = 256;
+
+/// Whether this engine takes a problem: bf16 on a Hopper GPU, chunks of its own choice, key channels in multiples of 16
+/// up to 256 and value channels up to 512, and some sequence of more than one token.
 pub(crate) fn takes(problem: &Problem) -> bool {
     let (keys, values) = (problem.q.dims()[3], problem.v.dims()[3]);
-    let fits = |n: usize| n.is_multiple_of(16) && n <= 256;
     problem.q.dtype() == DType::BF16
         && problem.chunk.is_none()
         && problem.scale.abs() > f64::from(f32::MIN_POSITIVE)
         && problem.sequences.lengths().any(|n| n > 1)
-        && fits(keys)
-        && fits(values)
+        && keys.is_multiple_of(16)
+        && keys <= MOST_CHANNELS
+        && values.is_multiple_of(16)
+        && values <= 2 * MOST_CHANNELS
         && is_hopper(&problem.q.device())
 }
 
 /// Runs a problem that [`takes`] accepts.
+///
+/// Columns of the state are independent of each other: where a head has more value channels than a walk takes, both
+/// halves become heads of their own, with the same queries, keys and decays.
 pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
+    let [b, t, h, dk] = problem.q.dims();
+    let dv = problem.v.dims()[3];
+    if dv <= MOST_CHANNELS {
+        return run_whole(problem);
+    }
+    let n = problem.sequences.num_sequences();
+    let half = dv.div_ceil(32) * 16;
+    let twice = |x: Tensor<4>| x.unsqueeze_dim::<5>(3).repeat_dim(3, 2).reshape([b, t, 2 * h, dk]);
+    let decay = match problem.decay {
+        Decay::None => Decay::None,
+        Decay::Head(g) => Decay::Head(g.unsqueeze_dim::<2>(1).repeat_dim(1, 2).reshape([2 * h])),
+        Decay::Token(g) => Decay::Token(g.unsqueeze_dim::<4>(3).repeat_dim(3, 2).reshape([b, t, 2 * h])),
+        Decay::Key(g) => Decay::Key(twice(g)),
+    };
+    // The second half may end with channels of zeros.
+    let even = |x: Tensor<4>| {
+        let [first, second, third, _] = x.dims();
+        let options = (&x.device(), x.dtype());
+        match 2 * half - dv {
+            0 => x,
+            rest => Tensor::cat(vec![x, Tensor::zeros([first, second, third, rest], options)], 3),
+        }
+    };
+    let halves =
+        |s: Tensor<4>| even(s).reshape([n, h, dk, 2, half]).permute([0, 1, 3, 2, 4]).reshape([n, 2 * h, dk, half]);
+    let (o, state) = run_whole(Problem {
+        q: twice(problem.q),
+        k: twice(problem.k),
+        v: even(problem.v).reshape([b, t, 2 * h, half]),
+        decay,
+        state: problem.state.map(halves),
+        ..problem
+    });
+    let state = state.reshape([n, h, 2, dk, half]).permute([0, 1, 3, 2, 4]).reshape([n, h, dk, 2 * half]);
+    (o.reshape([b, t, h, 2 * half]).narrow(3, 0, dv), state.narrow(3, 0, dv))
+}
+
+/// [`run`], where no walk compares tokens along more than 256 channels.
+fn run_whole(problem: Problem) -> (Tensor<4>, Tensor<4>) {
     let Problem { op, q, k, v, decay, scale, state, sequences, .. } = problem;
     let [b, t, h, dk] = q.dims();
     let dv = v.dims()[3];

@@ -10,7 +10,7 @@ use cubecl::prelude::*;
 
 use super::{kernels, strip};
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous, owned, storage};
-use crate::matmul::raw::{Side, multiply};
+use crate::matmul::raw::{Side, multiply, multiply_add};
 use crate::rows::{MAX_CUBES, UNITS, address, grid, sum_all, vector_size};
 
 /// Bytes that the logits of a strip may take: a share of a GPU's memory that does not count, and, where a device binds
@@ -126,10 +126,10 @@ impl Operator for LinearCrossEntropy {
             let logits = self.rows(logits, &tokens, first, save);
             if save {
                 dx.push(multiply(Side::plain(&logits), Side::plain(&weight), x.dtype));
-                let part = multiply(Side::transposed(&logits), Side::plain(&rows), DType::F32);
+                let (a, b) = (Side::transposed(&logits), Side::plain(&rows));
                 dw = Some(match dw {
-                    None => part,
-                    Some(sum) => CubeBackend::float_add(sum, part),
+                    None => multiply(a, b, DType::F32),
+                    Some(sum) => multiply_add(a, b, sum),
                 });
             }
         }

@@ -5,6 +5,8 @@
 //! GPU; all else takes Burn's.
 
 #[cfg(feature = "cube")]
+mod bias;
+#[cfg(feature = "cube")]
 mod exact;
 #[cfg(feature = "cuda")]
 pub mod hopper;
@@ -46,8 +48,8 @@ pub(crate) fn product<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> Tensor<D> {
 /// A linear layer, `y = x Wᵀ + bias`.
 ///
 /// # Shapes
-/// `x`: `[…, in]`, `weight`: `[out, in]`, `bias`: `[out]`, of one dtype; returns `[…, out]`. Beside a bf16 `x` the weight may
-/// be f32: it is rounded for the product, and its gradient is f32.
+/// `x`: `[…, in]`, `weight`: `[out, in]`, `bias`: `[out]`, of one dtype; returns `[…, out]`. Beside a bf16 `x` weight and bias
+/// may be f32: they are rounded for the product and the sum, and their gradients are f32.
 ///
 /// # Errors
 /// [`OpError`] where shapes, dtypes or devices do not fit together.
@@ -55,25 +57,85 @@ pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tens
     let mut dims = x.dims();
     let (rows, inner) = (dims[..D - 1].iter().product::<usize>(), dims[D - 1]);
     let out = weight.dims()[0];
-    crate::bridge::same_shape("linear", "weight", &weight, [out, inner], "[out, in]")?;
-    let rounded = x.dtype() == DType::BF16 && weight.dtype() == DType::F32;
-    if !rounded {
-        same_dtype("linear", "weight", &weight, x.dtype())?;
-    }
-    same_device("linear", "weight", &weight, &x.device())?;
-    if let Some(bias) = &bias {
-        crate::bridge::same_shape("linear", "bias", bias, [out], "[out]")?;
-        same_dtype("linear", "bias", bias, x.dtype())?;
-        same_device("linear", "bias", bias, &x.device())?;
-    }
+    check(&x, &weight, bias.as_ref())?;
     // One product over all rows: its weight gradient is one product too.
     let y = rows_times_weight(x.reshape([rows, inner]), weight)?;
-    let y = match bias {
-        Some(bias) => y + bias.unsqueeze(),
-        None => y,
-    };
     dims[D - 1] = out;
-    Ok(y.reshape(dims))
+    let y = y.reshape(dims);
+    Ok(match bias {
+        Some(bias) => add_bias(y, bias),
+        None => y,
+    })
+}
+
+/// `y + bias`, in the dtype of `y`.
+fn add_bias<const D: usize>(y: Tensor<D>, bias: Tensor<1>) -> Tensor<D> {
+    #[cfg(feature = "cube")]
+    if let Some(rows) = bias::rows(&bias, y.dims(), y.dtype()) {
+        return y + rows;
+    }
+    let dtype = y.dtype();
+    y + bias.cast(dtype).unsqueeze()
+}
+
+/// Several linear layers of one input, `yᵢ = x Wᵢᵀ + biasᵢ`. On a Hopper GPU in bf16, the gradient of `x` is one product over all
+/// of them.
+///
+/// # Shapes
+/// `x`: `[…, in]`, `weights`: `[outᵢ, in]`, `biases`: `[outᵢ]`, of one dtype; returns `[…, outᵢ]`. As with [`linear`], weights
+/// and biases may be f32 beside a bf16 `x`.
+///
+/// # Errors
+/// [`OpError`] where shapes, dtypes or devices do not fit together.
+pub fn linears<const D: usize>(
+    x: Tensor<D>,
+    layers: Vec<(Tensor<2>, Option<Tensor<1>>)>,
+) -> Result<Vec<Tensor<D>>, OpError> {
+    for (weight, bias) in &layers {
+        check(&x, weight, bias.as_ref())?;
+    }
+    #[cfg(feature = "cuda")]
+    {
+        let mut dims = x.dims();
+        let flat = x.clone().reshape([dims[..D - 1].iter().product::<usize>(), dims[D - 1]]);
+        let few = (2..=hopper::MOST_LINEARS).contains(&layers.len());
+        if few && layers.iter().all(|(weight, _)| hopper::takes(&flat, weight)) {
+            let (weights, biases): (Vec<_>, Vec<_>) = layers.into_iter().unzip();
+            let shaped = hopper::linears(flat, weights).into_iter().zip(biases).map(|(y, bias)| {
+                dims[D - 1] = y.dims()[1];
+                let y = y.reshape(dims);
+                match bias {
+                    Some(bias) => add_bias(y, bias),
+                    None => y,
+                }
+            });
+            return Ok(shaped.collect());
+        }
+    }
+    layers.into_iter().map(|(weight, bias)| linear(x.clone(), weight, bias)).collect()
+}
+
+/// Checks the arguments of a linear layer.
+pub(crate) fn check<const D: usize>(
+    x: &Tensor<D>,
+    weight: &Tensor<2>,
+    bias: Option<&Tensor<1>>,
+) -> Result<(), OpError> {
+    let (inner, out) = (x.dims()[D - 1], weight.dims()[0]);
+    crate::bridge::same_shape("linear", "weight", weight, [out, inner], "[out, in]")?;
+    let rounded = x.dtype() == DType::BF16 && weight.dtype() == DType::F32;
+    if !rounded {
+        same_dtype("linear", "weight", weight, x.dtype())?;
+    }
+    same_device("linear", "weight", weight, &x.device())?;
+    if let Some(bias) = bias {
+        crate::bridge::same_shape("linear", "bias", bias, [out], "[out]")?;
+        if !(x.dtype() == DType::BF16 && bias.dtype() == DType::F32) {
+            same_dtype("linear", "bias", bias, x.dtype())?;
+        }
+        same_device("linear", "bias", bias, &x.device())?;
+    }
+    Ok(())
 }
 
 /// `x Wᵀ` of two matrices.

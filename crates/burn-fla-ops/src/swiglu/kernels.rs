@@ -28,6 +28,8 @@ fn backward_kernel<E: Float, N: Size>(
     dy: &Tensor<Vector<E, N>>,
     dgate: &mut Tensor<Vector<E, N>>,
     dup: &mut Tensor<Vector<E, N>>,
+    y: &mut Tensor<Vector<E, N>>,
+    #[comptime] with_output: bool,
     #[define(E)] _element: ElemType,
 ) {
     let one = Vector::<f32, N>::new(1.0f32);
@@ -39,8 +41,66 @@ fn backward_kernel<E: Float, N: Size>(
         let s = sigmoid::<N>(g);
         dgate[at] = Vector::cast_from(grad * u * s * (one + g * (one - s)));
         dup[at] = Vector::cast_from(grad * g * s);
+        if comptime!(with_output) {
+            y[at] = Vector::cast_from(g * s * u);
+        }
         at += CUBE_COUNT_X as usize * comptime!(UNITS);
     }
+}
+
+/// `silu(gate) ∘ up`, of contiguous tensors of any shape.
+pub(super) fn forward(gate: CubeTensor, up: CubeTensor) -> CubeTensor {
+    let size = gate.meta.shape().num_elements();
+    let vector = vector_size(size);
+    let y = like(&gate);
+    forward_kernel::launch(
+        &gate.client.clone(),
+        grid((size / vector).div_ceil(UNITS).min(MAX_CUBES)),
+        CubeDim::new_1d(UNITS as u32),
+        address(&[&gate]),
+        vector,
+        gate.clone().into_tensor_arg(),
+        up.into_tensor_arg(),
+        y.clone().into_tensor_arg(),
+        storage(gate.dtype),
+    );
+    y
+}
+
+/// The gradients of gate and up, and, where asked for, the output once more.
+pub(super) fn backward(
+    gate: CubeTensor,
+    up: CubeTensor,
+    dy: CubeTensor,
+    with_output: bool,
+) -> (CubeTensor, CubeTensor, Option<CubeTensor>) {
+    let size = gate.meta.shape().num_elements();
+    let vector = vector_size(size);
+    let (dgate, dup) = (like(&gate), like(&gate));
+    // Where it is not written, a small buffer stands for it.
+    let y = if with_output { like(&gate) } else { alloc(&gate, [vector], gate.dtype) };
+    backward_kernel::launch(
+        &gate.client.clone(),
+        grid((size / vector).div_ceil(UNITS).min(MAX_CUBES)),
+        CubeDim::new_1d(UNITS as u32),
+        address(&[&gate]),
+        vector,
+        gate.clone().into_tensor_arg(),
+        up.into_tensor_arg(),
+        dy.into_tensor_arg(),
+        dgate.clone().into_tensor_arg(),
+        dup.clone().into_tensor_arg(),
+        y.clone().into_tensor_arg(),
+        with_output,
+        storage(gate.dtype),
+    );
+    (dgate, dup, with_output.then_some(y))
+}
+
+fn like(x: &CubeTensor) -> CubeTensor {
+    let shape = x.meta.shape().clone();
+    let flat = alloc(x, [shape.num_elements()], x.dtype);
+    CubeTensor::new_contiguous(flat.client, flat.device, shape, flat.handle, flat.dtype)
 }
 
 /// Inputs: `gate` and `up`, `[n]`. Output: `y` `[n]`.
@@ -58,22 +118,7 @@ impl Operator for SwiGlu {
 
     fn forward(&self, inputs: Vec<CubeTensor>, _: Vec<CubeTensor>, _: bool) -> Vec<CubeTensor> {
         let [gate, up] = inputs.try_into().expect("two inputs");
-        let (gate, up) = (contiguous(gate), contiguous(up));
-        let [size] = gate.meta.shape().dims();
-        let vector = vector_size(size);
-        let y = alloc(&gate, [size], gate.dtype);
-        forward_kernel::launch(
-            &gate.client.clone(),
-            grid((size / vector).div_ceil(UNITS).min(MAX_CUBES)),
-            CubeDim::new_1d(UNITS as u32),
-            address(&[&gate]),
-            vector,
-            gate.clone().into_tensor_arg(),
-            up.into_tensor_arg(),
-            y.clone().into_tensor_arg(),
-            storage(gate.dtype),
-        );
-        vec![y]
+        vec![forward(contiguous(gate), contiguous(up))]
     }
 
     fn backward(
@@ -85,25 +130,8 @@ impl Operator for SwiGlu {
         _: &[bool],
     ) -> Vec<Option<CubeTensor>> {
         let [gate, up] = inputs.try_into().expect("two inputs");
-        let (gate, up) = (contiguous(gate), contiguous(up));
         let dy = contiguous(grads.into_iter().flatten().next().expect("the gradient of the output"));
-        let [size] = gate.meta.shape().dims();
-        let vector = vector_size(size);
-        let dgate = alloc(&gate, [size], gate.dtype);
-        let dup = alloc(&gate, [size], gate.dtype);
-        backward_kernel::launch(
-            &gate.client.clone(),
-            grid((size / vector).div_ceil(UNITS).min(MAX_CUBES)),
-            CubeDim::new_1d(UNITS as u32),
-            address(&[&gate]),
-            vector,
-            gate.clone().into_tensor_arg(),
-            up.into_tensor_arg(),
-            dy.into_tensor_arg(),
-            dgate.clone().into_tensor_arg(),
-            dup.clone().into_tensor_arg(),
-            storage(gate.dtype),
-        );
+        let (dgate, dup, _) = backward(contiguous(gate), contiguous(up), dy, false);
         vec![Some(dgate), Some(dup)]
     }
 }

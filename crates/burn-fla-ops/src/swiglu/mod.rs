@@ -10,6 +10,8 @@
 
 #[cfg(feature = "cube")]
 mod kernels;
+#[cfg(feature = "cube")]
+mod linear;
 pub mod reference;
 
 use burn::tensor::Tensor;
@@ -47,4 +49,40 @@ pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>, engine: Engine) ->
     }
     let _ = on_kernels(&gate, engine);
     Ok(reference::swiglu(gate, up))
+}
+
+/// A linear layer after [`swiglu()`], `y = (silu(gate) ∘ up) Wᵀ`. On devices with kernels only `gate` and `up` are kept for
+/// the backward pass, not what is between.
+///
+/// # Shapes
+/// - `gate`, `up`: `[…, k]`, of one dtype; `weight`: `[n, k]`, of that dtype, or f32 beside bf16: it is rounded for the
+///   product, and its gradient is f32
+/// - returns `[…, n]` in the dtype of `gate`
+///
+/// # Gradients
+/// With respect to all three.
+///
+/// # Errors
+/// [`OpError`] where shapes, dtypes or devices do not fit together.
+pub fn swiglu_linear<const D: usize>(
+    gate: Tensor<D>,
+    up: Tensor<D>,
+    weight: Tensor<2>,
+    engine: Engine,
+) -> Result<Tensor<D>, OpError> {
+    #[cfg(feature = "cube")]
+    if on_kernels(&gate, engine) && gate.shape().num_elements() > 0 {
+        const OP: &str = "swiglu_linear";
+        activation(OP, "gate", &gate)?;
+        same_shape(OP, "up", &up, gate.dims(), "the shape of gate")?;
+        same_dtype(OP, "up", &up, gate.dtype())?;
+        same_device(OP, "up", &up, &gate.device())?;
+        crate::matmul::check(&gate, &weight, None)?;
+        let mut dims = gate.dims();
+        let flat = |x: Tensor<D>| x.reshape([dims[..D - 1].iter().product::<usize>(), dims[D - 1]]);
+        let y = linear::run(flat(gate), flat(up), weight);
+        dims[D - 1] = y.dims()[1];
+        return Ok(y.reshape(dims));
+    }
+    crate::linear(swiglu(gate, up, engine)?, weight, None)
 }

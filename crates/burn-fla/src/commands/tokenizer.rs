@@ -56,7 +56,8 @@ pub fn run(args: TokenizerArgs) -> Result<Outcome, Failure> {
     let TokenizerCommand::Train(args) = args.command;
     let recipe = Recipe::load(&args.recipe, &args.set)?;
     // A tokenizer that runs have used is not replaced unasked.
-    let named = Some(PathBuf::from(&recipe.model.tokenizer)).filter(|file| recipe.model.tokenizer != "byte" && !file.exists());
+    let named =
+        Some(PathBuf::from(&recipe.model.tokenizer)).filter(|file| recipe.model.tokenizer != "byte" && !file.exists());
     let output = args.output.or(named).unwrap_or_else(|| PathBuf::from("tokenizer.json"));
     if let Some(folder) = output.parent() {
         std::fs::create_dir_all(folder).map_err(|source| Failure::Folder {

@@ -6,9 +6,9 @@ use half::bf16;
 
 use super::plan::{DEPTH, Plan, ROWS, STAGING};
 use crate::tile::hopper::{
-    Acc, Ring, barrier_expect, barrier_fence, commit, commit_stores, declare, fence, fence_shared, give_registers,
-    k_major, load_2d, mma_shared, mn_major, pack_pair, read, row_of, store_3d, store_f32_pair, store_u32, swizzled,
-    sync_warpgroup, take_registers, wait, wait_stores_read,
+    Acc, Ring, add_3d, barrier_expect, barrier_fence, commit, commit_stores, declare, fence, fence_shared,
+    give_registers, k_major, load_2d, mma_shared, mn_major, pack_pair, read, row_of, store_3d, store_f32_pair,
+    store_u32, swizzled, sync_warpgroup, take_registers, wait, wait_stores_read,
 };
 
 /// Units of a cube: two consumer warpgroups and the producer's.
@@ -18,9 +18,10 @@ const GROUP: u32 = 16;
 /// Bytes of 64 rows of a panel.
 const BLOCK: usize = 64 * 128;
 
-/// One item of work: a tile and a part of the contraction.
+/// One item of work: a tile of a pair's result and a part of the contraction.
 #[derive(CubeType, Clone, Copy)]
 struct Item {
+    pair: u32,
     tile_m: u32,
     tile_n: u32,
     split: u32,
@@ -28,38 +29,80 @@ struct Item {
     last: u32,
 }
 
+/// How many tiles and stages of contraction each pair of operands has. Joined pairs share their tiles.
+#[derive(CubeType, CubeLaunch)]
+pub(super) struct Sizes {
+    pub(super) tiles_m: Sequence<u32>,
+    pub(super) tiles_n: Sequence<u32>,
+    pub(super) steps: Sequence<u32>,
+}
+
+/// Items in all.
 #[cube]
-fn item_at(index: u32, tiles_m: u32, tiles_n: u32, steps: u32, #[comptime] plan: Plan) -> Item {
+fn items(sizes: &Sizes, #[comptime] plan: Plan) -> u32 {
+    let mut sum = 0u32;
+    #[unroll]
+    for pair in 0..comptime!(plan.results()) {
+        sum += *sizes.tiles_m.index(pair) * *sizes.tiles_n.index(pair);
+    }
+    sum * comptime!(plan.splits as u32)
+}
+
+#[cube]
+fn item_at(index: u32, sizes: &Sizes, #[comptime] plan: Plan) -> Item {
+    let splits = comptime!(plan.splits as u32);
+    let mut at = index;
+    let mut pair = 0u32;
+    let mut tiles_m = *sizes.tiles_m.index(0usize);
+    let mut tiles_n = *sizes.tiles_n.index(0usize);
+    let mut steps = *sizes.steps.index(0usize);
+    if comptime!(plan.joined) {
+        #[unroll]
+        for next in 1..comptime!(plan.pairs) {
+            steps += *sizes.steps.index(next);
+        }
+    } else {
+        #[unroll]
+        for next in 1..comptime!(plan.pairs) {
+            let before = tiles_m * tiles_n * splits;
+            if pair == comptime!(next as u32 - 1) && at >= before {
+                at -= before;
+                pair = comptime!(next as u32);
+                tiles_m = *sizes.tiles_m.index(next);
+                tiles_n = *sizes.tiles_n.index(next);
+                steps = *sizes.steps.index(next);
+            }
+        }
+    }
     let tiles = tiles_m * tiles_n;
-    let split = index / tiles;
-    let tile = index % tiles;
+    let split = at / tiles;
+    let tile = at % tiles;
     let per_group = comptime!(GROUP) * tiles_n;
     let start = tile / per_group * comptime!(GROUP);
     let rows = u32::min(tiles_m - start, comptime!(GROUP));
-    let at = tile % per_group;
-    let splits = comptime!(plan.splits as u32);
+    let within = tile % per_group;
     Item {
-        tile_m: start + at % rows,
-        tile_n: at / rows,
+        pair,
+        tile_m: start + within % rows,
+        tile_n: within / rows,
         split,
         first: steps * split / splits,
         last: steps * (split + 1u32) / splits,
     }
 }
 
-/// `c[m, n] = Σ_k a(m, k) b(n, k)`: a persistent cube takes every `CUBE_COUNT`-th item.
+/// `c[m, n] = Σ_k a(m, k) b(n, k)` for each pair of operands, or for all of them together (`Σ` over the pairs too, one
+/// result): a persistent cube takes every `CUBE_COUNT`-th item.
 ///
 /// The producer fills a ring of stages; each consumer warpgroup multiplies 64 rows and writes them through shared memory
 /// by asynchronous stores, which go on while the next tile is multiplied. The two warpgroups wait for each other nowhere,
 /// so one multiplies while the other writes.
 #[cube(launch_unchecked)]
 pub(super) fn product<E: Float>(
-    a: &TensorMap<bf16, Tiled>,
-    b: &TensorMap<bf16, Tiled>,
-    c: &TensorMap<E, Tiled>,
-    tiles_m: u32,
-    tiles_n: u32,
-    steps: u32,
+    a: &Sequence<TensorMap<bf16, Tiled>>,
+    b: &Sequence<TensorMap<bf16, Tiled>>,
+    c: &Sequence<TensorMap<E, Tiled>>,
+    sizes: &Sizes,
     #[comptime] plan: Plan,
     #[define(E)] _out: ElemType,
 ) {
@@ -83,41 +126,62 @@ pub(super) fn product<E: Float>(
     }
     sync_cube();
 
-    let items = tiles_m * tiles_n * comptime!(plan.splits as u32);
+    let items = items(sizes, plan);
     let warpgroup = UNIT_POS / 128u32;
     let mut step = 0u32;
     let mut index = CUBE_POS_X;
     if warpgroup == 2u32 {
         give_registers(40u32);
         if UNIT_POS % 128u32 == 0 {
-            let map_a = tensor_map_address(a);
-            let map_b = tensor_map_address(b);
             while index < items {
-                let item = item_at(index, tiles_m, tiles_n, steps, plan);
+                let item = item_at(index, sizes, plan);
                 let row = item.tile_m * comptime!(ROWS as u32);
                 let column = item.tile_n * comptime!(columns as u32);
-                for part in item.first..item.last {
-                    ring.wait_room(step);
-                    let full = ring.full(step);
-                    let stage = ring.stage(step);
-                    barrier_expect(full, comptime!(a_bytes + b_bytes));
-                    let depth = part * comptime!(DEPTH as u32);
-                    load_operand(tiles_a + stage * a_bytes, map_a, row, depth, full, ROWS, plan.a_rows);
-                    load_operand(tiles_b + stage * b_bytes, map_b, column, depth, full, columns, plan.b_rows);
-                    step += 1u32;
+                // Stages of the pairs before, where pairs are joined.
+                let mut before = 0u32;
+                #[unroll]
+                for pair in 0..comptime!(plan.pairs) {
+                    let map_a = tensor_map_address(a.index(pair));
+                    let map_b = tensor_map_address(b.index(pair));
+                    let mut from = item.first;
+                    let mut to = item.last;
+                    if comptime!(plan.joined) {
+                        let steps = *sizes.steps.index(pair);
+                        from = u32::max(from, before) - before;
+                        to = u32::min(u32::max(to, before) - before, steps);
+                        before += steps;
+                    } else if item.pair != comptime!(pair as u32) {
+                        to = from;
+                    }
+                    for part in from..to {
+                        ring.wait_room(step);
+                        let full = ring.full(step);
+                        let stage = ring.stage(step);
+                        barrier_expect(full, comptime!(a_bytes + b_bytes));
+                        let depth = part * comptime!(DEPTH as u32);
+                        load_operand(tiles_a + stage * a_bytes, map_a, row, depth, full, ROWS, plan.a_rows);
+                        load_operand(tiles_b + stage * b_bytes, map_b, column, depth, full, columns, plan.b_rows);
+                        step += 1u32;
+                    }
                 }
                 index += CUBE_COUNT_X;
             }
         }
     } else {
         take_registers(232u32);
-        let map_c = tensor_map_address(c);
         let lane = UNIT_POS % 32u32;
         let row = row_of((UNIT_POS % 128u32) / 32u32, lane, 0usize);
         let elected = UNIT_POS % 128u32 == 0;
         let out = staging + warpgroup * comptime!(STAGING as u32);
         while index < items {
-            let item = item_at(index, tiles_m, tiles_n, steps, plan);
+            let item = item_at(index, sizes, plan);
+            let mut map_c = tensor_map_address(c.index(0usize));
+            #[unroll]
+            for pair in 1..comptime!(plan.results()) {
+                if item.pair == comptime!(pair as u32) {
+                    map_c = tensor_map_address(c.index(pair));
+                }
+            }
             for part in item.first..item.last {
                 ring.wait_full(step);
                 let stage = ring.stage(step);
@@ -162,7 +226,11 @@ pub(super) fn product<E: Float>(
                 sync_warpgroup(warpgroup + 1u32, 128u32);
                 if elected {
                     let column = item.tile_n * comptime!(columns as u32) + comptime!((panel * width) as u32);
-                    store_3d(to, map_c, column, first_row, item.split);
+                    if comptime!(plan.adds_tiles()) {
+                        add_3d(to, map_c, column, first_row, item.split);
+                    } else {
+                        store_3d(to, map_c, column, first_row, item.split);
+                    }
                     commit_stores();
                 }
             }
@@ -230,22 +298,40 @@ fn write_panel(
     }
 }
 
-/// Adds up the results of split contractions, in their order.
+/// Adds up the results of split contractions, in their order; with `add` to what is there. `CUBE_POS_Y` is the result.
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn sum_splits<E: Float, N: Size>(
-    parts: &Tensor<Vector<f32, N>>,
-    out: &mut Tensor<Vector<E, N>>,
-    count: usize,
-    #[comptime] splits: usize,
+    parts: &Sequence<OwnedTensor<Vector<f32, N>>>,
+    out: &mut Sequence<OwnedTensor<Vector<E, N>>>,
+    #[comptime] plan: Plan,
     #[define(E)] _out: ElemType,
 ) {
-    if ABSOLUTE_POS >= count {
-        terminate!();
-    }
-    let mut sum = parts[ABSOLUTE_POS];
+    let at = CUBE_POS_X as usize * CUBE_DIM as usize + UNIT_POS as usize;
     #[unroll]
-    for split in 1..splits {
-        sum += parts[ABSOLUTE_POS + split * count];
+    for pair in 0..comptime!(plan.results()) {
+        if CUBE_POS_Y == comptime!(pair as u32) {
+            sum_splits_of::<E, N>(parts.index(pair), out.index_mut(pair), at, plan);
+        }
     }
-    out[ABSOLUTE_POS] = Vector::cast_from(sum);
+}
+
+#[cube]
+fn sum_splits_of<E: Float, N: Size>(
+    parts: &OwnedTensor<Vector<f32, N>>,
+    out: &mut OwnedTensor<Vector<E, N>>,
+    at: usize,
+    #[comptime] plan: Plan,
+) {
+    let count = out.len();
+    if at < count {
+        let mut sum = parts[at];
+        #[unroll]
+        for split in 1..comptime!(plan.splits) {
+            sum += parts[at + split * count];
+        }
+        if comptime!(plan.add) {
+            sum += Vector::cast_from(out[at]);
+        }
+        out[at] = Vector::cast_from(sum);
+    }
 }

@@ -9,14 +9,16 @@
 //! split in three). Not tried yet: clusters with multicast, and adding split parts through distributed shared memory.
 
 mod kernel;
+mod linears;
 mod plan;
 
 use burn::tensor::{DType, Shape, Tensor};
-use cubecl::prelude::{CubeCount, CubeDim};
+use cubecl::prelude::{CubeCount, CubeDim, SequenceArg};
 
-use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous, storage};
+use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous, owned, storage};
 use crate::tile::hopper::panel_map;
-use kernel::UNITS;
+use kernel::{SizesLaunch, UNITS};
+pub(crate) use linears::{MOST as MOST_LINEARS, linears};
 use plan::{DEPTH, Plan, ROWS};
 
 /// Units of a cube of the kernel that adds up.
@@ -50,24 +52,77 @@ pub fn product(a: Tensor<2>, b: Tensor<2>, a_rows: bool, b_rows: bool, dtype: DT
     Tensor::from_dispatch(outputs.remove(0))
 }
 
+/// `sum + a · b` in f32, with operands as in [`product`]: in place where nobody else holds `sum`, without a second pass over
+/// it. Not differentiable.
+///
+/// # Shapes
+/// `sum`: f32 `[m, n]`, without autodiff like the others
+pub fn accumulate(sum: Tensor<2>, a: Tensor<2>, b: Tensor<2>, a_rows: bool, b_rows: bool) -> Tensor<2> {
+    let floats = [sum, a, b].map(Tensor::into_dispatch).to_vec();
+    Tensor::from_dispatch(apply(Accumulate { a_rows, b_rows }, floats, Vec::new()).remove(0))
+}
+
+#[derive(Debug)]
+struct Accumulate {
+    a_rows: bool,
+    b_rows: bool,
+}
+
+impl Operator for Accumulate {
+    fn name(&self) -> &'static str {
+        "hopper_accumulate"
+    }
+
+    fn outputs(&self, inputs: &[TensorSpec]) -> Vec<TensorSpec> {
+        vec![inputs[0].clone()]
+    }
+
+    fn forward(&self, inputs: Vec<CubeTensor>, _ints: Vec<CubeTensor>, _save: bool) -> Vec<CubeTensor> {
+        let [sum, a, b] = inputs.try_into().expect("a sum and two operands");
+        let (sum, a, b) = (owned(sum), readable(a), readable(b));
+        let a = Operand { tensor: &a, rows: self.a_rows };
+        let b = Operand { tensor: &b, rows: self.b_rows };
+        vec![launch_into(a, b, Target::Sum(sum))]
+    }
+
+    fn backward(
+        &self,
+        _: Vec<CubeTensor>,
+        _: Vec<CubeTensor>,
+        _: Vec<CubeTensor>,
+        _: Vec<Option<CubeTensor>>,
+        _: &[bool],
+    ) -> Vec<Option<CubeTensor>> {
+        unreachable!("its tensors are without autodiff")
+    }
+}
+
+/// What a product becomes.
+pub(crate) enum Target {
+    /// A matrix of its own.
+    New(DType),
+    /// It is added to this f32 matrix, which nobody else holds.
+    Sum(CubeTensor),
+}
+
 /// The product of two matrices, each as it is stored or transposed, where these kernels take it: bf16 on a Hopper GPU,
-/// with rows of whole 16 bytes.
+/// with rows of whole 16 bytes. Gives `into` back where they do not.
 pub(crate) fn try_multiply(
     (a, a_transposed): (&CubeTensor, bool),
     (b, b_transposed): (&CubeTensor, bool),
-    dtype: DType,
-) -> Option<CubeTensor> {
+    into: Target,
+) -> Result<CubeTensor, Target> {
     let fits = |x: &CubeTensor| {
         let [rows, columns] = x.meta.shape().dims();
         x.dtype == DType::BF16 && rows > 0 && columns > 0 && columns.is_multiple_of(8)
     };
     if !fits(a) || !fits(b) || !crate::tile::hopper::supported(&a.client) {
-        return None;
+        return Err(into);
     }
     let (a, b) = (readable(a.clone()), readable(b.clone()));
     let a = Operand { tensor: &a, rows: a_transposed };
     let b = Operand { tensor: &b, rows: !b_transposed };
-    b.sizes().0.is_multiple_of(8).then(|| launch(a, b, dtype))
+    if b.sizes().0.is_multiple_of(8) { Ok(launch_into(a, b, into)) } else { Err(into) }
 }
 
 #[derive(Debug)]
@@ -83,7 +138,12 @@ struct Operand<'a> {
     rows: bool,
 }
 
-impl Operand<'_> {
+impl<'a> Operand<'a> {
+    /// A matrix that is contracted along its columns.
+    fn plain(tensor: &'a CubeTensor) -> Self {
+        Self { tensor, rows: false }
+    }
+
     /// Its size across the contraction, and along it.
     fn sizes(&self) -> (usize, usize) {
         let [first, second] = self.tensor.meta.shape().dims::<2>();
@@ -103,59 +163,98 @@ fn readable(tensor: CubeTensor) -> CubeTensor {
 }
 
 fn launch(a: Operand<'_>, b: Operand<'_>, dtype: DType) -> CubeTensor {
-    let ((m, k), (n, _)) = (a.sizes(), b.sizes());
-    let client = a.tensor.client.clone();
+    launch_into(a, b, Target::New(dtype))
+}
+
+fn launch_into(a: Operand<'_>, b: Operand<'_>, into: Target) -> CubeTensor {
+    launch_pairs(&[(a, b)], Joined::No, into).remove(0)
+}
+
+/// Whether pairs of operands are contracted together.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Joined {
+    /// Each pair has a product.
+    No,
+    /// The products are added up, in registers.
+    Yes,
+}
+
+/// The products of pairs of operands, which are all stored in one way, by one kernel; or, joined, their sum. With a sum to
+/// add to there is one result.
+fn launch_pairs(pairs: &[(Operand<'_>, Operand<'_>)], joined: Joined, into: Target) -> Vec<CubeTensor> {
+    let (first_a, first_b) = &pairs[0];
+    let rows = [first_a.rows, first_b.rows];
+    debug_assert!(pairs.iter().all(|(a, b)| [a.rows, b.rows] == rows), "one kernel reads all pairs alike");
+    let steps: Vec<usize> = pairs.iter().map(|(a, _)| a.sizes().1.div_ceil(DEPTH)).collect();
+    let results = if joined == Joined::Yes { 1 } else { pairs.len() };
+    let sizes: Vec<[usize; 2]> = pairs[..results].iter().map(|(a, b)| [a.sizes().0, b.sizes().0]).collect();
+    let (dtype, sum_of) = match into {
+        Target::New(dtype) => (dtype, None),
+        Target::Sum(sum) => (sum.dtype, Some(sum)),
+    };
+    let client = first_a.tensor.client.clone();
     let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
-    let plan = Plan::choose(m, n, k, [a.rows, b.rows], dtype == DType::F32, processors);
+    let depth = if joined == Joined::Yes { steps.iter().sum() } else { steps.iter().copied().min().unwrap_or(1) };
+    let plan = Plan::choose(&sizes, depth, rows, dtype == DType::F32, processors);
+    let plan = Plan { add: sum_of.is_some(), pairs: pairs.len(), joined: joined == Joined::Yes, ..plan };
     let tile_dtype = if plan.f32_out { DType::F32 } else { DType::BF16 };
-    let tiles = alloc(a.tensor, [plan.splits, m, n], tile_dtype);
+    let tiles: Vec<CubeTensor> = match &sum_of {
+        Some(sum) if plan.adds_tiles() => vec![sum.clone()],
+        _ => sizes.iter().map(|[m, n]| alloc(first_a.tensor, [plan.splits, *m, *n], tile_dtype)).collect(),
+    };
     let map = |operand: &Operand<'_>, width: usize| {
         let [first, second] = operand.tensor.meta.shape().dims::<2>();
         let stride = if first == 1 { second } else { operand.tensor.meta.strides()[0] };
         let rows = if operand.rows { DEPTH } else { width };
         panel_map(operand.tensor, [first, second], [stride, 1], [rows, 64])
     };
-    let (tiles_m, tiles_n) = (m.div_ceil(ROWS), n.div_ceil(plan.columns));
-    let cubes = (tiles_m * tiles_n * plan.splits).min(processors) as u32;
+    let tiles_m: Vec<usize> = sizes.iter().map(|[m, _]| m.div_ceil(ROWS)).collect();
+    let tiles_n: Vec<usize> = sizes.iter().map(|[_, n]| n.div_ceil(plan.columns)).collect();
+    let items: usize = tiles_m.iter().zip(&tiles_n).map(|(m, n)| m * n * plan.splits).sum();
+    let numbers = |numbers: &[usize]| -> SequenceArg<u32> { numbers.iter().map(|n| *n as u32).collect() };
+    let out_map = |(tiles, [m, n]): (&CubeTensor, &[usize; 2])| {
+        panel_map(tiles, [plan.splits, *m, *n], [m * n, *n, 1], [1, 64, plan.panel_columns()])
+    };
     // SAFETY: the kernel touches device memory through tensor maps alone, and these clip what is outside.
     unsafe {
         kernel::product::launch_unchecked(
             &client,
-            CubeCount::new_1d(cubes),
+            CubeCount::new_1d(items.min(processors) as u32),
             CubeDim::new_1d(UNITS),
-            map(&a, ROWS),
-            map(&b, plan.columns),
-            panel_map(&tiles, [plan.splits, m, n], [m * n, n, 1], [1, 64, plan.panel_columns()]),
-            tiles_m as u32,
-            tiles_n as u32,
-            k.div_ceil(DEPTH) as u32,
+            pairs.iter().map(|(a, _)| map(a, ROWS)).collect(),
+            pairs.iter().map(|(_, b)| map(b, plan.columns)).collect(),
+            tiles.iter().zip(&sizes).map(out_map).collect(),
+            SizesLaunch::new(numbers(&tiles_m), numbers(&tiles_n), numbers(&steps)),
             plan,
             storage(tile_dtype),
         );
     }
-    let out = if plan.splits == 1 { tiles } else { sum(tiles, [m, n], plan.splits, dtype) };
-    reshaped(out, [m, n])
+    if plan.splits == 1 {
+        return tiles.into_iter().zip(sizes).map(|(tiles, shape)| reshaped(tiles, shape)).collect();
+    }
+    let out: Vec<CubeTensor> = match sum_of {
+        Some(sum) => vec![reshaped(sum, sizes[0])],
+        None => sizes.iter().map(|shape| alloc(first_a.tensor, *shape, dtype)).collect(),
+    };
+    sum(tiles, &out, plan);
+    out
 }
 
-fn sum(parts: CubeTensor, shape: [usize; 2], splits: usize, dtype: DType) -> CubeTensor {
+/// Adds up the parts of split contractions into `out`.
+fn sum(parts: Vec<CubeTensor>, out: &[CubeTensor], plan: Plan) {
     const VECTOR: usize = 4;
-    let out = alloc(&parts, shape, dtype);
-    let count = shape[0] * shape[1] / VECTOR;
-    let client = parts.client.clone();
-    let address = parts.required_address_type();
+    let most = out.iter().map(|out| out.meta.shape().num_elements()).max().unwrap_or(0) / VECTOR;
     kernel::sum_splits::launch(
-        &client,
-        crate::rows::grid(count.div_ceil(SUM_UNITS)),
+        &out[0].client,
+        CubeCount::Static(most.div_ceil(SUM_UNITS) as u32, out.len() as u32, 1),
         CubeDim::new_1d(SUM_UNITS as u32),
-        address,
+        crate::rows::address(&parts.iter().collect::<Vec<_>>()),
         VECTOR,
-        parts.into_tensor_arg(),
-        out.clone().into_tensor_arg(),
-        count,
-        splits,
-        storage(dtype),
+        parts.into_iter().map(|parts| parts.into_tensor_arg()).collect(),
+        out.iter().map(|out| out.clone().into_tensor_arg()).collect(),
+        plan,
+        storage(out[0].dtype),
     );
-    out
 }
 
 fn reshaped(x: CubeTensor, shape: [usize; 2]) -> CubeTensor {

@@ -24,9 +24,20 @@ pub(super) struct Plan {
     pub(super) splits: usize,
     /// Whether tiles are written as f32.
     pub(super) f32_out: bool,
+    /// Whether the product is added to what is there, in f32.
+    pub(super) add: bool,
+    /// Pairs of operands.
+    pub(super) pairs: usize,
+    /// Whether the products of all pairs are added up, as one contraction over all of them; else each is a result.
+    pub(super) joined: bool,
 }
 
 impl Plan {
+    /// Matrices that come out.
+    pub(super) fn results(&self) -> usize {
+        if self.joined { 1 } else { self.pairs }
+    }
+
     /// Stages that fit.
     pub(super) fn stages(&self) -> usize {
         OPERANDS / self.stage_bytes()
@@ -42,29 +53,49 @@ impl Plan {
         if self.f32_out { PANEL / 4 } else { PANEL / 2 }
     }
 
-    /// The plan that takes the least time by a count of clocks.
-    pub(super) fn choose(m: usize, n: usize, k: usize, rows: [bool; 2], f32_out: bool, processors: usize) -> Self {
-        let steps = k.div_ceil(DEPTH);
+    /// Whether tiles are added to the result: split contractions are added up elsewhere, in their order.
+    pub(super) fn adds_tiles(&self) -> bool {
+        self.add && self.splits == 1
+    }
+
+    /// The plan that takes the least time by a count of clocks, for results of `sizes` that contract `steps` stages each.
+    pub(super) fn choose(
+        sizes: &[[usize; 2]],
+        steps: usize,
+        rows: [bool; 2],
+        f32_out: bool,
+        processors: usize,
+    ) -> Self {
         let mut best = (f64::INFINITY, 256, 1);
         for columns in [256, 128] {
-            let tiles = m.div_ceil(ROWS) * n.div_ceil(columns);
+            let tiles: usize = sizes.iter().map(|[m, n]| m.div_ceil(ROWS) * n.div_ceil(columns)).sum();
             for splits in [1, 2, 3, 4, 6, 8, 12, 16] {
                 if splits > steps {
                     continue;
                 }
-                let clocks = clocks(m, n, steps, columns, splits, f32_out, (tiles * splits).div_ceil(processors));
+                let clocks = clocks(sizes, steps, columns, splits, f32_out, (tiles * splits).div_ceil(processors));
                 if clocks < best.0 {
                     best = (clocks, columns, splits);
                 }
             }
         }
         let (_, columns, splits) = best;
-        Self { a_rows: rows[0], b_rows: rows[1], columns, splits, f32_out: f32_out || splits > 1 }
+        let f32_out = f32_out || splits > 1;
+        Self {
+            a_rows: rows[0],
+            b_rows: rows[1],
+            columns,
+            splits,
+            f32_out,
+            add: false,
+            pairs: sizes.len(),
+            joined: false,
+        }
     }
 }
 
 /// An estimate of the clocks that `waves` rounds of items take, and the second kernel after them.
-fn clocks(m: usize, n: usize, steps: usize, columns: usize, splits: usize, f32_out: bool, waves: usize) -> f64 {
+fn clocks(sizes: &[[usize; 2]], steps: usize, columns: usize, splits: usize, f32_out: bool, waves: usize) -> f64 {
     /// Multiply-adds of one processor's tensor cores in a clock.
     const RATE: f64 = 2048.0 * 0.9;
     /// Filling the ring for the first time, and the start of the kernel.
@@ -78,7 +109,8 @@ fn clocks(m: usize, n: usize, steps: usize, columns: usize, splits: usize, f32_o
     let wide_out = f32_out || splits > 1;
     let epilogue = (ROWS * columns) as f64 / 32.0 * if wide_out { 2.0 } else { 1.0 } * 0.7;
     let item = steps.div_ceil(splits) as f64 * step + epilogue;
-    let second = if splits > 1 { SECOND + (m * n * (4 * splits + 4)) as f64 / BYTES } else { 0.0 };
+    let numbers: usize = sizes.iter().map(|[m, n]| m * n).sum();
+    let second = if splits > 1 { SECOND + (numbers * (4 * splits + 4)) as f64 / BYTES } else { 0.0 };
     START + waves as f64 * item + second
 }
 
@@ -87,7 +119,7 @@ mod tests {
     use super::*;
 
     fn plan(m: usize, n: usize, k: usize) -> Plan {
-        Plan::choose(m, n, k, [false, false], false, 132)
+        Plan::choose(&[[m, n]], k.div_ceil(DEPTH), [false, false], false, 132)
     }
 
     #[test]

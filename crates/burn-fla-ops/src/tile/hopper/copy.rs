@@ -55,6 +55,16 @@ pub fn store_3d(from: u32, map: u64, x: u32, y: u32, z: u32) {
     );
 }
 
+/// Starts adding the box at `from` to what is there; otherwise [`store_3d`]. Additions of different boxes to the same
+/// elements come in no order: where a run is to repeat to the last bit, there may be one alone.
+#[cube]
+pub fn add_3d(from: u32, map: u64, x: u32, y: u32, z: u32) {
+    gpu_asm!(
+        "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [{m}, {{{x}, {y}, {z}}}], [{s}];",
+        m = in(_) map + 0u64, x = in(_) x + 0u32, y = in(_) y + 0u32, z = in(_) z + 0u32, s = in(_) from + 0u32
+    );
+}
+
 /// Closes a group of this unit's stores.
 #[cube]
 pub fn commit_stores() {

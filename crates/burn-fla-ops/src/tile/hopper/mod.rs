@@ -23,7 +23,9 @@ mod ring;
 mod roles;
 mod wgmma;
 
-pub use copy::{commit_stores, fence_shared, load_2d, load_3d, panel_map, store_3d, wait_stores, wait_stores_read};
+pub use copy::{
+    add_3d, commit_stores, fence_shared, load_2d, load_3d, panel_map, store_3d, wait_stores, wait_stores_read,
+};
 pub use layout::{
     bf16_high, bf16_low, exp2, f16_high, f16_low, load_transposed, load_u32, reciprocal, store_f32_pair, store_u32,
     swizzled,
