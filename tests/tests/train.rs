@@ -4,6 +4,8 @@
 mod bad_input;
 #[path = "train/branch.rs"]
 mod branch;
+#[path = "train/by_block.rs"]
+mod by_block;
 #[path = "train/faults.rs"]
 mod faults;
 #[path = "train/fuzz.rs"]

@@ -161,6 +161,14 @@ pub enum TrainError {
         /// Where the batch was written.
         batch: PathBuf,
     },
+    /// Memory does not hold the run, or did not hold a step.
+    #[error("out of memory: {what}; {advice}")]
+    OutOfMemory {
+        /// Where, and what there was.
+        what: String,
+        /// Which keys to change to which values.
+        advice: String,
+    },
     /// A file operation failed.
     #[error("cannot {action} {}: {source}{}", path.display(), io_hint(source))]
     Io {
@@ -213,6 +221,9 @@ fn io_hint(error: &std::io::Error) -> &'static str {
         }
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
             "; free space on the disk, then resume: the checkpoints already written are intact"
+        }
+        std::io::ErrorKind::FileTooLarge => {
+            "; raise the limit on a file's size (`ulimit -f`) or choose another disk, then resume: the checkpoints already written are intact"
         }
         _ => "",
     }

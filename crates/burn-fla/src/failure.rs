@@ -7,6 +7,7 @@ use burn_fla::nn::NnError;
 use burn_fla::nn::device::{DeviceError, is_probing};
 use burn_fla::train::TrainError;
 use burn_fla::train::data::is_reading_parquet;
+use burn_fla::train::plan::is_out_of_memory;
 
 /// Why a command failed, in one line that says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -25,10 +26,10 @@ pub enum Failure {
         /// What is wrong with it.
         source: DeviceError,
     },
-    /// A folder that is no model.
+    /// A folder, or the name of a file, that is not what the command needs.
     #[error("{}: {message}", path.display())]
     Folder {
-        /// The folder.
+        /// The path.
         path: PathBuf,
         /// What was looked for, and what to do.
         message: String,
@@ -55,6 +56,10 @@ pub fn say_panics_in_one_line() {
             return;
         }
         let text = panic.payload_as_str().unwrap_or("no message");
+        // The trainer makes an error of it that says what would fit.
+        if is_out_of_memory(text) {
+            return;
+        }
         let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
         let place = panic.location().map(|at| format!(" at {}:{}", at.file(), at.line())).unwrap_or_default();
         eprintln!("error: a bug{place}: {text} (RUST_BACKTRACE=1 shows where it comes from; please report it)");

@@ -1,15 +1,18 @@
 //! Faults: kills at any moment, disks that are full, files that are damaged. Nothing is lost, and what happened is said.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use burn_fla_train::checkpoint::verify;
+use burn_fla_train::data::Corpus;
+use burn_fla_train::{Recipe, Trainer};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::bad_input::fails;
-use super::resume::spawn;
+use super::resume::{same_weights, spawn};
 use super::runs::Bench;
 
 /// A run of which a second holds every phase: tokenising, steps, and a checkpoint every third step.
@@ -19,8 +22,26 @@ fn short_run(bench: &Bench) {
         .replace("steps = 20", "steps = 45")
         .replace("interval = 10", "interval = 3")
         .replace("keep_latest_k = 0", "keep_latest_k = 2")
-        .replace("freq = 10", "freq = 20");
-    std::fs::write(bench.path("recipe.toml"), recipe).unwrap();
+        .replace("freq = 10", "freq = 20")
+        // Ten megabytes in shards so small that the run goes through several of them, and begins before the last is there.
+        .replace("seq_len = 32", "seq_len = 128")
+        .replace("validation_fraction", "shard_tokens = 16384\nvalidation_fraction");
+    let from = recipe.find("sources = ").unwrap();
+    let to = from + recipe[from..].find('\n').unwrap();
+    let source = format!("sources = [{{ path = '{}', format = 'jsonl' }}]", bench.path("text.jsonl").display());
+    std::fs::write(bench.path("recipe.toml"), [&recipe[..from], &source, &recipe[to..]].concat()).unwrap();
+    std::fs::write(bench.path("text.jsonl"), lines(10)).unwrap();
+}
+
+/// So many megabytes of text in lines of JSON, of which each is another.
+pub fn lines(megabytes: usize) -> String {
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let mut text = String::new();
+    while text.len() < megabytes << 20 {
+        let words: Vec<String> = (0..200).map(|_| format!("w{}", rng.random_range(0..1000))).collect();
+        text += &format!("{{\"text\": \"{}\"}}\n", words.join(" "));
+    }
+    text
 }
 
 /// What a run is doing, from what lies in its folder.
@@ -143,7 +164,8 @@ fn damage_of_any_file_is_found() {
 #[cfg(unix)]
 #[test]
 fn a_full_disk_stops_the_run_and_leaves_what_was_saved() {
-    // A file system of its own needs rights that a test may not have.
+    // A file system of its own needs rights that a test may not have. Without them this is said past the capture of the
+    // tests' output; the tests of the command (faults.rs there) have a disk that takes no more without any rights.
     let mount = tempfile::tempdir().unwrap();
     let mounted = std::process::Command::new("mount")
         .args(["-t", "tmpfs", "-o", "size=2m", "tmpfs"])
@@ -151,7 +173,8 @@ fn a_full_disk_stops_the_run_and_leaves_what_was_saved() {
         .stderr(std::process::Stdio::null())
         .status();
     if !mounted.is_ok_and(|status| status.success()) {
-        eprintln!("no rights to mount a file system: not tested here");
+        let text = "SKIPPED: no rights to mount a file system, so no disk of 2 MB was filled";
+        let _ = writeln!(std::io::stderr(), "{text}");
         return;
     }
     struct Unmount<'a>(&'a Path);
@@ -183,4 +206,42 @@ fn a_full_disk_stops_the_run_and_leaves_what_was_saved() {
         let from = format!("checkpoint.resume={}", from.unwrap().display());
         assert_eq!(bench.train(&[&room, &run, &from]).unwrap().step, 20);
     }
+}
+
+/// A run that begins while its data are being tokenised is one that found them tokenised, and it ends when it is done.
+#[test]
+fn a_run_beside_its_tokenising_is_one_after_it() {
+    let bench = Bench::new();
+    short_run(&bench);
+    let here = |name: &str| {
+        [
+            format!("job.dump_folder={}", bench.path(name).display()),
+            format!("data.cache_folder={}", bench.path(&format!("cache-{name}")).display()),
+        ]
+    };
+    let recipe = |name: &str, more: &[&str]| {
+        let set: Vec<String> = here(name).into_iter().chain(more.iter().map(|text| text.to_string())).collect();
+        Recipe::load(&bench.path("recipe.toml"), &set).unwrap()
+    };
+    // Everything is there before the first step.
+    Corpus::open(&recipe("after", &[]), &mut |_| ()).unwrap();
+    Trainer::new(recipe("after", &[])).unwrap().run().unwrap();
+    let whole = bench.losses("after");
+    assert_eq!(whole.len(), 45);
+    // Nothing is.
+    Trainer::new(recipe("beside", &[])).unwrap().run().unwrap();
+    assert_eq!(bench.losses("beside"), whole);
+    same_weights(&bench.checkpoint("after", 45), &bench.checkpoint("beside", 45));
+    // A run of five steps does not wait for the rest, and leaves nothing half done; the next goes on from it.
+    let five = ["training.steps=5", "validation.freq=0", "lr_scheduler.warmup_steps=0"];
+    Trainer::new(recipe("short", &five)).unwrap().run().unwrap();
+    let left: Vec<String> = std::fs::read_dir(bench.path("cache-short"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+        .filter(|name| name.starts_with('.'))
+        .collect();
+    assert_eq!(left, Vec::<String>::new());
+    let more = ["training.steps=45", "lr_scheduler.warmup_steps=0"];
+    let summary = Trainer::new(recipe("short", &more)).unwrap().run().unwrap();
+    assert_eq!(summary.step, 45);
 }

@@ -49,6 +49,7 @@ fn sections(max_norm: f64) -> (OptimizerSection, TrainingSection) {
         max_norm,
         skip_nan_inf: true,
         max_skipped: 10,
+        activation_checkpoint: burn_fla_train::recipe::ActivationCheckpoint::None,
     };
     (optimizer, training)
 }

@@ -78,6 +78,7 @@ fn sections(max_norm: f64, skip: bool) -> (OptimizerSection, TrainingSection) {
         max_norm,
         skip_nan_inf: skip,
         max_skipped: 10,
+        activation_checkpoint: burn_fla_train::recipe::ActivationCheckpoint::None,
     };
     (optimizer, training)
 }

@@ -33,7 +33,7 @@ fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-fn same_weights(a: &Path, b: &Path) {
+pub fn same_weights(a: &Path, b: &Path) {
     for name in ["model.safetensors", "optimizer.safetensors"] {
         let read = |folder: &Path| std::fs::read(folder.join(name)).unwrap();
         assert!(read(a) == read(b), "{name} differs");

@@ -118,6 +118,12 @@ fn a_run_learns_reports_and_saves_a_hugging_face_folder() {
     for field in ["step", "tokens", "lr", "grad_norm", "tokens_per_s", "data_wait_s", "seconds"] {
         assert!(train[field].is_number(), "{field}: {train}");
     }
+    // What the process takes is told where the system tells it; the CPU has no allocator of its own to ask.
+    if cfg!(target_os = "linux") {
+        let (now, most) = (train["rss_gib"].as_f64().unwrap(), train["peak_rss_gib"].as_f64().unwrap());
+        assert!(0.01 < now && now <= most && most < 16.0, "{train}");
+        assert!(train.get("reserved_gib").is_none(), "{train}");
+    }
 
     for name in ["config.json", "model.safetensors", "optimizer.safetensors", "state.json", "recipe.toml"] {
         assert!(bench.checkpoint("run", 60).join(name).is_file(), "{name}");

@@ -131,6 +131,16 @@ impl SequenceContext {
         first.clone()
     }
 
+    /// What [`first_values`](Self::first_values) has kept.
+    pub(crate) fn kept_first_values(&self) -> Option<Tensor<3>> {
+        self.first_values.borrow().clone()
+    }
+
+    /// With `values` as those of the first layer, which is not part of what is computed.
+    pub(crate) fn with_first_values(self, values: Option<Tensor<3>>) -> Self {
+        Self { first_values: RefCell::new(values), ..self }
+    }
+
     /// The sequences of a packed row one after the other, of `[1, T, …]`: those of the last `count` tokens of each that
     /// there are, behind zeros where there are fewer, `[N, count, …]`.
     pub(crate) fn last_of_each<const D: usize>(&self, cu: &CuSeqlens, x: &Tensor<D>, count: usize) -> Tensor<D> {

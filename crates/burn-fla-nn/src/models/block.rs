@@ -41,12 +41,12 @@ impl BlockState {
 
 /// The residual stream between two blocks, with what the last network gave not yet added: the addition belongs to the
 /// next norm, which makes one pass of both.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Stream {
-    residual: Tensor<3>,
-    update: Option<Tensor<3>>,
+    pub(super) residual: Tensor<3>,
+    pub(super) update: Option<Tensor<3>>,
     /// The type of the activations; the residual may be wider.
-    dtype: DType,
+    pub(super) dtype: DType,
 }
 
 impl Stream {

@@ -142,16 +142,21 @@ impl CausalLm {
         cu: Option<&CuSeqlens>,
         compute: Compute,
     ) -> Result<LossOutput, NnError> {
-        if ids.dims() != labels.dims() {
-            return Err(NnError::argument(
-                "labels",
-                format!("the shape is {:?}, and that of ids {:?}", labels.dims(), ids.dims()),
-            ));
-        }
-        let [b, t] = ids.dims();
-        let labels = labels.reshape([b * t]);
-        let context = SequenceContext::new([b, t], cu, compute, &ids.device())?;
+        same_shape(&ids, &labels)?;
+        let context = SequenceContext::new(ids.dims(), cu, compute, &ids.device())?;
         let (h, _) = self.hidden(ids, None, context)?;
+        self.loss_of_hidden(h, labels, compute)
+    }
+
+    /// The loss from the normed output of the last block.
+    pub(super) fn loss_of_hidden(
+        &self,
+        h: Tensor<3>,
+        labels: Tensor<2, Int>,
+        compute: Compute,
+    ) -> Result<LossOutput, NnError> {
+        let [b, t] = labels.dims();
+        let labels = labels.reshape([b * t]);
         let weight = self.output_weight(h.dtype());
         let l2_warp = self.config.common().use_l2warp.then_some(1e-4);
         let options = CrossEntropyOptions { l2_warp, engine: compute.engine, ..Default::default() };
@@ -275,8 +280,7 @@ impl CausalLm {
             }
         };
         let context = &context.with_lower_bounds(self.lower_bounds());
-        let h = self.model.embeddings.forward(ids, context.compute().dtype);
-        let mut stream = Stream::new(h, self.config.common().residual_in_fp32);
+        let mut stream = self.begin(ids, context.compute().dtype);
         let mut states = Vec::with_capacity(blocks.len());
         for (block, past) in blocks.iter().zip(past) {
             let (next, state) = block.forward(stream, past, context)?;
@@ -286,9 +290,14 @@ impl CausalLm {
         Ok((stream.finish(&self.model.norm, context)?, states))
     }
 
+    /// The residual stream before the first block.
+    pub(super) fn begin(&self, ids: Tensor<2, Int>, dtype: DType) -> Stream {
+        Stream::new(self.model.embeddings.forward(ids, dtype), self.config.common().residual_in_fp32)
+    }
+
     /// With P the softmax over the layers, the bound of layer l is Σ P_m over the m from 1 to l: 0 in the first layer,
     /// and rising (Qin et al. 2023). `[layers, width]`, f32.
-    fn lower_bounds(&self) -> Option<Tensor<2>> {
+    pub(super) fn lower_bounds(&self) -> Option<Tensor<2>> {
         let p = activation::softmax(self.model.lower_bounds.as_ref()?.val(), 0);
         let first = p.clone().narrow(0, 0, 1);
         Some(p.cumsum(0) - first)
@@ -308,4 +317,12 @@ impl CausalLm {
         let weight = self.output_weight(h.dtype());
         Ok(ops::linear(h, weight, None)?.cast(DType::F32))
     }
+}
+
+/// Every id has a label.
+pub(super) fn same_shape(ids: &Tensor<2, Int>, labels: &Tensor<2, Int>) -> Result<(), NnError> {
+    if ids.dims() == labels.dims() {
+        return Ok(());
+    }
+    Err(NnError::argument("labels", format!("the shape is {:?}, and that of ids {:?}", labels.dims(), ids.dims())))
 }

@@ -1,6 +1,7 @@
 //! Language models: the config, one block, one model for every architecture and hybrid, and the list of them.
 
 mod block;
+mod by_block;
 mod causal_lm;
 mod config;
 mod fields;

@@ -27,6 +27,23 @@ pub use backend::{Call, Operator, TensorSpec, apply};
 pub use burn_cubecl::tensor::CubeTensor;
 #[cfg(feature = "cube")]
 pub use memory::{alloc, contiguous, owned, poison_outputs, storage, zeros};
+#[cfg(any(feature = "cube", feature = "flex"))]
+pub use own_gradient::{pull, takes_own_gradients};
+
+/// Whether a device of this build can begin a backward pass with [`pull`].
+#[cfg(not(any(feature = "cube", feature = "flex")))]
+pub fn takes_own_gradients(_: &Device) -> bool {
+    false
+}
+
+/// In a build without devices nothing is computed.
+///
+/// # Panics
+/// Always.
+#[cfg(not(any(feature = "cube", feature = "flex")))]
+pub fn pull<const D: usize>(_: Vec<(Tensor<D>, Tensor<D>)>) -> Tensor<1> {
+    unreachable!("no device of this build takes gradients of one's own")
+}
 
 /// Fills the outputs of kernels with NaN before they are launched, for tests. In a build without kernels there are none.
 #[cfg(not(feature = "cube"))]

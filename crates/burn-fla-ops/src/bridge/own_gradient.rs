@@ -2,7 +2,7 @@
 //!
 //! Burn differentiates what tensor operations compute. Where another gradient is cheaper, as that of a linear system's
 //! solution is, which solves a second time and keeps none of the steps, a node is set whose backward pass is a function of
-//! tensors.
+//! tensors. And where a graph is built in parts, the gradients of one part's inputs are given to the part before.
 
 use std::sync::Arc;
 
@@ -29,7 +29,29 @@ impl core::fmt::Debug for OwnGradient {
 pub(crate) trait OwnGradientBackend: Backend {
     /// `value`, as a function of `input`.
     fn with_gradient(input: FloatTensor<Self>, value: FloatTensor<Self>, gradient: OwnGradient) -> FloatTensor<Self>;
+
+    /// `value`, as a function of `a`, `b` and `c`, whose gradients are those of `given`.
+    fn pulled(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        given: Given,
+    ) -> FloatTensor<Self>;
 }
+
+/// The gradient of each input of a node; none for one that is not to receive any. They are without autodiff.
+#[derive(Clone)]
+pub(crate) struct Given([Option<DispatchTensor>; MOST_PULLED]);
+
+impl core::fmt::Debug for Given {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("Given")
+    }
+}
+
+/// How many tensors [`pull`] takes.
+const MOST_PULLED: usize = 3;
 
 /// A backend whose tensors stand as tensors of the user's interface.
 trait Interface: Backend {
@@ -42,6 +64,16 @@ macro_rules! own_gradient {
         #[cfg(feature = $feature)]
         impl OwnGradientBackend for burn::backend::$backend {
             fn with_gradient(_: FloatTensor<Self>, value: FloatTensor<Self>, _: OwnGradient) -> FloatTensor<Self> {
+                value
+            }
+
+            fn pulled(
+                _: FloatTensor<Self>,
+                _: FloatTensor<Self>,
+                _: FloatTensor<Self>,
+                value: FloatTensor<Self>,
+                _: Given,
+            ) -> FloatTensor<Self> {
                 value
             }
         }
@@ -91,10 +123,63 @@ impl<B: OwnGradientBackend + Interface, C: CheckpointStrategy> OwnGradientBacken
             OpsKind::UnTracked(prep) => prep.finish(value),
         }
     }
+
+    fn pulled(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        given: Given,
+    ) -> FloatTensor<Self> {
+        let guards = [a, b, c].map(|x| x.into_parts().1);
+        let value = value.into_primitive();
+        match Backward::<B, MOST_PULLED>::prepare::<C>(Pulled, guards).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(given, value),
+            OpsKind::UnTracked(prep) => prep.finish(value),
+        }
+    }
 }
 
-/// Whether [`with_gradient`] is known on this device.
-pub(crate) fn takes_own_gradients(device: &Device) -> bool {
+#[derive(Debug)]
+struct Pulled;
+
+impl<B: Interface> Backward<B, MOST_PULLED> for Pulled {
+    type State = Given;
+
+    fn backward(self, ops: Ops<Given, MOST_PULLED>, grads: &mut Gradients, _: &mut Checkpointer) {
+        // The gradient of the value itself is of no interest.
+        grads.consume::<B>(&ops.node);
+        for (parent, given) in ops.parents.into_iter().zip(ops.state.0) {
+            if let (Some(parent), Some(given)) = (parent, given) {
+                grads.register::<B>(parent.id, B::unwrap(given));
+            }
+        }
+    }
+}
+
+/// A number, `[1]`, with which a backward pass begins at `outputs` instead of at a loss: each tensor has the gradient that
+/// stands beside it, which is without autodiff and of its shape and dtype.
+///
+/// The gradients arrive before those of anything the outputs themselves go into, as they would from what comes after them
+/// in a larger graph: a tensor that is part of both gets its sum in the same order, to the last bit.
+///
+/// # Panics
+/// Without outputs or with more than 3.
+pub fn pull<const D: usize>(outputs: Vec<(Tensor<D>, Tensor<D>)>) -> Tensor<1> {
+    assert!((1..=MOST_PULLED).contains(&outputs.len()), "1 to {MOST_PULLED} outputs, not {}", outputs.len());
+    let first = outputs[0].0.clone();
+    let value = Tensor::<1>::zeros([1], &first.device());
+    let (mut inputs, mut given) = ([(); MOST_PULLED].map(|()| first.clone()), [const { None }; MOST_PULLED]);
+    for (at, (output, gradient)) in outputs.into_iter().enumerate() {
+        inputs[at] = output;
+        given[at] = Some(gradient.into_dispatch());
+    }
+    let [a, b, c] = inputs.map(Tensor::into_dispatch);
+    Tensor::from_dispatch(Dispatch::pulled(a, b, c, value.into_dispatch(), Given(given)))
+}
+
+/// Whether [`with_gradient`] and [`pull`] are known on this device.
+pub fn takes_own_gradients(device: &Device) -> bool {
     use burn::backend::DispatchDevice;
     match device.clone().inner().as_dispatch() {
         #[cfg(feature = "cube")]

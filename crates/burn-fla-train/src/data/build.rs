@@ -1,15 +1,17 @@
 //! Builds a token cache: reads, tokenises on all cores, writes shards and the index of documents.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::Encoder;
-use super::cache::{self, Manifest, VERSION, stamps};
+use super::cache::{self, FileStamp, Manifest, VERSION};
 use super::documents::{Document, Repairs, documents};
 use super::encode::{encode_all, pieces};
-use super::shards::{IndexWriter, ShardWriter};
+use super::shards::{IndexWriter, ShardEntry, ShardWriter};
 use super::source::SourceFile;
+use super::workplace::{Workplace, check};
 use crate::TrainError;
 use crate::checkpoint::{readable_by_all, sync_folder, write_synced};
 use crate::recipe::SourceSection;
@@ -34,35 +36,54 @@ impl<'a> Part<'a> {
     }
 }
 
-/// Tokenises the sources into a temporary folder and renames it to `place`.
+/// What a cache that is being built holds already, in the folder where it is built.
+pub(super) struct Written<'a> {
+    pub folder: &'a Path,
+    pub width: usize,
+    /// Shards that are full and that another follows.
+    pub shards: &'a [ShardEntry],
+    /// Documents whose end is in the index: all that end in these shards, and perhaps more.
+    pub documents: u64,
+}
+
+/// What a cache is built of, and where to.
+pub(super) struct Order<'a> {
+    pub place: &'a Path,
+    pub key: &'a str,
+    pub sources: &'a [SourceSection],
+    pub files: &'a [Vec<SourceFile>],
+    pub stamps: &'a [FileStamp],
+    pub part: cache::Part,
+    pub encoder: &'a dyn Encoder,
+    /// Tokens of a full shard.
+    pub shard_tokens: u64,
+    /// Set by whoever wants no more of it.
+    pub cancelled: &'a AtomicBool,
+}
+
+/// Tokenises the sources into a temporary folder and renames it to the order's place. `written` is called whenever there is
+/// a full shard more.
 pub(super) fn build(
-    place: &Path,
-    key: &str,
-    sources: &[SourceSection],
-    files: &[Vec<SourceFile>],
-    part: cache::Part,
-    encoder: &dyn Encoder,
+    order: &Order<'_>,
     usable: impl Fn(&Path) -> bool,
+    written: &mut dyn FnMut(Written<'_>) -> Result<(), TrainError>,
     tell: &mut dyn FnMut(String),
 ) -> Result<(), TrainError> {
+    let &Order { place, key, sources, files, stamps, part, encoder, shard_tokens, cancelled } = order;
     let parent = place.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(TrainError::io("create the folder", parent))?;
-    // One process at a time builds a cache. Whoever waited for it finds it whole; what lies about is of one that died.
-    let lock = lock(parent)?;
-    if usable(place) {
-        return Ok(());
-    }
-    let prefix = format!(".building-{key}-");
-    remove_leftovers(parent, &prefix)?;
-    let temporary = tempfile::Builder::new()
-        .prefix(&prefix)
-        .tempdir_in(parent)
-        .map_err(TrainError::io("create a folder in", parent))?;
+    remove_leftovers(parent, &format!(".building-{key}-"))?;
+    // One process at a time builds a cache. Whoever waited for it finds it whole.
+    let Some(workplace) = Workplace::claim(parent, key, || usable(place), cancelled, tell)? else { return Ok(()) };
     let width = if encoder.vocab_size() <= 1 << 16 { 2 } else { 4 };
     let mut block = Block {
         encoder,
-        shards: ShardWriter::new(temporary.path(), width),
-        index: IndexWriter::create(temporary.path())?,
+        folder: workplace.path(),
+        width,
+        shards: ShardWriter::new(workplace.path(), width, shard_tokens),
+        index: IndexWriter::create(workplace.path())?,
+        written,
+        shown: 0,
         waiting: Vec::new(),
         bytes: 0,
         tokens: 0,
@@ -73,6 +94,7 @@ pub(super) fn build(
     let mut repairs = Repairs::default();
     for (source, files) in sources.iter().zip(files) {
         documents(source, files, encoder.vocab_size(), &mut repairs, &mut |document| {
+            check(cancelled)?;
             let (text_bytes, ends) = match &document {
                 Document::Text(text) => (text.len() as u64, true),
                 Document::Tokens { ends, .. } => (0, *ends),
@@ -111,20 +133,16 @@ pub(super) fn build(
         bytes,
         tokens,
         shards,
+        shard_tokens,
         index,
-        files: stamps(files)?,
+        files: stamps.to_vec(),
     };
-    let path = temporary.path().join("manifest.json");
+    let path = workplace.path().join("manifest.json");
     let text = serde_json::to_string_pretty(&manifest).expect("a manifest is plain JSON");
     write_synced(&path, text.as_bytes())?;
-    sync_folder(temporary.path())?;
-    readable_by_all(temporary.path())?;
-    if place.exists() {
-        fs::remove_dir_all(place).map_err(TrainError::io("remove", place))?;
-    }
-    fs::rename(temporary.path(), place).map_err(TrainError::io("create", place))?;
-    sync_folder(parent)?;
-    drop(lock);
+    sync_folder(workplace.path())?;
+    readable_by_all(workplace.path())?;
+    workplace.publish(place)?;
     tell(format!(
         "tokenised {documents} documents, {:.1} MB, into {tokens} tokens: {}",
         bytes as f64 / 1e6,
@@ -133,18 +151,7 @@ pub(super) fn build(
     Ok(())
 }
 
-/// Keeps other processes from building in a folder while the handle lives; it ends with the process, however that ends.
-fn lock(folder: &Path) -> Result<Option<File>, TrainError> {
-    if !cfg!(unix) {
-        // Where folders cannot be locked, two processes may both build; the first to end decides.
-        return Ok(None);
-    }
-    let handle = File::open(folder).map_err(TrainError::io("open", folder))?;
-    handle.lock().map_err(TrainError::io("lock", folder))?;
-    Ok(Some(handle))
-}
-
-/// Removes the folders of builds that were killed.
+/// Removes the folders of builds that were killed, of versions before or where folders cannot be locked.
 fn remove_leftovers(parent: &Path, prefix: &str) -> Result<(), TrainError> {
     for entry in fs::read_dir(parent).map_err(TrainError::io("list", parent))? {
         let entry = entry.map_err(TrainError::io("list", parent))?;
@@ -158,8 +165,13 @@ fn remove_leftovers(parent: &Path, prefix: &str) -> Result<(), TrainError> {
 /// Documents waiting to be tokenised together, and where their tokens go.
 struct Block<'a> {
     encoder: &'a dyn Encoder,
+    folder: &'a Path,
+    width: usize,
     shards: ShardWriter,
     index: IndexWriter,
+    written: &'a mut dyn FnMut(Written<'_>) -> Result<(), TrainError>,
+    /// Shards that `written` was told of.
+    shown: usize,
     waiting: Vec<Document>,
     bytes: usize,
     /// Written so far.
@@ -239,6 +251,13 @@ impl Block<'_> {
 
     fn write(&mut self, tokens: &[u32]) -> Result<(), TrainError> {
         self.tokens += tokens.len() as u64;
-        self.shards.write(tokens)
+        self.shards.write(tokens)?;
+        if self.shards.followed().len() > self.shown {
+            let (folder, width, documents) = (self.folder, self.width, self.index.flush()?);
+            let shards = self.shards.followed();
+            self.shown = shards.len();
+            (self.written)(Written { folder, width, shards, documents })?;
+        }
+        Ok(())
     }
 }

@@ -7,16 +7,19 @@
 
 use std::fs::{self, File};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapOptions};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::Encoder;
-use super::build::build;
+use super::build::Written;
 use super::permutation::mix;
 use super::shards::{DOCUMENTS, HEADER, SHARD_TOKENS, ShardEntry, header, shard_name};
 use super::source::{self, SourceFile};
+use super::unbuilt::{Found, Unbuilt};
 use crate::TrainError;
 use crate::recipe::{SourceSection, hex};
 
@@ -59,6 +62,9 @@ pub(super) struct Manifest {
     pub bytes: u64,
     pub tokens: u64,
     pub shards: Vec<ShardEntry>,
+    /// Tokens of a full shard.
+    #[serde(default = "usual_shard")]
+    pub shard_tokens: u64,
     /// CRC-32 of `documents.bin`.
     pub index: u32,
     pub files: Vec<FileStamp>,
@@ -66,13 +72,18 @@ pub(super) struct Manifest {
 
 pub(super) const VERSION: u32 = 2;
 
-/// Tokens on disk, read through memory maps.
+fn usual_shard() -> u64 {
+    SHARD_TOKENS
+}
+
+/// Tokens on disk, read through memory maps: a whole cache, or the first shards of one that is being built.
 #[derive(Debug)]
 pub struct TokenStore {
     manifest: Manifest,
-    maps: Vec<Mmap>,
+    maps: Vec<Arc<Mmap>>,
     /// Where each document ends, as u64; absent where there is none.
     ends: Option<Mmap>,
+    whole: bool,
 }
 
 impl TokenStore {
@@ -89,7 +100,23 @@ impl TokenStore {
         encoder: &dyn Encoder,
         tell: &mut dyn FnMut(String),
     ) -> Result<TokenStore, TrainError> {
-        let key = cache_key(sources, part, encoder);
+        match TokenStore::find(folder, name, sources, part, SHARD_TOKENS, encoder, tell)? {
+            Found::Cache(store) => Ok(store),
+            Found::Files(files) => files.build(encoder, &AtomicBool::new(false), &mut |_| (), tell),
+        }
+    }
+
+    /// The cache of `sources`, or what it is to be built of.
+    pub(super) fn find(
+        folder: &Path,
+        name: &str,
+        sources: &[SourceSection],
+        part: Part,
+        shard_tokens: u64,
+        encoder: &dyn Encoder,
+        tell: &mut dyn FnMut(String),
+    ) -> Result<Found, TrainError> {
+        let key = cache_key(sources, part, shard_tokens, encoder);
         let place = folder.join(&key);
         let listed: Result<Vec<_>, _> = sources
             .iter()
@@ -100,9 +127,9 @@ impl TokenStore {
         match (opened, &listed) {
             (Some(Ok(store)), Err(missing)) => {
                 tell(format!("{missing}; using the token cache {}", place.display()));
-                return Ok(store);
+                return Ok(Found::Cache(store));
             }
-            (Some(Ok(store)), Ok(files)) if stamps(files)? == store.manifest.files => return Ok(store),
+            (Some(Ok(store)), Ok(files)) if store.is_of(&stamps(files)?) => return Ok(Found::Cache(store)),
             (Some(Ok(_)), Ok(_)) => {
                 tell(format!("the files of {name} have changed: tokenising them again"));
             }
@@ -112,18 +139,50 @@ impl TokenStore {
             (None, _) => {}
         }
         let files = listed?;
-        let now = stamps(&files)?;
-        let usable = |place: &Path| TokenStore::open_cache(place, &key).is_ok_and(|store| store.manifest.files == now);
-        build(&place, &key, sources, &files, part, encoder, usable, tell)?;
-        TokenStore::open_cache(&place, &key).map_err(|message| TrainError::BadDocument {
-            path: place,
-            line: None,
-            message: format!("the token cache just written cannot be read back: {message}"),
-        })
+        let stamps = stamps(&files)?;
+        Ok(Found::Files(Unbuilt { place, key, sources: sources.to_vec(), files, stamps, part, shard_tokens }))
+    }
+
+    /// The first shards of a cache that is being built. `maps` keeps those of the shards before.
+    pub(super) fn first_shards(
+        written: &Written<'_>,
+        key: &str,
+        shard_tokens: u64,
+        maps: &mut Vec<Arc<Mmap>>,
+    ) -> Result<TokenStore, TrainError> {
+        for index in maps.len()..written.shards.len() {
+            let path = written.folder.join(shard_name(index));
+            let file = File::open(&path).map_err(TrainError::io("open", &path))?;
+            // SAFETY: the shard is full, and nobody writes to it any more; the lock of the folder keeps others away.
+            maps.push(Arc::new(unsafe { Mmap::map(&file) }.map_err(TrainError::io("map", &path))?));
+        }
+        let path = written.folder.join(DOCUMENTS);
+        let ends = match written.documents {
+            0 => None,
+            count => {
+                let file = File::open(&path).map_err(TrainError::io("open", &path))?;
+                // SAFETY: the file only grows, behind what is mapped.
+                let map = unsafe { MmapOptions::new().len(8 * count as usize).map(&file) };
+                Some(map.map_err(TrainError::io("map", &path))?)
+            }
+        };
+        let manifest = Manifest {
+            version: VERSION,
+            key: key.to_string(),
+            width: written.width,
+            documents: written.documents,
+            bytes: 0,
+            tokens: written.shards.iter().map(|shard| shard.tokens).sum(),
+            shards: written.shards.to_vec(),
+            shard_tokens,
+            index: 0,
+            files: Vec::new(),
+        };
+        Ok(TokenStore { manifest, maps: maps.clone(), ends, whole: false })
     }
 
     /// Opens and verifies a cache folder; the error says what is wrong with it.
-    fn open_cache(place: &Path, key: &str) -> Result<TokenStore, String> {
+    pub(super) fn open_cache(place: &Path, key: &str) -> Result<TokenStore, String> {
         let text =
             fs::read_to_string(place.join("manifest.json")).map_err(|error| format!("manifest.json: {error}"))?;
         let manifest: Manifest = serde_json::from_str(&text).map_err(|error| format!("manifest.json: {error}"))?;
@@ -144,14 +203,24 @@ impl TokenStore {
             if map[..HEADER] != header || crc32fast::hash(&map[HEADER..]) != entry.crc32 {
                 return Err(format!("{name}: the checksum differs"));
             }
-            maps.push(map);
+            maps.push(Arc::new(map));
         }
-        let whole = manifest.shards.iter().rev().skip(1).all(|shard| shard.tokens == SHARD_TOKENS);
-        if !whole || manifest.tokens != manifest.shards.iter().map(|shard| shard.tokens).sum::<u64>() {
+        let full = manifest.shards.iter().rev().skip(1).all(|shard| shard.tokens == manifest.shard_tokens);
+        let last = manifest.shards.last().is_none_or(|shard| shard.tokens <= manifest.shard_tokens);
+        if !full
+            || !last
+            || manifest.shard_tokens == 0
+            || manifest.tokens != manifest.shards.iter().map(|shard| shard.tokens).sum::<u64>()
+        {
             return Err("manifest.json: the shards do not add up".to_string());
         }
         let ends = open_index(place, &manifest)?;
-        Ok(TokenStore { manifest, maps, ends })
+        Ok(TokenStore { manifest, maps, ends, whole: true })
+    }
+
+    /// Whether it was made of these files.
+    pub(super) fn is_of(&self, files: &[FileStamp]) -> bool {
+        self.manifest.files == files
     }
 
     /// What a cache says of itself, if there is one for these sources; its shards are not looked at.
@@ -159,11 +228,37 @@ impl TokenStore {
         folder: &Path,
         sources: &[SourceSection],
         part: Part,
+        shard_tokens: u64,
         encoder: &dyn Encoder,
     ) -> Option<Manifest> {
-        let place = folder.join(cache_key(sources, part, encoder));
+        let place = folder.join(cache_key(sources, part, shard_tokens, encoder));
         let text = fs::read_to_string(place.join("manifest.json")).ok()?;
         serde_json::from_str(&text).ok().filter(|manifest: &Manifest| manifest.version == VERSION)
+    }
+
+    /// Whether these are all tokens of the sources; the first shards of a cache that is being built are not.
+    pub fn is_whole(&self) -> bool {
+        self.whole
+    }
+
+    /// Tokens of a full shard.
+    pub(super) fn shard_tokens(&self) -> u64 {
+        self.manifest.shard_tokens
+    }
+
+    /// Identifies the first `shards` shards, whether more follow or not.
+    pub(super) fn fingerprint_of(&self, shards: usize) -> String {
+        let mut hash = Sha256::new();
+        hash.update(&self.manifest.key);
+        for shard in self.manifest.shards.iter().take(shards) {
+            hash.update(shard.crc32.to_le_bytes());
+        }
+        format!("{}-{shards}", hex(&hash.finalize()[..8]))
+    }
+
+    /// Number of shards.
+    pub(super) fn shards(&self) -> usize {
+        self.manifest.shards.len()
     }
 
     /// Number of tokens.
@@ -233,10 +328,10 @@ impl TokenStore {
         assert!(start + count as u64 <= self.len(), "tokens {start} + {count} of {}", self.len());
         let (mut at, mut left) = (start, count);
         while left > 0 {
-            let map = &self.maps[(at / SHARD_TOKENS) as usize];
-            let width = self.manifest.width;
-            let inside = (at % SHARD_TOKENS) as usize;
-            let take = left.min((SHARD_TOKENS as usize) - inside);
+            let (width, length) = (self.manifest.width, self.manifest.shard_tokens);
+            let map = &self.maps[(at / length) as usize];
+            let inside = (at % length) as usize;
+            let take = left.min((length as usize) - inside);
             let bytes = &map[HEADER + inside * width..HEADER + (inside + take) * width];
             match width {
                 2 => out.extend(bytes.chunks_exact(2).map(|b| i32::from(u16::from_le_bytes([b[0], b[1]])))),
@@ -266,16 +361,19 @@ fn open_index(place: &Path, manifest: &Manifest) -> Result<Option<Mmap>, String>
     }
 }
 
-fn cache_key(sources: &[SourceSection], part: Part, encoder: &dyn Encoder) -> String {
+fn cache_key(sources: &[SourceSection], part: Part, shard_tokens: u64, encoder: &dyn Encoder) -> String {
     // A weight decides how often a source is drawn from, not what its tokens are.
     let sources: Vec<_> = sources.iter().map(|source| SourceSection { weight: None, ..source.clone() }).collect();
-    let key = serde_json::json!({
+    let mut key = serde_json::json!({
         "version": VERSION,
         "sources": sources,
         "part": part,
         "tokenizer": encoder.fingerprint(),
         "separator": encoder.separator(),
     });
+    if shard_tokens != SHARD_TOKENS {
+        key["shard_tokens"] = shard_tokens.into();
+    }
     hex(&Sha256::digest(key.to_string().as_bytes())[..8])
 }
 

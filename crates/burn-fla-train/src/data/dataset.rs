@@ -26,7 +26,7 @@ impl RowDataset {
 
 impl Dataset<Rows> for RowDataset {
     fn get(&self, index: usize) -> Result<Rows, DatasetError> {
-        Ok(read(self.0.as_ref(), std::iter::once(index as u64)))
+        Ok(read(self.0.as_ref(), std::iter::once(self.0.number(index as u64))))
     }
 
     fn len(&self) -> usize {

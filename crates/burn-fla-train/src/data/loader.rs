@@ -1,8 +1,10 @@
 //! Rows in a shuffled order, addressed by one integer.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::rows::{RowSource, Rows};
+use crate::TrainError;
 
 /// Draws rows in an order that is shuffled anew in every epoch, addressed by one integer.
 #[derive(Clone, Debug)]
@@ -29,7 +31,25 @@ impl Loader {
         self.source.ledger(self.cursor).into_iter().map(|(name, rows)| (name, rows * tokens)).collect()
     }
 
-    /// The next `count` rows.
+    /// Waits, for at most `patience`, until the next `count` rows are there; says whether they are.
+    ///
+    /// # Errors
+    /// What keeps the data from being read.
+    pub fn wait(&self, count: usize, patience: Duration) -> Result<bool, TrainError> {
+        self.source.wait(self.cursor + count as u64, patience)
+    }
+
+    /// What there is to tell of the data since the last call.
+    pub fn notes(&self) -> Vec<String> {
+        self.source.notes()
+    }
+
+    /// Identifies the data that the rows drawn so far are of.
+    pub fn fingerprint(&self) -> String {
+        self.source.fingerprint_of(self.cursor)
+    }
+
+    /// The next `count` rows. Of data that are still being read [`wait`](Self::wait) must have said that they are there.
     pub fn next_rows(&mut self, count: usize) -> Rows {
         let numbers = (self.cursor..).take(count).map(|at| self.source.draw(self.seed, at));
         let rows = read(self.source.as_ref(), numbers);
@@ -43,7 +63,7 @@ pub fn spread(source: &dyn RowSource, count: u64) -> Vec<Rows> {
     let n = source.len();
     let count = count.min(n);
     let at = |index: u64| (u128::from(index) * u128::from(n) / u128::from(count)) as u64;
-    (0..count).map(|index| read(source, std::iter::once(at(index)))).collect()
+    (0..count).map(|index| read(source, std::iter::once(source.number(at(index))))).collect()
 }
 
 /// These rows, one below the other.

@@ -1,11 +1,13 @@
 //! Several sources in fixed shares.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 
 use super::permutation::{Permutation, mix};
 use super::rows::RowSource;
+use crate::TrainError;
 use crate::recipe::hex;
 
 /// Rows after which the shares are exact.
@@ -28,25 +30,19 @@ struct Member {
     rows: Arc<dyn RowSource>,
     /// Rows of every block.
     quota: u64,
-    /// The number of its first row.
-    first: u64,
 }
+
+/// Of a row's number, the bits that are its number in its source; those above are the number of the source. So the numbers
+/// do not depend on how many rows a source has, which may not be known yet.
+const ROW_BITS: u32 = 48;
 
 impl Mixture {
     /// Sources with names and weights, which need not add up to 1. There is at least one; each has rows of one length.
     pub fn new(sources: Vec<(String, Arc<dyn RowSource>, f64)>) -> Mixture {
         let total: f64 = sources.iter().map(|(_, _, weight)| weight).sum();
         let quotas = quotas(&sources.iter().map(|(_, _, weight)| weight / total).collect::<Vec<_>>());
-        let mut first = 0;
-        let members: Vec<Member> = sources
-            .into_iter()
-            .zip(quotas)
-            .map(|((name, rows, _), quota)| {
-                let member = Member { name, quota, first, rows };
-                first += member.rows.len();
-                member
-            })
-            .collect();
+        let member = |((name, rows, _), quota)| Member { name, rows, quota };
+        let members: Vec<Member> = sources.into_iter().zip(quotas).map(member).collect();
         // The sources' places side by side, then shuffled: the same for every seed, so that a change of the seed changes
         // which rows are drawn and not the rhythm of the sources.
         let order = Permutation::new(BLOCK, 0);
@@ -100,38 +96,61 @@ impl RowSource for Mixture {
         self.sources[0].rows.seq_len()
     }
 
+    fn number(&self, nth: u64) -> u64 {
+        let mut before = 0;
+        for (at, source) in self.sources.iter().enumerate() {
+            let rows = source.rows.len();
+            if nth < before + rows {
+                return numbered(at, source.rows.number(nth - before));
+            }
+            before += rows;
+        }
+        unreachable!("row {nth} of {before}")
+    }
+
     fn read(&self, index: u64, ids: &mut Vec<i32>, labels: &mut Vec<i32>) {
-        let source = self.member(index);
-        source.rows.read(index - source.first, ids, labels);
+        let (source, row) = self.member(index);
+        source.rows.read(row, ids, labels);
     }
 
     fn starts(&self, index: u64) -> Option<Vec<usize>> {
-        let source = self.member(index);
-        source.rows.starts(index - source.first)
+        let (source, row) = self.member(index);
+        source.rows.starts(row)
+    }
+
+    fn wait(&self, draws: u64, patience: Duration) -> Result<bool, TrainError> {
+        let begun = Instant::now();
+        for (source, draws) in self.sources.iter().zip(self.counts(draws)) {
+            // Of every source the first shard is waited for, drawn from or not: who has no data at all is to know at once.
+            if !source.rows.wait(draws, patience.saturating_sub(begun.elapsed()))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn notes(&self) -> Vec<String> {
+        self.sources.iter().flat_map(|source| source.rows.notes()).collect()
     }
 
     fn draw(&self, seed: u64, at: u64) -> u64 {
         let (source, before) = self.places[(at % BLOCK) as usize];
         let member = &self.sources[source];
         let nth = at / BLOCK * member.quota + before;
-        member.first + member.rows.draw(mix(seed ^ mix(source as u64)), nth)
+        numbered(source, member.rows.draw(mix(seed ^ mix(source as u64)), nth))
     }
 
     fn ledger(&self, at: u64) -> Vec<(String, u64)> {
-        let mut counts: Vec<u64> = self.sources.iter().map(|source| at / BLOCK * source.quota).collect();
-        for (source, _) in &self.places[..(at % BLOCK) as usize] {
-            counts[*source] += 1;
-        }
-        self.sources.iter().map(|source| source.name.clone()).zip(counts).collect()
+        self.sources.iter().map(|source| source.name.clone()).zip(self.counts(at)).collect()
     }
 
     fn fingerprint(&self) -> String {
-        let mut hash = Sha256::new();
-        for source in &self.sources {
-            hash.update(source.rows.fingerprint());
-            hash.update(source.quota.to_le_bytes());
-        }
-        hex(&hash.finalize()[..8])
+        self.hashed(self.sources.iter().map(|source| source.rows.fingerprint()))
+    }
+
+    fn fingerprint_of(&self, draws: u64) -> String {
+        let drawn = self.sources.iter().zip(self.counts(draws));
+        self.hashed(drawn.map(|(source, draws)| source.rows.fingerprint_of(draws)))
     }
 
     fn describe(&self) -> String {
@@ -143,10 +162,32 @@ impl RowSource for Mixture {
     }
 }
 
+fn numbered(source: usize, row: u64) -> u64 {
+    (source as u64) << ROW_BITS | row
+}
+
 impl Mixture {
-    fn member(&self, index: u64) -> &Member {
-        let after = self.sources.partition_point(|source| source.first <= index);
-        &self.sources[after.saturating_sub(1)]
+    /// The source of a row, and the row's number in it.
+    fn member(&self, index: u64) -> (&Member, u64) {
+        (&self.sources[(index >> ROW_BITS) as usize], index & ((1 << ROW_BITS) - 1))
+    }
+
+    /// How many of the first `draws` rows are of each source.
+    fn counts(&self, draws: u64) -> Vec<u64> {
+        let mut counts: Vec<u64> = self.sources.iter().map(|source| draws / BLOCK * source.quota).collect();
+        for (source, _) in &self.places[..(draws % BLOCK) as usize] {
+            counts[*source] += 1;
+        }
+        counts
+    }
+
+    fn hashed(&self, fingerprints: impl Iterator<Item = String>) -> String {
+        let mut hash = Sha256::new();
+        for (source, fingerprint) in self.sources.iter().zip(fingerprints) {
+            hash.update(fingerprint);
+            hash.update(source.quota.to_le_bytes());
+        }
+        hex(&hash.finalize()[..8])
     }
 }
 
@@ -212,5 +253,12 @@ mod tests {
         let first: Vec<u64> = (0..100).map(|at| mixture.draw(7, at)).collect();
         assert!((60..90).contains(&first.iter().filter(|row| **row < 10).count()), "{first:?}");
         assert_ne!(mixture.draw(8, 0), mixture.draw(7, 0));
+        // The rows one after the other, as an evaluation takes them.
+        let row = |nth| {
+            let (mut ids, mut labels) = (Vec::new(), Vec::new());
+            mixture.read(mixture.number(nth), &mut ids, &mut labels);
+            (labels[0], ids[0])
+        };
+        assert_eq!([row(0), row(9), row(10), row(509)], [(10, 0), (10, 9), (500, 0), (500, 499)]);
     }
 }

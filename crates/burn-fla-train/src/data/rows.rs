@@ -1,8 +1,10 @@
 //! Rows for the model, and where they come from.
 
 use std::fmt::Debug;
+use std::time::Duration;
 
 use super::permutation::Permutation;
+use crate::TrainError;
 
 /// The label of a position that asks for nothing.
 pub(super) const NOT_ASKED: i32 = -100;
@@ -87,7 +89,12 @@ pub trait RowSource: Debug + Send + Sync {
     /// Tokens of a row.
     fn seq_len(&self) -> usize;
 
-    /// Appends row `index`, which is below [`len`](Self::len): `seq_len` ids, and as many labels.
+    /// The number of row `nth`, counted from 0 and below [`len`](Self::len): what [`draw`](Self::draw) gives numbers of.
+    fn number(&self, nth: u64) -> u64 {
+        nth
+    }
+
+    /// Appends row `index`, a number: `seq_len` ids, and as many labels.
     fn read(&self, index: u64, ids: &mut Vec<i32>, labels: &mut Vec<i32>);
 
     /// Where sequences begin inside row `index`, past its first token; `None` where a row is one sequence.
@@ -96,7 +103,22 @@ pub trait RowSource: Debug + Send + Sync {
         None
     }
 
-    /// The row that is drawn as number `at`, counted from 0, under `seed`.
+    /// Waits, for at most `patience`, until the first `draws` rows can be drawn; says whether they can. Where all of the data
+    /// are there they always can.
+    ///
+    /// # Errors
+    /// What keeps the data from being read.
+    fn wait(&self, draws: u64, patience: Duration) -> Result<bool, TrainError> {
+        let _ = (draws, patience);
+        Ok(true)
+    }
+
+    /// What there is to tell of the data since the last call.
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// The row that is drawn as number `at`, counted from 0, under `seed`; [`wait`](Self::wait) has said that it can be.
     fn draw(&self, seed: u64, at: u64) -> u64 {
         let n = self.len();
         Permutation::new(n, seed).at(at / n, at % n)
@@ -110,6 +132,13 @@ pub trait RowSource: Debug + Send + Sync {
 
     /// Changes whenever a row could change, the seed aside.
     fn fingerprint(&self) -> String;
+
+    /// Changes whenever one of the first `draws` rows drawn could change, the seed aside; the same whether all of the data
+    /// are there or not.
+    fn fingerprint_of(&self, draws: u64) -> String {
+        let _ = draws;
+        self.fingerprint()
+    }
 
     /// What there is to learn from, in a few words.
     fn describe(&self) -> String;

@@ -10,10 +10,10 @@ use crate::TrainError;
 
 const MAGIC: &[u8; 8] = b"BFLATOK\x01";
 pub(super) const HEADER: usize = 32;
-/// Tokens of a full shard: 64 or 128 MiB a file.
-pub(super) const SHARD_TOKENS: u64 = 1 << 25;
+/// Tokens of a full shard unless the recipe says otherwise: 64 or 128 MiB a file.
+pub(crate) const SHARD_TOKENS: u64 = 1 << 25;
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ShardEntry {
     pub tokens: u64,
     pub crc32: u32,
@@ -41,19 +41,27 @@ pub(super) struct IndexWriter {
     path: PathBuf,
     file: BufWriter<File>,
     crc: crc32fast::Hasher,
+    count: u64,
 }
 
 impl IndexWriter {
     pub(super) fn create(folder: &Path) -> Result<Self, TrainError> {
         let path = folder.join(DOCUMENTS);
         let file = BufWriter::new(File::create(&path).map_err(TrainError::io("create", &path))?);
-        Ok(IndexWriter { path, file, crc: crc32fast::Hasher::new() })
+        Ok(IndexWriter { path, file, crc: crc32fast::Hasher::new(), count: 0 })
     }
 
     pub(super) fn push(&mut self, end: u64) -> Result<(), TrainError> {
         let bytes = end.to_le_bytes();
         self.crc.update(&bytes);
+        self.count += 1;
         self.file.write_all(&bytes).map_err(TrainError::io("write", &self.path))
+    }
+
+    /// How many ends the file has now, all of them readable.
+    pub(super) fn flush(&mut self) -> Result<u64, TrainError> {
+        self.file.flush().map_err(TrainError::io("write", &self.path))?;
+        Ok(self.count)
     }
 
     /// The checksum of all of it.
@@ -68,6 +76,8 @@ impl IndexWriter {
 pub(super) struct ShardWriter {
     folder: PathBuf,
     width: usize,
+    /// Tokens of a full shard.
+    length: u64,
     done: Vec<ShardEntry>,
     open: Option<OpenShard>,
 }
@@ -80,8 +90,14 @@ struct OpenShard {
 }
 
 impl ShardWriter {
-    pub(super) fn new(folder: &Path, width: usize) -> Self {
-        ShardWriter { folder: folder.to_path_buf(), width, done: Vec::new(), open: None }
+    pub(super) fn new(folder: &Path, width: usize, length: u64) -> Self {
+        ShardWriter { folder: folder.to_path_buf(), width, length, done: Vec::new(), open: None }
+    }
+
+    /// The shards that are written and that another follows: whether a shard is the last is known by then.
+    pub(super) fn followed(&self) -> &[ShardEntry] {
+        let last = usize::from(self.open.is_none());
+        &self.done[..self.done.len().saturating_sub(last)]
     }
 
     pub(super) fn write(&mut self, mut tokens: &[u32]) -> Result<(), TrainError> {
@@ -95,7 +111,7 @@ impl ShardWriter {
                 self.open = Some(OpenShard { path, file, crc: crc32fast::Hasher::new(), tokens: 0 });
             }
             let Some(shard) = &mut self.open else { continue };
-            let take = tokens.len().min((SHARD_TOKENS - shard.tokens) as usize);
+            let take = tokens.len().min((self.length - shard.tokens) as usize);
             let bytes: Vec<u8> = match self.width {
                 2 => tokens[..take].iter().flat_map(|&token| (token as u16).to_le_bytes()).collect(),
                 _ => tokens[..take].iter().flat_map(|&token| token.to_le_bytes()).collect(),
@@ -104,7 +120,7 @@ impl ShardWriter {
             shard.file.write_all(&bytes).map_err(TrainError::io("write", &shard.path))?;
             shard.tokens += take as u64;
             tokens = &tokens[take..];
-            if shard.tokens == SHARD_TOKENS {
+            if shard.tokens == self.length {
                 self.close()?;
             }
         }

@@ -34,7 +34,9 @@ pub fn data_size(section: &TextSection, encoder: &dyn Encoder, tell: &mut dyn Fn
     };
     let total: f64 = section.sources.iter().filter_map(|source| source.weight).sum();
     // Without weights all sources share one cache.
-    let cached = |sources: &[SourceSection]| TokenStore::summary(&section.cache_folder, sources, part, encoder);
+    let cached = |sources: &[SourceSection]| {
+        TokenStore::summary(&section.cache_folder, sources, part, section.shard_tokens, encoder)
+    };
     let together = match total > 0.0 {
         true => None,
         false => cached(&section.sources),

@@ -17,6 +17,7 @@ const ACCURACY: &str = "Answers right";
 const RATE: &str = "Learning rate";
 const NORM: &str = "Gradient norm";
 const SPEED: &str = "Tokens per second";
+const MEMORY: &str = "Memory";
 
 /// A run's figures on burn-train's renderer.
 pub struct Dashboard {
@@ -54,6 +55,7 @@ impl Dashboard {
             (RATE, None, false),
             (NORM, None, false),
             (SPEED, None, true),
+            (MEMORY, Some("GiB"), false),
         ];
         for (name, unit, higher_is_better) in metrics {
             let attributes = NumericAttributes { unit: unit.map(String::from), higher_is_better };
@@ -92,6 +94,9 @@ impl Dashboard {
         ];
         for (name, value, text) in figures {
             self.renderer.update_train(state(name, value, text));
+        }
+        if let Some(most) = line.memory.most() {
+            self.renderer.update_train(state(MEMORY, most, format!("{most:.2}")));
         }
     }
 
@@ -220,6 +225,7 @@ mod tests {
             data_wait_s: 0.0,
             seconds: 1.0,
             skipped: 0,
+            memory: Default::default(),
         });
         dashboard.keep("a note");
         assert!(!dashboard.asked_to_stop());

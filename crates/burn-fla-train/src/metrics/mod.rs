@@ -3,6 +3,7 @@
 #[cfg(feature = "tui")]
 mod dashboard;
 mod history;
+pub(crate) mod memory;
 mod plot;
 mod tensorboard;
 mod terminal;
@@ -10,7 +11,8 @@ mod terminal;
 #[cfg(feature = "tui")]
 pub use dashboard::Dashboard;
 pub use history::{History, TrainPoint, ValidationPoint};
-pub use plot::plot;
+pub use memory::Memory;
+pub use plot::{plot, plot_png};
 pub use tensorboard::TensorBoard;
 pub use terminal::Terminal;
 
@@ -66,6 +68,10 @@ pub struct TrainLine {
     pub seconds: f64,
     /// Steps skipped so far because the gradient was not finite.
     pub skipped: u64,
+    /// Memory after the last of these steps: `in_use_gib` and `reserved_gib` of a device, `rss_gib` and `peak_rss_gib` of
+    /// the process.
+    #[serde(flatten)]
+    pub memory: Memory,
 }
 
 fn as_map<S: Serializer>(list: &[(String, u64)], serializer: S) -> Result<S::Ok, S::Error> {

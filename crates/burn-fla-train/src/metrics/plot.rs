@@ -1,6 +1,10 @@
-//! Curves of one or more runs, as SVG.
+//! Curves of one or more runs, as SVG or PNG.
 
+use std::sync::OnceLock;
+
+use plotters::coord::Shift;
 use plotters::prelude::*;
+use plotters::style::register_font;
 
 use super::History;
 use crate::TrainError;
@@ -36,44 +40,83 @@ struct Curve {
 /// # Errors
 /// Runs without any training line.
 pub fn plot(runs: &[History]) -> Result<String, TrainError> {
-    let (mut losses, mut rates) = (Vec::new(), Vec::new());
-    for (at, run) in runs.iter().enumerate() {
-        let colour = COLOURS[at % COLOURS.len()];
-        let training = run.training.iter().filter(|point| point.loss.is_finite());
-        let points: Vec<Point> = training.map(|point| (point.tokens, point.loss)).collect();
-        losses.push(Curve { name: run.name(), colour, points: smooth(&points), marked: false });
-        let points: Vec<Point> = run.validation.iter().map(|point| (point.tokens, point.loss)).collect();
-        if !points.is_empty() {
-            losses.push(Curve { name: format!("{}, held out", run.name()), colour, points, marked: true });
-        }
-        let points = run.training.iter().map(|point| (point.tokens, point.tokens_per_s)).collect();
-        rates.push(Curve { name: run.name(), colour, points, marked: false });
-    }
-    if losses.iter().all(|curve| curve.points.is_empty()) {
-        return Err(TrainError::Execution("none of the runs has written a training line yet".to_string()));
-    }
     let mut svg = String::new();
-    draw(&mut svg, &losses, &rates).map_err(|error| TrainError::Execution(format!("the plot: {error}")))?;
+    draw(SVGBackend::with_string(&mut svg, SIZE).into_drawing_area(), &Curves::of(runs)?)?;
     Ok(svg)
 }
 
-fn draw(svg: &mut String, losses: &[Curve], rates: &[Curve]) -> Result<(), Box<dyn std::error::Error>> {
-    let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
-    area.fill(&WHITE)?;
-    let (above, below) = area.split_vertically(SIZE.1 * 2 / 3);
-    chart(&above, "loss (nats per token)", losses, false, true)?;
-    chart(&below, "tokens per second", rates, true, false)?;
-    area.present()?;
-    Ok(())
+/// The same in pixels, as the bytes of a PNG file.
+///
+/// # Errors
+/// Runs without any training line.
+pub fn plot_png(runs: &[History]) -> Result<Vec<u8>, TrainError> {
+    let mut pixels = vec![0; 3 * (SIZE.0 * SIZE.1) as usize];
+    draw(BitMapBackend::with_buffer(&mut pixels, SIZE).into_drawing_area(), &Curves::of(runs)?)?;
+    let mut file = Vec::new();
+    let mut encoder = png::Encoder::new(&mut file, SIZE.0, SIZE.1);
+    encoder.set_color(png::ColorType::Rgb);
+    let written = encoder.write_header().and_then(|mut writer| writer.write_image_data(&pixels));
+    written.map_err(|error| TrainError::Execution(format!("the plot: {error}")))?;
+    Ok(file)
 }
 
-fn chart(
-    area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>,
+/// What is drawn.
+struct Curves {
+    losses: Vec<Curve>,
+    rates: Vec<Curve>,
+}
+
+impl Curves {
+    fn of(runs: &[History]) -> Result<Curves, TrainError> {
+        let (mut losses, mut rates) = (Vec::new(), Vec::new());
+        for (at, run) in runs.iter().enumerate() {
+            let colour = COLOURS[at % COLOURS.len()];
+            let training = run.training.iter().filter(|point| point.loss.is_finite());
+            let points: Vec<Point> = training.map(|point| (point.tokens, point.loss)).collect();
+            losses.push(Curve { name: run.name(), colour, points: smooth(&points), marked: false });
+            let points: Vec<Point> = run.validation.iter().map(|point| (point.tokens, point.loss)).collect();
+            if !points.is_empty() {
+                losses.push(Curve { name: format!("{}, held out", run.name()), colour, points, marked: true });
+            }
+            let points = run.training.iter().map(|point| (point.tokens, point.tokens_per_s)).collect();
+            rates.push(Curve { name: run.name(), colour, points, marked: false });
+        }
+        if losses.iter().all(|curve| curve.points.is_empty()) {
+            return Err(TrainError::Execution("none of the runs has written a training line yet".to_string()));
+        }
+        Ok(Curves { losses, rates })
+    }
+}
+
+fn draw<B: DrawingBackend>(area: DrawingArea<B, Shift>, curves: &Curves) -> Result<(), TrainError>
+where
+    B::ErrorType: 'static,
+{
+    // The font that letters are measured with, and drawn with in pixels, comes along: a machine may have none.
+    static FONT: OnceLock<bool> = OnceLock::new();
+    let font = || register_font("sans-serif", FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT).is_ok();
+    FONT.get_or_init(font);
+    let all = || -> Result<(), Box<dyn std::error::Error>> {
+        area.fill(&WHITE)?;
+        let (above, below) = area.split_vertically(SIZE.1 * 2 / 3);
+        chart(&above, "loss (nats per token)", &curves.losses, false, true)?;
+        chart(&below, "tokens per second", &curves.rates, true, false)?;
+        area.present()?;
+        Ok(())
+    };
+    all().map_err(|error| TrainError::Execution(format!("the plot: {error}")))
+}
+
+fn chart<B: DrawingBackend>(
+    area: &DrawingArea<B, Shift>,
     title: &str,
     curves: &[Curve],
     from_zero: bool,
     legend: bool,
-) -> Result<(), Box<dyn std::error::Error>> {
+) -> Result<(), Box<dyn std::error::Error>>
+where
+    B::ErrorType: 'static,
+{
     let all = || curves.iter().flat_map(|curve| &curve.points);
     let most = all().map(|point| point.0).fold(1.0, f64::max);
     // The first losses of a run would press the rest flat: the highest hundredth is cut off.
@@ -171,5 +214,33 @@ mod tests {
             assert!(svg.contains(&format!("\n{name}\n")), "{name}");
         }
         assert!(plot(&[History::default()]).is_err());
+    }
+
+    /// The picture in pixels has what the drawing has: each run's line in its colour, grey letters, white elsewhere.
+    #[test]
+    fn pixels_show_the_same() {
+        let point = |step: u64| TrainPoint { step, tokens: step as f64, loss: 5.0 / step as f64, tokens_per_s: 100.0 };
+        let run = |name: &str, from: u64| History {
+            folder: name.into(),
+            training: (from..from + 9).map(point).collect(),
+            ..History::default()
+        };
+        let file = plot_png(&[run("one", 1), run("two", 3)]).unwrap();
+        let mut reader = png::Decoder::new(std::io::Cursor::new(file)).read_info().unwrap();
+        let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+        let info = reader.next_frame(&mut pixels).unwrap();
+        assert_eq!((info.width, info.height, info.color_type), (SIZE.0, SIZE.1, png::ColorType::Rgb));
+        let count = |colour: (u8, u8, u8)| {
+            pixels.chunks_exact(3).filter(|pixel| *pixel == [colour.0, colour.1, colour.2]).count()
+        };
+        let (white, one, two, three) =
+            (count((255, 255, 255)), count(COLOURS[0].rgb()), count(COLOURS[1].rgb()), count(COLOURS[2].rgb()));
+        assert!(one > 500 && two > 500, "{one} and {two} pixels of the two lines");
+        assert_eq!(three, 0, "there is no third run");
+        assert!(white > pixels.len() / 3 * 8 / 10);
+        // The title is at the top, and made of letters: some dark pixels, not a box of them.
+        let top = &pixels[..3 * (SIZE.0 * 45) as usize];
+        let dark = top.chunks_exact(3).filter(|pixel| pixel.iter().all(|part| *part < 128)).count();
+        assert!((100..4000).contains(&dark), "{dark} dark pixels in the title");
     }
 }

@@ -81,12 +81,13 @@ impl Terminal {
             return dashboard.train(line);
         }
         let figures = format!(
-            "loss {:.4}  lr {:.2e}  |g| {:.3}  {:.0} tokens/s{}{}",
+            "loss {:.4}  lr {:.2e}  |g| {:.3}  {:.0} tokens/s{}{}{}",
             line.loss,
             line.lr,
             line.grad_norm,
             line.tokens_per_s,
             line.mfu.map(|share| format!("  MFU {:.1} %", 100.0 * share)).unwrap_or_default(),
+            line.memory.most().map(|most| format!("  {most:.2} GiB")).unwrap_or_default(),
             if line.skipped > 0 { format!("  {} skipped", line.skipped) } else { String::new() }
         );
         match &self.bar {

@@ -73,6 +73,28 @@ impl ParamTable {
         take.out
     }
 
+    /// The values of the parameters whose entry is `wanted`, flattened, in this order.
+    pub fn values<M: Module>(&self, model: &M, wanted: impl Fn(&ParamEntry) -> bool) -> Vec<(&ParamEntry, Tensor<1>)> {
+        struct Look<'a, F> {
+            table: &'a ParamTable,
+            wanted: F,
+            out: Vec<(usize, Tensor<1>)>,
+        }
+        impl<F: Fn(&ParamEntry) -> bool> ModuleVisitor for Look<'_, F> {
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                if let Some(&at) = self.table.index.get(&param.id)
+                    && (self.wanted)(&self.table.entries[at])
+                {
+                    self.out.push((at, param.val().reshape([self.table.entries[at].len()])));
+                }
+            }
+        }
+        let mut look = Look { table: self, wanted, out: Vec::new() };
+        model.visit(&mut look);
+        look.out.sort_by_key(|(at, _)| *at);
+        look.out.into_iter().map(|(at, value)| (&self.entries[at], value)).collect()
+    }
+
     /// Replaces the parameters of a model without autodiff by what `update` makes of them all: flattened, in this order,
     /// `None` for one that the model lacks.
     ///

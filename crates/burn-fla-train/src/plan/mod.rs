@@ -1,5 +1,6 @@
 //! What a recipe asks for, before a device is touched: parameters, arithmetic by mixer, memory, learning rates, data, time.
 
+mod memory;
 mod text;
 
 use std::path::Path;
@@ -11,9 +12,11 @@ use serde::Serialize;
 use crate::TrainError;
 use crate::data::{DataSize, data_size};
 use crate::optim::{ParamEntry, is_matrix};
-use crate::recipe::{ComputeDtype, DataSection, OptimizerName, Recipe};
+use crate::recipe::{DataSection, Recipe};
 use crate::schedule::Schedule;
 use crate::trainer::{Task, read_model_config};
+pub use memory::{MemoryPlan, is_out_of_memory};
+pub(crate) use memory::{check_memory, ran_out};
 
 /// A recipe, counted.
 #[derive(Clone, Debug, Serialize)]
@@ -76,27 +79,6 @@ pub struct FlopsPerToken {
     pub training: f64,
 }
 
-/// Bytes on the device.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct MemoryPlan {
-    /// Parameters, in f32.
-    pub parameters: u64,
-    /// Their gradients, in f32.
-    pub gradients: u64,
-    /// The optimiser's moments, in f32.
-    pub moments: u64,
-    /// An estimate: what the backward pass needs of a micro-batch, one input and one output of every linear map, and
-    /// logits and their gradient in f32.
-    pub activations: u64,
-}
-
-impl MemoryPlan {
-    /// All of it.
-    pub fn total(&self) -> u64 {
-        self.parameters + self.gradients + self.moments + self.activations
-    }
-}
-
 impl Plan {
     /// Counts `recipe`. `tokens_per_s` is the rate to reckon with; without it, the last of the run folder's
     /// `metrics.jsonl` is taken.
@@ -127,7 +109,7 @@ impl Plan {
             parameters: counted.parameters,
             embedding_parameters: counted.embedding,
             flops: counted.flops,
-            memory: memory(recipe, &counted),
+            memory: memory::memory(recipe, &config, &counted)?,
             mixers: counted.mixers,
             tokens_per_step,
             steps,
@@ -156,8 +138,8 @@ struct Counted {
     embedding: u64,
     mixers: Vec<MixerPlan>,
     flops: FlopsPerToken,
-    /// Inputs and outputs of the linear maps of all layers.
-    features: u64,
+    /// Inputs and outputs of the linear maps of each layer.
+    features: Vec<u64>,
     /// Matrices of the layers, which Muon updates.
     matrices: u64,
     vocabulary: usize,
@@ -182,22 +164,23 @@ fn count_model(config: &ModelConfig, seq_len: usize) -> Result<Counted, TrainErr
         mixers[at].mixer_flops += cost.flops;
         of_layer.push(at);
     }
-    let (mut parameters, mut features, mut matrices, mut embedding, mut head) = (0, 0, 0, 0, 0);
+    let (mut parameters, mut matrices, mut embedding, mut head) = (0, 0, 0, 0);
+    let mut features = vec![0; of_layer.len()];
     for param in model.named_parameters() {
         let elements: u64 = param.shape.iter().map(|side| *side as u64).product();
         parameters += elements;
         let layer = param.name.strip_prefix(&inner).and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
         // A matrix of coefficients is no map; the taps of a convolution are one, `[channels, 1, taps]`.
         let is_map = param.shape.len() >= 2 && param.name.ends_with("weight");
-        match layer.and_then(|layer| of_layer.get(layer)) {
-            Some(at) => {
+        match layer.and_then(|layer| Some((layer, of_layer.get(layer)?))) {
+            Some((layer, at)) => {
                 mixers[*at].parameters += elements;
                 if is_matrix(&ParamEntry { name: param.name.clone(), id: param.id, shape: param.shape.clone() }) {
                     matrices += elements;
                 }
                 if is_map {
                     mixers[*at].map_flops += 2.0 * elements as f64;
-                    features += param.shape.iter().map(|side| *side as u64).sum::<u64>();
+                    features[layer] += param.shape.iter().map(|side| *side as u64).sum::<u64>();
                 }
             }
             None if param.name.ends_with("lm_head.weight") => head = elements,
@@ -212,25 +195,6 @@ fn count_model(config: &ModelConfig, seq_len: usize) -> Result<Counted, TrainErr
     let forward = layers + 2.0 * head as f64;
     let flops = FlopsPerToken { forward, training: 3.0 * forward };
     Ok(Counted { parameters, embedding, mixers, flops, features, matrices, vocabulary: config.vocab_size() })
-}
-
-fn memory(recipe: &Recipe, counted: &Counted) -> MemoryPlan {
-    let tokens = (recipe.training.batch_size * recipe.training.seq_len) as u64;
-    let width = match recipe.device.compute_dtype {
-        ComputeDtype::Bfloat16 => 2,
-        ComputeDtype::Float32 => 4,
-    };
-    let moments = match recipe.optimizer.name {
-        OptimizerName::Adamw => 2 * counted.parameters,
-        // One for the matrices of the layers, two for the others.
-        OptimizerName::Muon => 2 * counted.parameters - counted.matrices,
-    };
-    MemoryPlan {
-        parameters: 4 * counted.parameters,
-        gradients: 4 * counted.parameters,
-        moments: 4 * moments,
-        activations: tokens * (counted.features * width + 8 * counted.vocabulary as u64),
-    }
 }
 
 /// The rates where the schedule turns, and between.

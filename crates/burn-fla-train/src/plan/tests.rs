@@ -82,3 +82,89 @@ fn muon_keeps_one_moment_of_the_matrices() {
     let maps = 2 * (5 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64);
     assert_eq!(adamw.memory.moments - muon.memory.moments, 4 * maps);
 }
+
+/// Peaks of resident memory, in MiB, of runs on the CPU with one thread: (model, rows, tokens of a row, width, layers,
+/// vocabulary, peak), as `metrics.jsonl` had them.
+const MEASURED: [(&str, usize, usize, usize, usize, usize, f64); 14] = [
+    (r#""model_type": "gla", "num_heads": 4"#, 8, 256, 256, 4, 256, 529.4),
+    (r#""model_type": "gla", "num_heads": 4"#, 8, 1024, 256, 4, 256, 1673.2),
+    (r#""model_type": "gla", "num_heads": 4"#, 8, 256, 256, 4, 8192, 865.3),
+    (r#""model_type": "gla", "num_heads": 4"#, 8, 256, 512, 8, 256, 1962.0),
+    (r#""model_type": "transformer", "num_heads": 4"#, 8, 256, 256, 4, 256, 484.4),
+    (r#""model_type": "transformer", "num_heads": 4"#, 8, 1024, 256, 4, 256, 2842.6),
+    (r#""model_type": "transformer", "num_heads": 4"#, 8, 256, 512, 8, 256, 1627.1),
+    (r#""model_type": "mamba2", "head_dim": 64, "num_heads": 8, "expand": 2"#, 8, 1024, 256, 4, 256, 2520.1),
+    (r#""model_type": "gated_deltanet", "num_heads": 4, "head_dim": 64, "expand_v": 1"#, 8, 1024, 256, 4, 256, 2677.8),
+    (r#""model_type": "delta_net", "num_heads": 4"#, 2, 256, 256, 4, 256, 289.8),
+    (r#""model_type": "delta_net", "num_heads": 4"#, 8, 1024, 256, 4, 256, 2147.3),
+    (r#""model_type": "rwkv7", "head_dim": 64"#, 8, 1024, 256, 4, 256, 3822.6),
+    (r#""model_type": "retnet", "num_heads": 4"#, 8, 1024, 256, 4, 256, 1646.6),
+    (r#""model_type": "hgrn2", "num_heads": 4"#, 8, 1024, 256, 4, 256, 2146.3),
+];
+
+#[test]
+fn memory_is_estimated_as_it_was_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    for (model, rows, tokens, width, layers, vocabulary, peak) in MEASURED {
+        let config = format!(
+            "{{{model}, \"hidden_size\": {width}, \"num_hidden_layers\": {layers}, \"vocab_size\": {vocabulary}}}"
+        );
+        let set =
+            [format!("training.batch_size={rows}"), format!("training.seq_len={tokens}"), "device.threads=1".into()];
+        let set: Vec<&str> = set.iter().map(String::as_str).collect();
+        let estimate = plan(folder.path(), &config, &set, None).memory.total() as f64 / f64::from(1 << 20) + 50.0;
+        let ratio = peak / estimate;
+        assert!((0.87..1.23).contains(&ratio), "{model} {rows} x {tokens}: {estimate:.0} MiB, measured {peak}");
+    }
+}
+
+fn recipe(folder: &Path, set: &[&str]) -> (Recipe, ModelConfig) {
+    plan(folder, CONFIG, &[], None);
+    let set: Vec<String> = set.iter().map(|text| text.to_string()).collect();
+    (Recipe::load(&folder.join("recipe.toml"), &set).unwrap(), ModelConfig::from_json(CONFIG).unwrap())
+}
+
+#[test]
+fn what_does_not_fit_is_told_with_what_would() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = ["training.batch_size=24", "training.gradient_accumulation_steps=5"];
+    let (recipe, config) = recipe(folder.path(), &set);
+    let memory = MemoryPlan::of(&recipe, &config).unwrap();
+    assert_eq!(check_memory(&recipe, &config, Some(1 << 40)).unwrap(), None);
+    assert_eq!(check_memory(&recipe, &config, None).unwrap(), None, "where the system does not tell");
+    // Room for 12 rows, of the 120 of a step.
+    let with = |rows: usize| {
+        let mut other = recipe.clone();
+        other.training.batch_size = rows;
+        MemoryPlan::of(&other, &config).unwrap().total()
+    };
+    let room = with(12) + (with(13) - with(12)) / 2;
+    let process = 50 << 20;
+    let tight = check_memory(&recipe, &config, Some(process + memory.total() - 1)).unwrap();
+    assert!(tight.unwrap().contains("may be killed"));
+    let error = ran_out(&recipe, &config, 7, Some(room)).to_string();
+    let [plain, block] = error.split("; or ").collect::<Vec<_>>()[..] else { panic!("{error}") };
+    for part in ["out of memory: step 7 with training.batch_size = 24", "batch_size = 12 ", "accumulation_steps = 10 "]
+    {
+        assert!(plain.contains(part), "{part}: {error}");
+    }
+    assert!(block.contains("activation_checkpoint = \"block\""), "{error}");
+    // Nothing is left even for one row.
+    let error = ran_out(&recipe, &config, 1, Some(memory.parameters)).to_string();
+    assert!(error.contains("not one row of 64 tokens fits") && error.contains("training.seq_len"), "{error}");
+    // Without a word of the allocator, half the rows.
+    assert!(ran_out(&recipe, &config, 1, None).to_string().contains("training.batch_size = 12"));
+}
+
+#[test]
+fn the_words_for_no_memory_are_known() {
+    for said in [
+        "the device failed: out of device memory allocating 1099511627776 bytes",
+        "An out-of-memory error happened during launch",
+        "can't allocate buffer of size: 12",
+        "CUDA_ERROR_OUT_OF_MEMORY",
+    ] {
+        assert!(is_out_of_memory(said), "{said}");
+    }
+    assert!(!is_out_of_memory("the device was poisoned during launch"));
+}

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::section::Section;
 use super::{Job, TrainingSection, resolve::folder};
 use crate::TrainError;
+use crate::data::SHARD_TOKENS;
 
 /// `[data]`: its `kind` says what the rest of the section is about.
 #[derive(Clone, Debug, JsonSchema, Serialize)]
@@ -89,6 +90,14 @@ pub struct TextSection {
     pub validation: Vec<SourceSection>,
     /// Without `validation`: the fraction of the training documents that is held out (0).
     pub validation_fraction: f64,
+    /// Tokens of a shard of the cache (33,554,432). Training begins when the first is tokenised, and the first epoch is
+    /// shuffled within each.
+    #[serde(skip_serializing_if = "is_usual_shard")]
+    pub shard_tokens: u64,
+}
+
+fn is_usual_shard(tokens: &u64) -> bool {
+    *tokens == SHARD_TOKENS
 }
 
 /// What stands where neither a pair nor a query does.
@@ -127,13 +136,13 @@ pub(super) fn generated(section: &Section<'_>) -> Result<bool, TrainError> {
 pub(super) fn data(section: Section<'_>, job: &Job, training: &TrainingSection) -> Result<DataSection, TrainError> {
     let data = match generated(&section)? {
         true => DataSection::Mqar(mqar(&section, job, training)?),
-        false => DataSection::Text(text(&section, job)?),
+        false => DataSection::Text(text(&section, job, training)?),
     };
     section.finish()?;
     Ok(data)
 }
 
-fn text(section: &Section<'_>, job: &Job) -> Result<TextSection, TrainError> {
+fn text(section: &Section<'_>, job: &Job, training: &TrainingSection) -> Result<TextSection, TrainError> {
     let sources = section.tables("sources")?.unwrap_or_default();
     if sources.is_empty() {
         return Err(section.missing("sources", "at least one, such as [{ path = \"data/*.txt\" }]"));
@@ -155,7 +164,16 @@ fn text(section: &Section<'_>, job: &Job) -> Result<TextSection, TrainError> {
     if validation.iter().any(|source| source.weight.is_some()) {
         return Err(section.bad("validation", "a weight has no meaning here: all of it is read".to_string()));
     }
+    let shard_tokens = section.positive("shard_tokens")?.unwrap_or(SHARD_TOKENS);
+    if !(training.seq_len as u64 + 1..=1 << 40).contains(&shard_tokens) {
+        let message = format!(
+            "{shard_tokens} must be between training.seq_len + 1 = {}, so that a shard has a row, and 2^40",
+            training.seq_len + 1
+        );
+        return Err(section.bad("shard_tokens", message));
+    }
     Ok(TextSection {
+        shard_tokens,
         cache_folder: folder(section, "cache_folder", job.dump_folder.join("cache"))?,
         seed: section.count("seed")?.unwrap_or(job.seed),
         sources,

@@ -181,6 +181,16 @@ pub struct SchedulerSection {
     pub lr_min: f64,
 }
 
+/// What is kept between forward and backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, JsonSchema, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ActivationCheckpoint {
+    /// Every activation.
+    None,
+    /// What enters each block; the rest is computed again, for one more forward pass.
+    Block,
+}
+
 /// `[training]`: exactly one of `steps`, `tokens` and `hours` is set.
 #[derive(Clone, Debug, JsonSchema, Serialize)]
 pub struct TrainingSection {
@@ -207,6 +217,9 @@ pub struct TrainingSection {
     pub skip_nan_inf: bool,
     /// Skips in a row after which the run stops with an error (10).
     pub max_skipped: u64,
+    /// `"none"` (default), or `"block"`: keep only what enters each block, and compute the rest again going backward. Less
+    /// memory for one more forward pass; the gradients stay the same.
+    pub activation_checkpoint: ActivationCheckpoint,
 }
 
 impl TrainingSection {

@@ -247,7 +247,6 @@ fn training(section: Section<'_>) -> Result<TrainingSection, TrainError> {
         }
         _ => {}
     }
-    section.unsupported("activation_checkpoint", "activations are kept")?;
     let training = TrainingSection {
         batch_size,
         seq_len,
@@ -260,6 +259,10 @@ fn training(section: Section<'_>) -> Result<TrainingSection, TrainError> {
         max_norm: section.number_in("max_norm", 1.0, 0.0, f64::MAX)?,
         skip_nan_inf: section.bool("skip_nan_inf", true)?,
         max_skipped: section.positive("max_skipped")?.unwrap_or(10),
+        activation_checkpoint: match section.choice("activation_checkpoint", &["none", "block"], "none")? {
+            "block" => ActivationCheckpoint::Block,
+            _ => ActivationCheckpoint::None,
+        },
     };
     section.finish()?;
     Ok(training)

@@ -164,6 +164,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("data.cache_folder", "\"runs/cache\""),
     ("data.sources", "[{ path = \"data/*.txt\" }]"),
     ("data.validation", "[{ path = \"held_out/*.txt\" }]"),
+    ("data.shard_tokens", "33_554_432"),
     ("data.num_examples", "100_000"),
     ("checkpoint.folder", "\"runs/reference/checkpoints\""),
     ("metrics.peak_tflops", "989"),

@@ -137,14 +137,6 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// A key that the format reserves and this version cannot honour.
-    pub(crate) fn unsupported(&self, key: &'static str, instead: &str) -> Result<(), TrainError> {
-        match self.table.and_then(|table| table.get(key)) {
-            None => Ok(()),
-            Some(_) => Err(self.bad(key, format!("not supported yet; {instead}"))),
-        }
-    }
-
     /// Fails for the first key that no getter asked for.
     pub(crate) fn finish(self) -> Result<(), TrainError> {
         let known = self.known.borrow();

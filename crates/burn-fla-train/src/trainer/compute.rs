@@ -1,7 +1,7 @@
 //! One optimiser step's gradient, and held-out losses, on one device or on the threads of the CPU.
 
 use burn::module::Module;
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Gradients, Int, Tensor, TensorData};
 use burn_fla_nn::modules::cross_entropy;
 use burn_fla_nn::{CausalLm, Compute};
 use burn_fla_ops::CuSeqlens;
@@ -11,12 +11,14 @@ use super::profile::{Part, Stopwatch, Times};
 use crate::TrainError;
 use crate::data::Rows;
 use crate::optim::ParamTable;
+use crate::recipe::ActivationCheckpoint;
 
 /// Where the model runs.
 #[derive(Debug)]
 pub(super) struct Computer {
     pub device: Device,
     pub compute: Compute,
+    pub activations: ActivationCheckpoint,
     pub pool: Pool,
 }
 
@@ -55,8 +57,14 @@ impl Computer {
         let scale = 1.0 / tokens.max(1) as f64;
         let jobs = self.shares(batches).into_iter().map(|share| {
             let (model, table) = (model.clone(), table.clone());
-            let (device, compute) = (self.device.clone().autodiff(), self.compute);
-            Box::new(move || gradient_of_share(model, &table, &share, scale, &device, compute, measure)) as _
+            let pass = Pass {
+                scale,
+                device: self.device.clone().autodiff(),
+                compute: self.compute,
+                activations: self.activations,
+                measure,
+            };
+            Box::new(move || gradient_of_share(model, &table, &share, &pass)) as _
         });
         let results: Vec<Result<Gradient, TrainError>> = self.pool.run(jobs.collect());
         let mut total: Option<Gradient> = None;
@@ -117,15 +125,18 @@ fn loss_and_hits(model: &CausalLm, rows: &Rows, device: &Device, compute: Comput
     Ok(Tensor::cat(vec![loss, hits.float().cast(DType::F32).sum()], 0))
 }
 
-fn gradient_of_share(
-    model: CausalLm,
-    table: &ParamTable,
-    share: &[Rows],
+/// How a forward and backward pass is made.
+struct Pass {
+    /// Multiplies the loss.
     scale: f64,
-    device: &Device,
+    device: Device,
     compute: Compute,
+    activations: ActivationCheckpoint,
     measure: bool,
-) -> Result<Gradient, TrainError> {
+}
+
+fn gradient_of_share(model: CausalLm, table: &ParamTable, share: &[Rows], pass: &Pass) -> Result<Gradient, TrainError> {
+    let Pass { scale, ref device, compute, activations, measure } = *pass;
     let mut watch = if measure { Some(Stopwatch::start(device)?) } else { None };
     let mut lap = |part: Part| watch.as_mut().map_or(Ok(()), |watch| watch.lap(part));
     let model = model.train();
@@ -133,12 +144,26 @@ fn gradient_of_share(
     for rows in share {
         let (ids, labels, cu) = tensors(rows, device)?;
         lap(Part::Upload)?;
-        let loss = model.loss(ids, labels, cu.as_ref(), compute)?.sum * scale;
-        lap(Part::Forward)?;
-        let mut gradients = loss.backward();
-        let grads = table.gradients(&model, &mut gradients);
+        let (grads, loss) = match activations {
+            ActivationCheckpoint::None => {
+                let loss = model.loss(ids, labels, cu.as_ref(), compute)?.sum * scale;
+                lap(Part::Forward)?;
+                let mut gradients = loss.backward();
+                (table.gradients(&model, &mut gradients), loss.inner())
+            }
+            // Forward and backward take turns: all of it counts as backward.
+            ActivationCheckpoint::Block => {
+                let mut sum = vec![None; table.entries().len()];
+                let mut collect = |found: &mut Gradients| {
+                    let more = table.gradients(&model, found).into_iter();
+                    sum = std::mem::take(&mut sum).into_iter().zip(more).map(sum_of).collect();
+                };
+                let loss = model.backward_by_block(ids, labels, cu.as_ref(), compute, scale, &mut collect)?;
+                (sum, loss)
+            }
+        };
         lap(Part::Backward)?;
-        let part = Gradient { grads, loss: loss.inner(), times: Times::default() };
+        let part = Gradient { grads, loss, times: Times::default() };
         total = Some(match total {
             None => part,
             Some(sum) => add(sum, part, Times::then),
@@ -151,13 +176,16 @@ fn gradient_of_share(
     total.ok_or_else(|| TrainError::Execution("a share without rows".to_string()))
 }
 
-fn add(a: Gradient, b: Gradient, times: impl FnOnce(Times, Times) -> Times) -> Gradient {
-    let sum = |pair: (Option<Tensor<1>>, Option<Tensor<1>>)| match pair {
+fn sum_of(pair: (Option<Tensor<1>>, Option<Tensor<1>>)) -> Option<Tensor<1>> {
+    match pair {
         (Some(a), Some(b)) => Some(a + b),
         (a, b) => a.or(b),
-    };
+    }
+}
+
+fn add(a: Gradient, b: Gradient, times: impl FnOnce(Times, Times) -> Times) -> Gradient {
     Gradient {
-        grads: a.grads.into_iter().zip(b.grads).map(sum).collect(),
+        grads: a.grads.into_iter().zip(b.grads).map(sum_of).collect(),
         loss: a.loss + b.loss,
         times: times(a.times, b.times),
     }

@@ -9,27 +9,29 @@ mod signals;
 mod task;
 mod text;
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Tensor};
-use burn_fla_nn::CausalLm;
 use burn_fla_nn::hub::ModelSnapshot;
+use burn_fla_nn::{CausalLm, ModelConfig};
 
 use crate::TrainError;
 use crate::checkpoint::{
     Background, CheckpointStore, OPTIMIZER_FILE, TrainState, optimizer_bytes, write_atomic, write_synced,
 };
-use crate::data::{Loader, Rows};
-use crate::metrics::{Journal, Line, SampleLine, Terminal, TrainLine, ValidationLine};
+use crate::data::{Loader, PATIENCE, Rows};
+use crate::metrics::{Journal, Line, Memory, SampleLine, Terminal, TrainLine, ValidationLine};
 use crate::optim::{Optimizer, StepFigures, StepReport};
+use crate::plan::{is_out_of_memory, ran_out};
 use crate::recipe::Recipe;
 use crate::schedule::Schedule;
 use compute::{Computer, read};
 use profile::{Part, Profiler, Stopwatch};
 pub(crate) use setup::model_config as read_model_config;
 use signals::Signals;
-use task::HeldOut;
+use task::HeldOutBatches;
 pub(crate) use task::Task;
 use text::Text;
 
@@ -37,6 +39,7 @@ use text::Text;
 #[derive(Debug)]
 pub struct Trainer {
     recipe: Recipe,
+    config: ModelConfig,
     computer: Computer,
     task: Task,
     /// Without autodiff; each step makes copies with it. `None` only while the optimiser has it: being its sole owner
@@ -45,7 +48,7 @@ pub struct Trainer {
     optimizer: Optimizer,
     schedule: Schedule,
     loader: Loader,
-    held_out: Option<HeldOut>,
+    held_out: HeldOutBatches,
     state: TrainState,
     store: CheckpointStore,
     saver: Background,
@@ -62,7 +65,6 @@ pub struct Trainer {
     saved: Option<u64>,
     /// Whether the weights are other than random.
     resumed: bool,
-    vocab_size: usize,
     profiler: Option<Profiler>,
     /// Arithmetic of the model in training, counted.
     flops_per_token: f64,
@@ -111,9 +113,35 @@ impl Trainer {
     /// # Errors
     /// A device that fails, files that cannot be written, too many gradients in a row that are not finite.
     pub fn run(mut self) -> Result<RunSummary, TrainError> {
+        // A runtime that cannot hand an error on panics with it.
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.run_to_its_end()));
+        let message = match &outcome {
+            Ok(Ok(summary)) => return Ok(summary.clone()),
+            Ok(Err(error @ (TrainError::Execution(_) | TrainError::Model(_) | TrainError::Op(_)))) => error.to_string(),
+            Ok(Err(_)) => String::new(),
+            Err(panic) => match (panic.downcast_ref::<String>(), panic.downcast_ref::<&str>()) {
+                (Some(text), _) => text.clone(),
+                (None, Some(text)) => (*text).to_string(),
+                (None, None) => String::new(),
+            },
+        };
+        if is_out_of_memory(&message) {
+            let device = self.computer.device.clone();
+            // The allocator of a device that has failed may fail to answer too.
+            let usage = catch_unwind(move || device.memory_pool_usage()).ok().flatten();
+            let reserved = usage.map(|usage| usage.bytes_reserved);
+            return Err(ran_out(&self.recipe, &self.config, self.state.step + 1, reserved));
+        }
+        outcome.unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
+    fn run_to_its_end(&mut self) -> Result<RunSummary, TrainError> {
         let signals = Signals::install();
         let mut last_batch = Vec::new();
         while !self.finished() && !signals.asked() && !self.terminal.asked_to_stop() {
+            if !self.data_are_there()? {
+                continue;
+            }
             last_batch = self.step()?;
             self.saver.poll()?;
             let step = self.state.step;
@@ -146,6 +174,19 @@ impl Trainer {
         Ok(self.summary(interrupted))
     }
 
+    /// Waits a moment for the rows of the next step, where they are still being tokenised; says whether they are there.
+    fn data_are_there(&mut self) -> Result<bool, TrainError> {
+        let start = Instant::now();
+        let training = &self.recipe.training;
+        let there = self.loader.wait(training.batch_size * training.gradient_accumulation_steps, PATIENCE)?;
+        for note in self.loader.notes() {
+            self.terminal.note(&note);
+        }
+        self.interval.waited += start.elapsed();
+        self.clock(start);
+        Ok(there)
+    }
+
     /// One optimiser step; the device may still be working on it when this returns.
     fn step(&mut self) -> Result<Vec<Rows>, TrainError> {
         let measure = self.profiler.as_ref().is_some_and(|profiler| profiler.wants(self.state.step + 1));
@@ -165,7 +206,7 @@ impl Trainer {
             watch.add(gradient.times);
         }
         if self.state.step == 0 && !self.resumed {
-            for finding in audit::audit(self.optimizer.table(), &gradient, self.vocab_size)? {
+            for finding in audit::audit(self.model(), self.optimizer.table(), &gradient, self.config.vocab_size())? {
                 self.terminal.note(&format!("warning: {finding}"));
             }
         }
@@ -249,6 +290,7 @@ impl Trainer {
             data_wait_s: interval.waited.as_secs_f64(),
             seconds: self.state.seconds,
             skipped: figures.skipped,
+            memory: Memory::now(&self.computer.device),
         };
         if !line.loss.is_finite() && !self.recipe.training.skip_nan_inf {
             self.terminal.note(&format!(
@@ -281,8 +323,9 @@ impl Trainer {
         if self.evaluated.as_ref().is_some_and(|line| line.step == step) {
             return Ok(());
         }
-        if let Some(held_out) = &self.held_out {
-            let found = self.computer.evaluate(self.model(), &held_out.batches, held_out.bytes.is_none())?;
+        let model = self.model.as_ref().expect("no update is under way");
+        if let Some(held_out) = self.held_out.get(&self.recipe, &self.task)? {
+            let found = self.computer.evaluate(model, &held_out.batches, held_out.bytes.is_none())?;
             let tokens = held_out.tokens.max(1) as f64;
             let line = ValidationLine {
                 step,
@@ -317,6 +360,7 @@ impl Trainer {
     fn save(&mut self) -> Result<(), TrainError> {
         let start = Instant::now();
         self.read_losses()?;
+        self.state.data = self.loader.fingerprint();
         self.state.pending_losses = self.pending.iter().map(|loss| loss.to_bits()).collect();
         let model = ModelSnapshot::take(self.model())?;
         let optimizer = optimizer_bytes(&self.optimizer)?;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use burn::tensor::Device;
 
 use crate::TrainError;
+use crate::metrics::memory::gibibytes;
 use crate::metrics::{Journal, Line, ProfileLine};
 use crate::recipe::ProfilingSection;
 
@@ -195,10 +196,6 @@ impl Profiler {
 /// To the microsecond.
 fn milliseconds(time: Duration) -> f64 {
     time.as_micros() as f64 / 1e3
-}
-
-fn gibibytes(bytes: u64) -> f64 {
-    (bytes as f64 / f64::from(1 << 30) * 1e3).round() / 1e3
 }
 
 #[cfg(test)]

@@ -11,20 +11,22 @@ use burn_fla_nn::{CausalLm, Compute, ModelConfig, hub};
 use super::compute::Computer;
 use super::pool::Pool;
 use super::profile::Profiler;
-use super::task::{HeldOut, Task};
+use super::task::{HeldOut, HeldOutBatches, Task};
 use super::{Interval, Trainer};
 use crate::TrainError;
 use crate::checkpoint::{Background, CheckpointStore, TrainState, load_optimizer, verify, write_atomic};
-use crate::data::Loader;
+use crate::data::{HeldOutRows, Loader, PATIENCE};
+use crate::metrics::memory::available;
 use crate::metrics::{Journal, TensorBoard, Terminal};
 use crate::optim::{Optimizer, ParamEntry, ParamTable};
-use crate::plan::training_flops_per_token;
+use crate::plan::{check_memory, training_flops_per_token};
 use crate::recipe::{ComputeDtype, Recipe, Resume};
 use crate::schedule::Schedule;
 
 pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
     let (config, weights) = model_config(&recipe)?;
     let task = Task::open(&recipe, &config)?;
+    let tight = check_memory(&recipe, &config, available())?;
     let dtype = match recipe.device.compute_dtype {
         ComputeDtype::Bfloat16 => DType::BF16,
         ComputeDtype::Float32 => DType::F32,
@@ -34,6 +36,7 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
 
     let store = CheckpointStore::new(&recipe.checkpoint.folder, recipe.checkpoint.keep_latest_k);
     let mut notes = recipe.notices.clone();
+    notes.extend(tight);
     let resume = checkpoint_to_resume(&recipe, &store, &mut |note| notes.push(note))?;
     // The recipe in the run folder and in every checkpoint continues the run, whatever was typed to start it.
     recipe.checkpoint.resume = Resume::Auto;
@@ -42,11 +45,10 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
     store.prepare()?;
 
     let seq_len = recipe.training.seq_len;
-    let corpus = task.corpus(&recipe.training, &mut |note| eprintln!("{note}"))?;
-    let data = corpus.train.fingerprint();
-    let held_out = match &corpus.validation {
-        Some(rows) => Some(HeldOut::new(&recipe, rows, &task)?),
-        None => None,
+    let (train, held_out) = task.corpus(&recipe.training, &mut |note| eprintln!("{note}"))?;
+    let held_out = match held_out {
+        HeldOutRows::There(rows) => HeldOutBatches::There(HeldOut::of(&recipe, rows, &task)?),
+        later => HeldOutBatches::Later(later),
     };
 
     let model = initial_model(&recipe, &config, weights, resume.as_deref(), &device)?;
@@ -66,7 +68,7 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
         pending_losses: Vec::new(),
         data_seed: recipe.data.seed(),
         seq_len,
-        data,
+        data: train.fingerprint_of(0),
         recipe: recipe.hash(),
         threads: recipe.device.threads,
     };
@@ -74,6 +76,11 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
         None => fresh,
         Some(path) => {
             let saved = TrainState::load(path)?;
+            // As far as the run had come the data are to be the same.
+            while !train.wait(saved.cursor, PATIENCE)? {
+                train.notes().iter().for_each(|note| eprintln!("{note}"));
+            }
+            let fresh = TrainState { data: train.fingerprint_of(saved.cursor), ..fresh };
             check_same_run(path, &saved, &fresh, &mut |note| notes.push(note))?;
             load_optimizer(&mut optimizer, path, &device)?;
             notes.push(format!("resuming after step {} from {}", saved.step, path.display()));
@@ -105,12 +112,17 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
             1 => format!("{:?}", compute.dtype),
             n => format!("{:?}, {n} threads", compute.dtype),
         },
-        corpus.train.describe(),
+        train.describe(),
     ));
     Ok(Trainer {
         schedule: Schedule::new(&recipe.lr_scheduler),
-        loader: Loader::shuffled(corpus.train, recipe.data.seed(), state.cursor),
-        computer: Computer { device, compute, pool: Pool::new(recipe.device.threads) },
+        loader: Loader::shuffled(train, recipe.data.seed(), state.cursor),
+        computer: Computer {
+            device,
+            compute,
+            activations: recipe.training.activation_checkpoint,
+            pool: Pool::new(recipe.device.threads),
+        },
         interval: Interval::default(),
         pending: state.pending_losses.iter().map(|bits| f32::from_bits(*bits)).collect(),
         unread: Vec::new(),
@@ -119,8 +131,8 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
         evaluated: None,
         saved: resume.is_some().then_some(state.step),
         resumed: resume.is_some() || recipe.model.config.is_dir(),
-        vocab_size: config.vocab_size(),
         flops_per_token,
+        config,
         recipe,
         task,
         model: Some(model),

@@ -6,14 +6,14 @@ use burn_fla_nn::ModelConfig;
 
 use super::text::Text;
 use crate::TrainError;
-use crate::data::{Corpus, Encoder, RowSource, Rows, spread};
+use crate::data::{Corpus, Encoder, HeldOutRows, RowSource, Rows, spread};
 use crate::recipe::{DataSection, MqarSection, Recipe, TextSection, TrainingSection};
 
 /// What a run learns.
 #[derive(Debug)]
 pub(crate) enum Task {
     /// To go on with text; judged by bits per byte, and by samples.
-    Text(TextSection, Box<Text>),
+    Text(TextSection, Arc<Text>),
     /// To recall; judged by the share of right answers.
     Mqar(MqarSection),
 }
@@ -22,7 +22,7 @@ impl Task {
     /// Reads the tokenizer where there is text; either way every token must have an embedding.
     pub(crate) fn open(recipe: &Recipe, config: &ModelConfig) -> Result<Task, TrainError> {
         match &recipe.data {
-            DataSection::Text(data) => Ok(Task::Text(data.clone(), Box::new(Text::open(&recipe.model, config)?))),
+            DataSection::Text(data) => Ok(Task::Text(data.clone(), Arc::new(Text::open(&recipe.model, config)?))),
             DataSection::Mqar(data) if data.vocab_size > config.vocab_size() => Err(TrainError::BadValue {
                 at: "recipe".to_string(),
                 key: "data.vocab_size".to_string(),
@@ -37,14 +37,18 @@ impl Task {
         }
     }
 
+    /// The rows to learn from, of which the first can be drawn, and what the run is judged by.
     pub(crate) fn corpus(
         &self,
         training: &TrainingSection,
         tell: &mut dyn FnMut(String),
-    ) -> Result<Corpus, TrainError> {
+    ) -> Result<(Arc<dyn RowSource>, HeldOutRows), TrainError> {
         match self {
-            Task::Text(data, text) => Corpus::text(data, training, text.as_ref(), tell),
-            Task::Mqar(data) => Ok(Corpus::mqar(data, training.seq_len)),
+            Task::Text(data, text) => Corpus::begin(data, training, text, tell),
+            Task::Mqar(data) => {
+                let Corpus { train, validation } = Corpus::mqar(data, training.seq_len);
+                Ok((train, HeldOutRows::There(validation)))
+            }
         }
     }
 
@@ -62,6 +66,29 @@ impl Task {
     }
 }
 
+/// What a run is judged by, once it is asked for.
+#[derive(Debug)]
+pub(super) enum HeldOutBatches {
+    /// It is there, or there is none.
+    There(Option<HeldOut>),
+    /// It is being gathered beside the run.
+    Later(HeldOutRows),
+}
+
+impl HeldOutBatches {
+    /// Waits for them where they are still being gathered.
+    pub(super) fn get(&mut self, recipe: &Recipe, task: &Task) -> Result<Option<&HeldOut>, TrainError> {
+        if let HeldOutBatches::Later(rows) = self {
+            let rows = std::mem::replace(rows, HeldOutRows::There(None)).wait()?;
+            *self = HeldOutBatches::There(HeldOut::of(recipe, rows, task)?);
+        }
+        match self {
+            HeldOutBatches::There(held_out) => Ok(held_out.as_ref()),
+            HeldOutBatches::Later(_) => Ok(None),
+        }
+    }
+}
+
 /// Held-out rows, the same at every evaluation.
 #[derive(Debug)]
 pub(super) struct HeldOut {
@@ -73,8 +100,17 @@ pub(super) struct HeldOut {
 }
 
 impl HeldOut {
+    /// The batches of `rows`, if there are any.
+    pub(super) fn of(
+        recipe: &Recipe,
+        rows: Option<Arc<dyn RowSource>>,
+        task: &Task,
+    ) -> Result<Option<HeldOut>, TrainError> {
+        rows.map(|rows| HeldOut::new(recipe, &rows, task)).transpose()
+    }
+
     /// `validation.steps` batches spread over `rows`.
-    pub(super) fn new(recipe: &Recipe, rows: &Arc<dyn RowSource>, task: &Task) -> Result<HeldOut, TrainError> {
+    fn new(recipe: &Recipe, rows: &Arc<dyn RowSource>, task: &Task) -> Result<HeldOut, TrainError> {
         let rows_per_batch = recipe.training.batch_size;
         let rows = spread(rows.as_ref(), recipe.validation.steps * rows_per_batch as u64);
         let batches: Vec<Rows> = rows.chunks(rows_per_batch).map(Rows::concat).collect();

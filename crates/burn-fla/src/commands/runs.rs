@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use burn_fla::train::TrainError;
-use burn_fla::train::metrics::{History, plot as draw};
+use burn_fla::train::metrics::{History, plot as draw, plot_png};
 use clap::Args;
 
 use super::{Clock, Outcome};
@@ -13,16 +13,27 @@ use crate::failure::Failure;
 /// List the runs of a folder: steps, tokens, losses, speed
 #[derive(Debug, Args)]
 pub struct RunsArgs {
-    /// The folder, or a run folder
-    #[arg(default_value = "runs")]
-    folder: PathBuf,
+    /// The folder, or a run folder (default: runs)
+    folder: Option<PathBuf>,
 }
 
+/// How the first run is made.
+const FIRST_RUN: &str =
+    "`burn-fla train recipes/quickstart.toml` makes one in runs/quickstart, or where job.dump_folder says";
+
 pub fn runs(args: RunsArgs) -> Result<Outcome, Failure> {
-    let runs = History::all(&args.folder)?;
+    let given = args.folder.is_some();
+    let folder = args.folder.unwrap_or_else(|| PathBuf::from("runs"));
+    let there = folder.exists();
+    if given && !there {
+        let message = format!("there is no such folder; {FIRST_RUN}");
+        return Err(Failure::Folder { path: folder, message });
+    }
+    let runs = if there { History::all(&folder)? } else { Vec::new() };
     let mut out = io::stdout();
     if runs.is_empty() {
-        writeln!(out, "no run in {}: a run folder has a metrics.jsonl", args.folder.display())?;
+        let what = if there { "a run folder has a metrics.jsonl" } else { "there is no such folder yet" };
+        writeln!(out, "no run in {}: {what}; {FIRST_RUN}", folder.display())?;
         return Ok(Outcome::Done);
     }
     let width = runs.iter().map(|run| run.folder.display().to_string().len()).max().unwrap_or(0).max(3);
@@ -51,7 +62,7 @@ pub fn runs(args: RunsArgs) -> Result<Outcome, Failure> {
     Ok(Outcome::Done)
 }
 
-/// Draw loss and speed of one or more runs into an SVG file
+/// Draw loss and speed of one or more runs into an SVG or PNG file
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct PlotArgs {
@@ -59,19 +70,28 @@ pub struct PlotArgs {
     #[arg(required = true, value_name = "RUN")]
     runs: Vec<PathBuf>,
 
-    /// The file to write
-    #[arg(long, short, value_name = "FILE", default_value = "plot.svg")]
+    /// The file to write; its name ends in .svg or .png
+    #[arg(long, short, visible_alias = "out", value_name = "FILE", default_value = "plot.svg")]
     output: PathBuf,
 }
 
 const EXAMPLES: &str = "\
 Examples:
   burn-fla plot runs/quickstart
-  burn-fla plot runs/gla runs/retnet --output compared.svg";
+  burn-fla plot runs/gla runs/retnet --output compared.png";
 
 pub fn plot(args: PlotArgs) -> Result<Outcome, Failure> {
+    let kind = args.output.extension().map(|kind| kind.to_string_lossy().to_ascii_lowercase());
     let runs = args.runs.iter().map(|folder| History::read(folder)).collect::<Result<Vec<_>, TrainError>>()?;
-    burn_fla::nn::hub::write_file(&args.output, draw(&runs)?.as_bytes())?;
+    let file = match kind.as_deref() {
+        Some("svg") => draw(&runs)?.into_bytes(),
+        Some("png") => plot_png(&runs)?,
+        _ => {
+            let message = "a plot is written as .svg or .png; end the name with one of them".to_string();
+            return Err(Failure::Folder { path: args.output, message });
+        }
+    };
+    burn_fla::nn::hub::write_file(&args.output, &file)?;
     eprintln!("{}", args.output.display());
     Ok(Outcome::Done)
 }

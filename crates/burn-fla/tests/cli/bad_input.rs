@@ -166,3 +166,28 @@ fn a_folder_that_is_no_model() {
     place.fail(&["generate", &gla.to_string_lossy(), "--prompt", "x"], &["tokenizer.json", "--tokenizer"]);
     place.fail(&["verify", "empty"], &["empty"]);
 }
+
+/// Where the system tells what is left, a batch that cannot fit is refused before anything is begun, with one that does.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_batch_that_memory_cannot_hold() {
+    let place = Place::new();
+    let set = ["train", "recipe.toml", "--set", "training.batch_size=100000000"];
+    let output = place.run(&set);
+    let error = crate::text(&output.stderr);
+    place.fail(
+        &set,
+        &["out of memory", "training.batch_size = 100000000 needs about", "GiB, and the machine has", "fit"],
+    );
+    place.assert_no_run();
+    let fits: Vec<u64> = error
+        .match_indices("training.batch_size = ")
+        .map(|(at, key)| {
+            error[at + key.len()..].split(' ').next().and_then(|text| text.parse().ok()).expect("a number")
+        })
+        .collect();
+    let [asked, fits] = fits[..] else { panic!("{error}") };
+    assert!(1 < fits && fits < asked, "{error}");
+    // With one layer there is nothing to be had by computing it again.
+    assert!(!error.contains("activation_checkpoint"), "{error}");
+}

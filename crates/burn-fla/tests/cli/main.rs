@@ -1,6 +1,8 @@
 //! The command, run as a process: what it prints, how it exits, what it leaves behind.
 
 mod bad_input;
+#[cfg(unix)]
+mod faults;
 mod generate;
 mod resume;
 mod tools;

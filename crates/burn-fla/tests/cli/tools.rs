@@ -19,7 +19,9 @@ fn a_plan_says_what_a_run_will_be_and_writes_nothing() {
     assert_eq!((json["seconds"].as_f64(), json["tokens"].as_u64()), (Some(10.0), Some(2560)));
     place.fail(&["plan", "recipe.toml", "--set", "training.stepz=1"], &["training.stepz", "training.steps"]);
     // After a run its rate is taken, and the tokens are counted.
-    place.succeed(&["train", "recipe.toml"]);
+    let said = text(&place.run(&["train", "recipe.toml"]).stderr);
+    let last = said.lines().find(|line| line.starts_with("step 20/20 ")).expect("a line of the last step");
+    assert!(last.contains("tokens/s") && (last.contains(" GiB") || !cfg!(target_os = "linux")), "{last}");
     let plan = place.succeed(&["plan", "recipe.toml"]);
     assert!(plan.contains("tokens/s") && !plan.contains("about 3"), "{plan}");
 }
@@ -56,9 +58,27 @@ fn runs_are_listed_plotted_and_branched() {
     place.succeed(&["plot", "runs/stable", "runs/stable-from10-decay5", "-o", "both.svg"]);
     let svg = fs::read_to_string(place.path("both.svg")).expect("the plot");
     assert!(svg.contains("stable-from10-decay5") && svg.matches("<polyline").count() >= 4);
+    place.succeed(&["plot", "runs/stable", "--out", "one.png"]);
+    let png = fs::read(place.path("one.png")).expect("the plot");
+    assert!(png.starts_with(b"\x89PNG\r\n\x1a\n") && png.len() > 5000, "{} bytes", png.len());
+    place.fail(&["plot", "runs/stable", "-o", "one.gif"], &["one.gif", ".svg or .png"]);
     place.fail(&["plot", "runs/none"], &["runs/none/metrics.jsonl"]);
     place.fail(&["branch", "runs/stable", "--decay", "3"], &["step 20 is in the decay"]);
-    place.fail(&["runs", "nowhere"], &["nowhere"]);
+    place.fail(&["runs", "nowhere"], &["nowhere", "no such folder", "burn-fla train", "job.dump_folder"]);
+}
+
+/// Before the first run there is nothing to list, and that is no error.
+#[test]
+fn without_a_run_the_list_says_how_one_is_made() {
+    let place = Place::new();
+    for there in [false, true] {
+        let said = place.succeed(&["runs"]);
+        for part in ["no run in runs:", "burn-fla train", "job.dump_folder"] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+        assert_eq!(said.contains("no such folder"), !there, "{said}");
+        fs::create_dir_all(place.path("runs")).expect("a folder");
+    }
 }
 
 #[test]
