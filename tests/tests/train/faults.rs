@@ -50,11 +50,13 @@ fn phase(run: &Path) -> &'static str {
         let entries = std::fs::read_dir(run.join(folder)).into_iter().flatten().flatten();
         entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with(prefix))
     };
-    match () {
-        () if any("cache", ".building-") => "tokenising",
-        () if any("checkpoints", ".saving-") => "saving",
-        () if run.join("metrics.jsonl").exists() => "stepping",
-        () => "starting",
+    let steps = run.join("metrics.jsonl").exists();
+    match any("cache", ".building-") {
+        _ if any("checkpoints", ".saving-") => "saving",
+        true if steps => "stepping while the rest is tokenised",
+        true => "tokenising",
+        false if steps => "stepping",
+        false => "starting",
     }
 }
 
@@ -75,20 +77,25 @@ fn kills(count: usize, seed: u64) {
         let name = format!("killed{runs}");
         let run = bench.path(&name);
         let here = format!("dump_folder = '{}'", run.display());
-        std::fs::write(
-            bench.path("recipe.toml"),
-            recipe.replace(&format!("dump_folder = '{}'", bench.path("run").display()), &here),
-        )
-        .unwrap();
-        let mut reached = 0;
+        let mut recipe = recipe.replace(&format!("dump_folder = '{}'", bench.path("run").display()), &here);
+        // Every other run finds its data tokenised, so that what comes after is met too.
+        if runs % 2 == 0 {
+            let cache = format!("[data]\ncache_folder = '{}'", bench.path("run/cache").display());
+            recipe = recipe.replace("[data]", &cache);
+        }
+        std::fs::write(bench.path("recipe.toml"), recipe).unwrap();
+        let (mut reached, mut here) = (0, 0);
+        // So many kills a run at most, so that several are met from their beginning to their end.
+        let most = count.div_ceil(8);
         loop {
             let start = Instant::now();
             let mut child = spawn(&bench);
             let moment = length.mul_f64(rng.random_range(0.0..1.0));
-            while done < count && start.elapsed() < moment && child.try_wait().unwrap().is_none() {
+            while here < most && done < count && start.elapsed() < moment && child.try_wait().unwrap().is_none() {
                 std::thread::sleep(Duration::from_micros(200));
             }
-            let over = if done < count { child.try_wait().unwrap() } else { Some(child.wait().unwrap()) };
+            let over =
+                if here < most && done < count { child.try_wait().unwrap() } else { Some(child.wait().unwrap()) };
             if let Some(status) = over {
                 assert!(status.success(), "a resumed run failed");
                 length = length.min(start.elapsed().max(Duration::from_millis(200)));
@@ -97,7 +104,7 @@ fn kills(count: usize, seed: u64) {
             *phases.entry(phase(&run)).or_insert(0) += 1;
             child.kill().unwrap();
             child.wait().unwrap();
-            done += 1;
+            (done, here) = (done + 1, here + 1);
             // Every checkpoint that is there is whole, and none before the last is ever lost.
             let mut newest = 0;
             for entry in std::fs::read_dir(run.join("checkpoints")).into_iter().flatten().flatten() {
