@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Times the kernels for Hopper beside PyTorch's cuBLAS on a machine with a GPU and no Rust.
-# usage: bench-hopper.sh FOLDER linear TOKENS,… NxK,… | bench-hopper.sh FOLDER retention|simple_gla|gla BxTxHxKxV,…
+# usage: bench-hopper.sh FOLDER support | bench-hopper.sh FOLDER linear TOKENS,… NxK,… | bench-hopper.sh FOLDER retention|simple_gla|gla BxTxHxKxV,…
 #   FOLDER holds bench-hopper.xz: `cargo build --release -p burn-fla-tests --features cuda --bin bench-hopper`, stripped.
 set -uo pipefail
 folder=$1
@@ -9,7 +9,23 @@ export CUDA_PATH=${CUDA_PATH:-/usr/local/cuda}
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 xz -dkf "$folder/bench-hopper.xz" && chmod +x "$folder/bench-hopper"
 "$folder/bench-hopper" "$@" || exit 1
-if [ "$1" = linear ]; then
+if [ "$1" = support ]; then
+    # The copy that the speeds are to be compared with.
+    python3 - <<'PYTHON'
+import statistics, time, torch
+x = torch.randn(8, 4096, 4096, device="cuda").bfloat16()
+y = torch.empty_like(x)
+times = []
+for _ in range(50):
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(20):
+        y.copy_(x)
+    torch.cuda.synchronize()
+    times.append((time.perf_counter() - start) / 20)
+print(f"copy of 256 MiB: {2 * x.numel() * 2 / statistics.median(times) / 1e12:.2f} TB/s")
+PYTHON
+elif [ "$1" = linear ]; then
     python3 scripts/cublas.py "$2" "$3"
 elif python3 -c 'import fla' 2>/dev/null; then
     python3 scripts/peer.py "$1,attention" "$2"

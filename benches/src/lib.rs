@@ -1,6 +1,8 @@
 //! What the benches share: a measured result with the machine, the commit and the command that gave it, kept as JSON in
 //! `benches/results/`, and `benches/RESULTS.md`, which is written from these files alone.
 
+mod plot;
 mod result;
 
+pub use plot::plot;
 pub use result::{BenchResult, Table, load, machine, render};

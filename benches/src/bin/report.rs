@@ -4,7 +4,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use burn_fla_benches::{BenchResult, Table, load, machine, render};
+use burn_fla_benches::{BenchResult, Table, load, machine, plot, render};
 use clap::Parser;
 
 /// Keep measured results, and write the page that shows them
@@ -15,6 +15,23 @@ enum Cli {
     Write,
     /// Keep a result, then write RESULTS.md
     Add(Add),
+    /// Draw columns of a result's table, both axes logarithmic, into an SVG file
+    Plot(Plot),
+}
+
+#[derive(Debug, clap::Args)]
+struct Plot {
+    /// Name of the result's file, without .json
+    name: String,
+    /// The column along
+    #[arg(long)]
+    x: String,
+    /// The columns to draw
+    #[arg(long, value_delimiter = ',')]
+    y: Vec<String>,
+    /// The file to write
+    #[arg(long, short)]
+    output: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]
@@ -60,6 +77,13 @@ fn run(cli: Cli) -> io::Result<()> {
         return Err(io::Error::other("run this in the root of the repository"));
     }
     let results = benches.join("results");
+    if let Cli::Plot(Plot { name, x, y, output }) = cli {
+        let text = read(&results.join(format!("{name}.json")))?;
+        let result: BenchResult = serde_json::from_str(&text).map_err(io::Error::other)?;
+        plot(&result, &x, &y, &output)?;
+        println!("{}", output.display());
+        return Ok(());
+    }
     if let Cli::Add(add) = cli {
         let result = BenchResult {
             title: add.title,

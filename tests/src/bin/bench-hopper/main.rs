@@ -1,9 +1,10 @@
 //! Times what has kernels for Hopper, and refuses to print a time for a wrong answer.
 //!
-//! `bench-hopper linear TOKENS,… N×K,…` and `bench-hopper retention|simple_gla|gla B×T×H×K×V,…`; see `scripts/bench-hopper.sh`.
+//! `bench-hopper support`, `bench-hopper linear TOKENS,… N×K,…` and `bench-hopper retention|simple_gla|gla B×T×H×K×V,…`; see `scripts/bench-hopper.sh`.
 
 mod linear;
 mod recurrence;
+mod support;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -19,9 +20,12 @@ fn main() -> ExitCode {
     }
     let right = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["linear", tokens, shapes] => linear::run(&device, &numbers(tokens), &sizes(shapes)),
+        ["support"] => support::run(&device),
         [operator @ ("retention" | "simple_gla" | "gla"), shapes] => recurrence::run(&device, operator, &sizes(shapes)),
         _ => {
-            eprintln!("usage: bench-hopper linear TOKENS,… NxK,… | bench-hopper retention|simple_gla|gla BxTxHxKxV,…");
+            eprintln!(
+                "usage: bench-hopper support | bench-hopper linear TOKENS,… NxK,… | bench-hopper retention|simple_gla|gla BxTxHxKxV,…"
+            );
             false
         }
     };
