@@ -13,7 +13,7 @@ const BOUNDS: [f64; 5] = [5e-3, 8e-3, 8e-3, 8e-3, 2e-2];
 
 /// The end of a graph: backward through it hands a given gradient on, without a kernel.
 #[derive(Debug)]
-struct Seed;
+pub(super) struct Seed;
 
 impl Operator for Seed {
     fn name(&self) -> &'static str {
