@@ -160,17 +160,17 @@ pub(super) fn with_time<E: Float, B: Float, V: Float>(
                 for c in 0..width {
                     sums[c] = Vector::<f32, Const<4>>::new(0.0f32);
                 }
-                #[unroll]
+                #[unroll(plan.unrolled())]
                 for i in 0..vectors {
                     let reader =
                         if comptime!(form == Form::Key) { shared_k[at + i * lanes] } else { shared_a[at + i * lanes] };
                     let d = if comptime!(gate == Gate::Key) { shared_g[at + i * lanes] } else { decay };
                     #[unroll]
                     for c in 0..width {
-                        let before = x[comptime!(c * vectors + i)];
+                        let before = x[c * vectors + i];
                         let after = if comptime!(gate == Gate::None) { before } else { before * d };
                         sums[c] += if comptime!(form.reads_decayed()) { reader * after } else { reader * before };
-                        x[comptime!(c * vectors + i)] = after;
+                        x[c * vectors + i] = after;
                     }
                 }
                 // What multiplies k and b, and what is written.
@@ -190,20 +190,20 @@ pub(super) fn with_time<E: Float, B: Float, V: Float>(
                     }
                     sums[c] = Vector::<f32, Const<4>>::new(0.0f32);
                 }
-                #[unroll]
+                #[unroll(plan.unrolled())]
                 for i in 0..vectors {
                     let key = shared_k[at + i * lanes];
                     let query = if comptime!(task == Task::Answers) { key } else { shared_q[at + i * lanes] };
                     #[unroll]
                     for c in 0..width {
-                        let mut next = x[comptime!(c * vectors + i)] + key * Vector::new(added[c]);
+                        let mut next = x[c * vectors + i] + key * Vector::new(added[c]);
                         if comptime!(!form.one_added()) {
                             next += shared_b[at + i * lanes] * Vector::new(answer[c]);
                         }
                         if comptime!(task != Task::Answers) {
                             sums[c] += query * next;
                         }
-                        x[comptime!(c * vectors + i)] = next;
+                        x[c * vectors + i] = next;
                     }
                 }
                 if comptime!(task != Task::Answers) {
@@ -309,18 +309,18 @@ pub(super) fn against_time<E: Float, B: Float>(
                     on_key[c] = Vector::<f32, Const<4>>::new(0.0f32);
                     on_second[c] = Vector::<f32, Const<4>>::new(0.0f32);
                 }
-                #[unroll]
+                #[unroll(plan.unrolled())]
                 for i in 0..vectors {
                     let query = shared_q[at + i * lanes];
                     let key = shared_k[at + i * lanes];
                     #[unroll]
                     for c in 0..width {
-                        let next = z[comptime!(c * vectors + i)] + query * Vector::new(shared_o[t * tile + p.own + c]);
+                        let next = z[c * vectors + i] + query * Vector::new(shared_o[t * tile + p.own + c]);
                         on_key[c] += key * next;
                         if comptime!(!form.one_added()) {
                             on_second[c] += shared_b[at + i * lanes] * next;
                         }
-                        z[comptime!(c * vectors + i)] = next;
+                        z[c * vectors + i] = next;
                     }
                 }
                 let mut back = Array::<f32>::new(width);
@@ -345,14 +345,14 @@ pub(super) fn against_time<E: Float, B: Float>(
                     }
                     write_rows::<f32>(&back, values, 3 * plane + base, &p, plan);
                 }
-                #[unroll]
+                #[unroll(plan.unrolled())]
                 for i in 0..vectors {
                     let reader =
                         if comptime!(form == Form::Key) { shared_k[at + i * lanes] } else { shared_a[at + i * lanes] };
                     let d = if comptime!(gate == Gate::Key) { shared_g[at + i * lanes] } else { decay };
                     #[unroll]
                     for c in 0..width {
-                        let mut next = z[comptime!(c * vectors + i)];
+                        let mut next = z[c * vectors + i];
                         if comptime!(gate != Gate::None && !form.reads_decayed()) {
                             next *= d;
                         }
@@ -360,7 +360,7 @@ pub(super) fn against_time<E: Float, B: Float>(
                         if comptime!(gate != Gate::None && form.reads_decayed()) {
                             next *= d;
                         }
-                        z[comptime!(c * vectors + i)] = next;
+                        z[c * vectors + i] = next;
                     }
                 }
             }

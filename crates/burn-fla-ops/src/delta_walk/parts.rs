@@ -15,8 +15,9 @@ pub(super) fn four<E: Float>(
     let mut out = Vector::<f32, Const<4>>::new(0.0f32);
     #[unroll]
     for j in 0..4usize {
-        let x = if channel + j < inner { f32::cast_from(from[base + channel + j]) } else { f32::new(0.0) };
-        out.insert(j, x);
+        // Read in any case, within the row, and chosen then: a branch a number is slow to compile and to run.
+        let x = f32::cast_from(from[base + min(channel + j, comptime!(inner - 1))]);
+        out.insert(j, select(channel + j < inner, x, f32::new(0.0)));
     }
     out
 }
@@ -82,16 +83,17 @@ pub(super) fn load_state(
     #[unroll]
     for c in 0..comptime!(plan.width) {
         let row = p.tile + p.own + c;
-        #[unroll]
+        #[unroll(plan.unrolled())]
         for i in 0..comptime!(plan.vectors) {
             let mut vector = Vector::<f32, Const<4>>::new(0.0f32);
             #[unroll]
             for j in 0..4usize {
                 let channel = (i * comptime!(plan.lanes) + p.lane) * 4 + j;
                 let inside = row < comptime!(plan.rows()) && channel < comptime!(plan.inner());
-                let value =
-                    if inside { states[state_at(slot, p.head, heads, row, channel, plan)] } else { f32::new(0.0) };
-                vector.insert(j, value);
+                let row = min(row, comptime!(plan.rows() - 1));
+                let channel = min(channel, comptime!(plan.inner() - 1));
+                let value = states[state_at(slot, p.head, heads, row, channel, plan)];
+                vector.insert(j, select(inside, value, f32::new(0.0)));
             }
             x[c * comptime!(plan.vectors) + i] = vector;
         }
@@ -110,14 +112,16 @@ pub(super) fn store_state(
     #[unroll]
     for c in 0..comptime!(plan.width) {
         let row = p.tile + p.own + c;
-        #[unroll]
+        #[unroll(plan.unrolled())]
         for i in 0..comptime!(plan.vectors) {
             let vector = x[c * comptime!(plan.vectors) + i];
-            #[unroll]
-            for j in 0..4usize {
-                let channel = (i * comptime!(plan.lanes) + p.lane) * 4 + j;
-                if row < comptime!(plan.rows()) && channel < comptime!(plan.inner()) {
-                    states[state_at(slot, p.head, heads, row, channel, plan)] = vector.extract(j);
+            let first = (i * comptime!(plan.lanes) + p.lane) * 4;
+            if row < comptime!(plan.rows()) && first < comptime!(plan.inner()) {
+                #[unroll]
+                for j in 0..4usize {
+                    if comptime!(plan.inner().is_multiple_of(4)) || first + j < comptime!(plan.inner()) {
+                        states[state_at(slot, p.head, heads, row, first + j, plan)] = vector.extract(j);
+                    }
                 }
             }
         }

@@ -19,6 +19,8 @@ const LARGE_SHARED_FLOATS: usize = 8192;
 const UNITS: usize = 128;
 /// Inner channels of a lane, where lanes share a row.
 const PER_LANE: usize = 16;
+/// Vectors of one unit that are in registers for certain.
+const WRITTEN_OUT: usize = 8;
 /// Tokens whose vectors are in shared memory at a time, at most.
 const MAX_BLOCK: usize = 16;
 
@@ -145,6 +147,12 @@ impl WalkPlan {
             let vectors = 3 + usize::from(!self.form.one_added());
             vectors * vector + 3 * self.tile() + 1
         }
+    }
+
+    /// Whether the loops over a unit's vectors are written out, so that these lie in registers. Where lanes do not share a
+    /// row they may be too many for that.
+    pub(super) fn unrolled(&self) -> bool {
+        self.lanes > 1 || self.vectors <= WRITTEN_OUT
     }
 
     pub(super) fn rows(&self) -> usize {

@@ -142,10 +142,10 @@ pub(super) fn gradients<E: Float, B: Float>(
                 let decay = Vector::<f32, Const<4>>::new(decay);
                 let mut left = Vector::<f32, Const<4>>::new(0.0f32);
                 let mut right = Vector::<f32, Const<4>>::new(0.0f32);
-                #[unroll]
+                #[unroll(plan.unrolled())]
                 for i in 0..vectors {
                     let here = at + i * lanes;
-                    let before = x[comptime!(c * vectors + i)];
+                    let before = x[c * vectors + i];
                     if comptime!(against) {
                         // `two` reads the state, with the other sign but where it is given as a.
                         let next = before + shared_o[here] * Vector::new(one);
@@ -162,7 +162,7 @@ pub(super) fn gradients<E: Float, B: Float>(
                         if comptime!(gate != Gate::None && form.reads_decayed()) {
                             next *= decay;
                         }
-                        x[comptime!(c * vectors + i)] = next;
+                        x[c * vectors + i] = next;
                     } else {
                         let after = if comptime!(gate == Gate::None) { before } else { before * decay };
                         right += shared_d[here] * if comptime!(form.reads_decayed()) { after } else { before };
@@ -171,7 +171,7 @@ pub(super) fn gradients<E: Float, B: Float>(
                             next += shared_u[here] * Vector::new(two);
                         }
                         left += shared_o[here] * next;
-                        x[comptime!(c * vectors + i)] = next;
+                        x[c * vectors + i] = next;
                     }
                 }
                 let row = p.tile + p.own + c;
