@@ -54,6 +54,7 @@
 
 mod columns;
 mod ends;
+mod launch;
 mod operator;
 mod parts;
 mod plan;
@@ -65,7 +66,7 @@ use crate::CuSeqlens;
 use crate::bridge::{apply, has_kernels};
 use crate::linear_walk::table;
 use crate::options::Engine;
-use operator::DeltaWalk;
+use launch::DeltaWalk;
 use plan::Gate;
 
 pub(crate) use plan::Form;
