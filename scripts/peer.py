@@ -1,6 +1,6 @@
 """Times operators of flash-linear-attention and PyTorch's flash attention: peer.py OPERATOR,... BxTxHxKxV,...
 
-OPERATOR is retention, simple_gla, gla or attention. The problems are those of bench-hopper: bf16, log decays log sigmoid(x)
+OPERATOR is retention, simple_gla, gla, delta_rule, gated_delta_rule, kda, rwkv7 or attention. The problems are those of bench-hopper: bf16, log decays log sigmoid(x)
 of normal numbers. Medians of groups of calls with one wait each, as bench-hopper takes them; what is added into a tensor's
 gradient is not timed. Needs a GPU, PyTorch and flash-linear-attention.
 """
@@ -49,7 +49,31 @@ def problem(name, b, t, h, dk, dv):
 
         g = leaf(F.logsigmoid(torch.randn(b, t, h, dk, device="cuda")).bfloat16())
         return lambda: chunk_gla(q, k, v, g)[0], (q, k, v, g)
-    sys.exit(f"error: no operator {name}; retention, simple_gla, gla and attention are")
+    if name in ("delta_rule", "gated_delta_rule", "kda"):
+        k = leaf(F.normalize(k.detach().float(), dim=-1).bfloat16())
+        beta = leaf(torch.rand(b, t, h, device="cuda"))
+    if name == "delta_rule":
+        from fla.ops.delta_rule import chunk_delta_rule
+
+        return lambda: chunk_delta_rule(q, k, v, beta)[0], (q, k, v, beta)
+    if name == "gated_delta_rule":
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        g = leaf(F.logsigmoid(torch.randn(b, t, h, device="cuda")))
+        return lambda: chunk_gated_delta_rule(q, k, v, g, beta)[0], (q, k, v, g, beta)
+    if name == "kda":
+        from fla.ops.kda import chunk_kda
+
+        g = leaf(F.logsigmoid(torch.randn(b, t, h, dk, device="cuda")))
+        return lambda: chunk_kda(q, k, v, g, beta)[0], (q, k, v, g, beta)
+    if name == "rwkv7":
+        from fla.ops.rwkv7 import chunk_rwkv7
+
+        kk = F.normalize(torch.randn(b, t, h, dk, device="cuda"), dim=-1)
+        removed, added = leaf((-kk).bfloat16()), leaf((kk * torch.rand_like(kk)).bfloat16())
+        w = leaf((-0.6065 * torch.rand(b, t, h, dk, device="cuda")).bfloat16())
+        return lambda: chunk_rwkv7(q, w, k, v, removed, added)[0], (q, w, k, v, removed, added)
+    sys.exit(f"error: no operator {name}")
 
 
 def main():

@@ -5,6 +5,17 @@ use burn::tensor::{DType, Device, Tensor};
 
 use crate::{assert_close, numbers, tensor, uniform};
 
+/// A flat input in its shape.
+pub fn view<const D: usize>(x: &Tensor<1>, shape: [usize; D]) -> Tensor<D> {
+    x.clone().reshape(shape)
+}
+
+/// An output, flat.
+pub fn flat<const D: usize>(x: Tensor<D>) -> Tensor<1> {
+    let count = x.shape().num_elements();
+    x.reshape([count])
+}
+
 /// One differentiable input.
 #[derive(Clone, Debug)]
 pub struct Input {

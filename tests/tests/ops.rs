@@ -1,5 +1,8 @@
 //! The sequence operators against their token recurrence, on every device.
 
+#[path = "ops/delta_walk.rs"]
+mod delta_walk;
+
 use burn::tensor::{DType, Device, Tensor};
 use burn_fla_ops::cases::{RecurrenceCase, recurrence_cases};
 use burn_fla_ops::{CuSeqlens, Engine, OpError, ScalarDecay, SequenceOptions, gla, linear, matmul, simple_gla};

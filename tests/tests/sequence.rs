@@ -10,9 +10,8 @@ mod ssd;
 #[path = "sequence/token_shift.rs"]
 mod token_shift;
 
-use burn::tensor::Tensor;
 use burn_fla_ops::{ScalarDecay, SequenceOptions, simple_gla};
-use burn_fla_tests::agree::{Input, assert_finite_differences};
+use burn_fla_tests::agree::{Input, assert_finite_differences, flat, view};
 
 #[path = "sequence/attention.rs"]
 mod attention;
@@ -30,17 +29,6 @@ mod scans;
 mod slots;
 #[path = "sequence/triangular.rs"]
 mod triangular;
-
-/// A flat input in its shape.
-fn view<const D: usize>(x: &Tensor<1>, shape: [usize; D]) -> Tensor<D> {
-    x.clone().reshape(shape)
-}
-
-/// An output, flat.
-fn flat<const D: usize>(x: Tensor<D>) -> Tensor<1> {
-    let count = x.shape().num_elements();
-    x.reshape([count])
-}
 
 /// The harness itself, on an operator that another suite holds to its recurrence.
 #[test]

@@ -26,6 +26,8 @@ pub mod cases;
 pub mod comba;
 pub mod delta;
 pub mod delta_rule;
+#[cfg(feature = "cube")]
+mod delta_walk;
 pub mod dplr;
 pub mod gated_delta_product;
 pub mod gated_delta_rule;

@@ -5,9 +5,7 @@ use burn_fla_ops::{
     CuSeqlens, DeltaOptions, OpError, SequenceOptions, comba, delta, delta_rule, gated_delta_product, gated_delta_rule,
     kda,
 };
-use burn_fla_tests::agree::{Input, assert_agree};
-
-use crate::{flat, view};
+use burn_fla_tests::agree::{Input, assert_agree, flat, view};
 
 /// Which operator.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -87,12 +87,13 @@ struct Operands {
 }
 
 impl Arguments {
-    /// Checks the arguments and runs the reference: `o`, and the state after the last token.
+    /// Checks the arguments and runs the kernels where there are some, else the reference: `o`, and the state after the last
+    /// token.
     pub(crate) fn run(self) -> Result<(Tensor<4>, Tensor<4>), OpError> {
         self.check()?;
         let [b, t, _, dk] = self.q.dims();
         let [.., heads, dv] = self.v.dims();
-        let SequenceOptions { scale, initial_state, cu_seqlens, chunk, .. } = self.options.sequence.clone();
+        let SequenceOptions { scale, initial_state, cu_seqlens, chunk, engine } = self.options.sequence.clone();
         if let Some(packed) = &cu_seqlens {
             packed.check(b, t)?;
         }
@@ -106,13 +107,20 @@ impl Arguments {
             let reason = "is 0, but a chunk has at least one token".into();
             return Err(OpError::Option { op: self.op, option: "chunk", reason });
         }
+        let scale = scale.unwrap_or_else(|| (dk as f64).powf(-0.5));
+        #[cfg(feature = "cube")]
+        if crate::delta_walk::takes(&self.v, dk, t, engine) {
+            let sequences = cu_seqlens.unwrap_or_else(|| CuSeqlens::dense(b, t));
+            return Ok(self.on_kernels(scale, initial_state, sequences, chunk));
+        }
+        #[cfg(not(feature = "cube"))]
+        let _ = engine;
         let out = self.q.dtype();
         let dtype = compute_dtype(out);
         let state = match initial_state {
             Some(state) => state.cast(dtype),
             None => Tensor::zeros([n, heads, dk, dv], (&self.q.device(), dtype)),
         };
-        let scale = scale.unwrap_or_else(|| (dk as f64).powf(-0.5));
         if t == 0 {
             return Ok((self.v, state));
         }
@@ -180,6 +188,32 @@ impl Arguments {
             Some(Gate::Key(g)) => by_token(op, "log_decay", g, [b, t, heads, dk], "[B, T, HV, K]", &device),
             None => Ok(()),
         }
+    }
+
+    #[cfg(feature = "cube")]
+    fn on_kernels(
+        self,
+        scale: f64,
+        state: Option<Tensor<4>>,
+        sequences: CuSeqlens,
+        chunk: Option<usize>,
+    ) -> (Tensor<4>, Tensor<4>) {
+        use crate::delta_walk::{Form, Problem, run};
+        // The norms are not rounded to bf16, as they are not in the reference.
+        let normalised = |x: Tensor<4>| if self.options.l2_norm { l2_norm(x, l2_norm::EPS) } else { x };
+        run(Problem {
+            op: self.op,
+            form: if self.p.is_some() { Form::Feedback } else { Form::Key },
+            qkv: [normalised(self.q), normalised(self.k), self.v],
+            a: self.p.map(normalised),
+            strength: Some(self.beta.cast(DType::F32)),
+            b: None,
+            decay: self.gate,
+            scale,
+            state,
+            sequences,
+            chunk,
+        })
     }
 
     fn operands(self, state: Tensor<4>, dtype: DType) -> Operands {

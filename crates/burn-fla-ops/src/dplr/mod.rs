@@ -43,7 +43,41 @@ pub fn dplr(
     options: SequenceOptions,
 ) -> Result<(Tensor<4>, Tensor<4>), OpError> {
     let problem = checked("dplr", q, k, v, [("a", &a), ("b", &b)], log_decay, options)?;
+    #[cfg(feature = "cube")]
+    if takes(&problem.0) {
+        return Ok(on_kernels(problem, crate::delta_walk::Form::Free, a, b));
+    }
     Ok(run(problem, a, b))
+}
+
+/// Whether the kernels take the problem.
+#[cfg(feature = "cube")]
+pub(crate) fn takes(problem: &Problem) -> bool {
+    crate::delta_walk::takes(&problem.v, problem.q.dims()[3], problem.sequences.total(), problem.engine)
+}
+
+/// Runs a checked problem on the kernels, with the pair of vectors that the form says.
+#[cfg(feature = "cube")]
+pub(crate) fn on_kernels(
+    (problem, log_decay): (Problem, Tensor<4>),
+    form: crate::delta_walk::Form,
+    a: Tensor<4>,
+    b: Tensor<4>,
+) -> (Tensor<4>, Tensor<4>) {
+    let Problem { op, q, k, v, scale, state, sequences, chunk, .. } = problem;
+    crate::delta_walk::run(crate::delta_walk::Problem {
+        op,
+        form,
+        qkv: [q, k, v],
+        a: Some(a),
+        strength: None,
+        b: Some(b),
+        decay: Some(crate::delta::Gate::Key(log_decay)),
+        scale,
+        state,
+        sequences,
+        chunk,
+    })
 }
 
 /// A checked problem and its log decay. `pair` are the two inputs beside `q`, `k`, `v`, each with its name.
@@ -65,7 +99,7 @@ pub(crate) fn checked(
     Ok((problem, log_decay))
 }
 
-/// Runs a checked problem with the factors `a` and `b`, in any float dtype.
+/// Runs the reference of a checked problem with the factors `a` and `b`, in any float dtype.
 pub(crate) fn run((problem, log_decay): (Problem, Tensor<4>), a: Tensor<4>, b: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
     let [q, k, v] = [&problem.q, &problem.k, &problem.v].map(Clone::clone);
     problem.each_sequence([q, k, v, a, b, log_decay], |inputs, state, chunk| match inputs[0].dims()[1] {

@@ -66,7 +66,7 @@ pub(super) fn gate_gradient<E: Float>(
 
 /// Sums over the last dimension: a decay by token is one number for all key channels.
 #[cube(launch, address_type = "dynamic")]
-pub(super) fn sum_channels(x: &[f32], out: &mut [f32], count: usize, #[comptime] channels: usize) {
+pub(crate) fn sum_channels(x: &[f32], out: &mut [f32], count: usize, #[comptime] channels: usize) {
     if ABSOLUTE_POS >= count {
         terminate!();
     }

@@ -24,12 +24,12 @@
 //!
 //! Saved between forward and backward, besides the inputs: the states at the chunk borders, `4 H K V / 64` bytes a token.
 
-mod gate;
+pub(crate) mod gate;
 mod operator;
-mod plan;
+pub(crate) mod plan;
 mod states;
 mod step;
-mod table;
+pub(crate) mod table;
 mod walk;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};

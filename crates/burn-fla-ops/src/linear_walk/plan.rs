@@ -12,7 +12,7 @@ const MAX_UNITS: usize = 256;
 /// Elements of the state that one unit keeps in registers.
 const PER_UNIT: usize = 64;
 /// Units of the kernels that are one element a unit.
-pub(super) const FLAT_UNITS: u32 = 128;
+pub(crate) const FLAT_UNITS: u32 = 128;
 
 /// What the log decay depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -92,7 +92,7 @@ impl WalkPlan {
 }
 
 /// Cubes in a grid whose dimensions stay under WebGPU's 65,535.
-pub(super) fn grid(cubes: usize) -> CubeCount {
+pub(crate) fn grid(cubes: usize) -> CubeCount {
     const WIDTH: usize = 32_768;
     if cubes <= WIDTH {
         CubeCount::new_1d(cubes as u32)
@@ -102,6 +102,6 @@ pub(super) fn grid(cubes: usize) -> CubeCount {
 }
 
 /// A grid of [`FLAT_UNITS`] units a cube over `count` elements.
-pub(super) fn flat(count: usize) -> CubeCount {
+pub(crate) fn flat(count: usize) -> CubeCount {
     grid(count.div_ceil(FLAT_UNITS as usize))
 }

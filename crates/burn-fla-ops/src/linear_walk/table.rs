@@ -3,17 +3,17 @@
 use crate::CuSeqlens;
 
 /// Words a chunk has in the table: its sequence, its first token, its length.
-pub(super) const CHUNK_WORDS: usize = 3;
+pub(crate) const CHUNK_WORDS: usize = 3;
 /// Words a sequence has in the table, after all chunks: its first chunk, its number of chunks.
-pub(super) const SEQUENCE_WORDS: usize = 2;
+pub(crate) const SEQUENCE_WORDS: usize = 2;
 
-pub(super) struct Table {
-    pub(super) entries: Vec<i32>,
-    pub(super) chunks: usize,
+pub(crate) struct Table {
+    pub(crate) entries: Vec<i32>,
+    pub(crate) chunks: usize,
 }
 
 /// Cuts every sequence into chunks; no chunk crosses a border.
-pub(super) fn build(sequences: &CuSeqlens, chunk: usize) -> Table {
+pub(crate) fn build(sequences: &CuSeqlens, chunk: usize) -> Table {
     let mut chunks = Vec::new();
     let mut per_sequence = Vec::new();
     for (i, window) in sequences.offsets().windows(2).enumerate() {

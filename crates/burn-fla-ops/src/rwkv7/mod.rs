@@ -41,6 +41,10 @@ pub fn rwkv7(
     options: SequenceOptions,
 ) -> Result<(Tensor<4>, Tensor<4>), OpError> {
     let problem = dplr::checked("rwkv7", r, k, v, [("kk", &kk), ("a", &a)], log_decay, options)?;
+    #[cfg(feature = "cube")]
+    if dplr::takes(&problem.0) {
+        return Ok(dplr::on_kernels(problem, crate::delta_walk::Form::Removal, kk, a));
+    }
     // The product in the dtype that the recurrence is computed in: it is not rounded to bf16.
     let dtype = compute_dtype(kk.dtype());
     let kk = kk.cast(dtype);
