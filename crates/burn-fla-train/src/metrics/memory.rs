@@ -25,11 +25,13 @@ impl Memory {
     pub fn now(device: &Device) -> Memory {
         let pool = device.clone().inner().memory_pool_usage();
         let process = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let (rss, peak) = (field(&process, "VmRSS:"), field(&process, "VmHWM:"));
         Memory {
             in_use_gib: pool.as_ref().map(|pool| gibibytes(pool.bytes_in_use)),
             reserved_gib: pool.as_ref().map(|pool| gibibytes(pool.bytes_reserved)),
-            rss_gib: field(&process, "VmRSS:").map(gibibytes),
-            peak_rss_gib: field(&process, "VmHWM:").map(gibibytes),
+            rss_gib: rss.map(gibibytes),
+            // The system keeps the two by different counters, of which each may lag by some pages.
+            peak_rss_gib: peak.max(rss).map(gibibytes),
         }
     }
 
@@ -73,19 +75,32 @@ mod tests {
         assert_eq!(field(text, "VmSwap:"), None);
     }
 
+    /// In a process of its own: other tests take and give back memory at the same time.
     #[cfg(all(target_os = "linux", feature = "flex"))]
     #[test]
     fn what_is_taken_is_seen() {
+        const ALONE: &str = "BURN_FLA_TEST_ALONE";
+        if std::env::var_os(ALONE).is_none() {
+            let alone = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "metrics::memory::tests::what_is_taken_is_seen"])
+                .env(ALONE, "1")
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&alone.stdout).into_owned();
+            assert!(alone.status.success() && said.contains("1 passed"), "{said}");
+            return;
+        }
         let device = Device::flex();
         let before = Memory::now(&device);
         let taken = std::hint::black_box(vec![1u8; 64 << 20]);
         let with = Memory::now(&device);
         drop(taken);
         let grown = with.rss_gib.unwrap() - before.rss_gib.unwrap();
-        assert!((0.05..0.2).contains(&grown), "{grown} GiB for 1/16");
+        assert!((0.06..0.07).contains(&grown), "{grown} GiB for 1/16");
         // The peak stays when the memory is given back.
         let after = Memory::now(&device);
-        assert!(after.most().unwrap() >= with.rss_gib.unwrap(), "{after:?}");
+        assert!(after.rss_gib.unwrap() < with.rss_gib.unwrap() - 0.05, "{after:?}");
+        assert!(after.most().unwrap() > with.rss_gib.unwrap() - 0.003, "{after:?}");
         assert!(available().unwrap() > 64 << 20);
     }
 }

@@ -22,7 +22,7 @@ pub struct MemoryPlan {
     ///
     /// It is the number of inputs and outputs of the linear maps, times a factor for each mixer that was measured as the
     /// resident memory of runs on the CPU. In those runs (8 architectures, widths 256 and 512, 4 and 8 layers, 512 to 8192
-    /// tokens) all of the memory was between 0.87 and 1.23 times the estimate; a mixer that was not among them may be further
+    /// tokens) all of the memory was between 0.87 and 1.27 times the estimate; a mixer that was not among them may be further
     /// off.
     pub activations: u64,
 }
