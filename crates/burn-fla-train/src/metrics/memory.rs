@@ -46,10 +46,18 @@ impl Memory {
 pub(crate) fn available() -> Option<u64> {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let system = field(&read("/proc/meminfo")?, "MemAvailable:")?;
-    let number = |path: &str| read(path)?.trim().parse::<u64>().ok();
-    // Version 2 of control groups, seen from inside a container; elsewhere there is no such file, or it says `max`.
-    let group = number("/sys/fs/cgroup/memory.max").zip(number("/sys/fs/cgroup/memory.current"));
-    Some(group.map_or(system, |(most, now)| system.min(most.saturating_sub(now))))
+    // Version 2 of control groups, seen from inside a container; elsewhere there are no such files, or no limit.
+    let group = |name: &str| read(&format!("/sys/fs/cgroup/memory.{name}"));
+    let left = || left_in_group(&group("max")?, &group("current")?, &group("stat")?);
+    Some(left().map_or(system, |left| system.min(left)))
+}
+
+/// What is left of a group's limit. Pages that only cache files are counted as its own, and are given up when asked for.
+fn left_in_group(most: &str, now: &str, stat: &str) -> Option<u64> {
+    let number = |text: &str| text.trim().parse::<u64>().ok();
+    let counter = |name: &str| number(stat.lines().find_map(|line| line.strip_prefix(name))?);
+    let caches = counter("inactive_file ")? + counter("active_file ")?;
+    Some(number(most)?.saturating_sub(number(now)?.saturating_sub(caches)))
 }
 
 /// A line `name   123 kB`, in bytes.
@@ -73,6 +81,14 @@ mod tests {
         assert_eq!(field(text, "VmHWM:"), Some(2 << 20));
         assert_eq!(field(text, "VmRSS:"), Some(512 << 10));
         assert_eq!(field(text, "VmSwap:"), None);
+    }
+
+    #[test]
+    fn what_caches_files_counts_as_left() {
+        let stat = "anon 300\nfile 500\ninactive_file 400\nactive_file 50\n";
+        assert_eq!(left_in_group("1000\n", "800\n", stat), Some(650));
+        assert_eq!(left_in_group("max\n", "800\n", stat), None);
+        assert_eq!(left_in_group("100\n", "800\n", "inactive_file 0\nactive_file 0\n"), Some(0));
     }
 
     /// In a process of its own: other tests take and give back memory at the same time.
