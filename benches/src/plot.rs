@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 
 use plotters::prelude::*;
+use plotters::style::register_font;
 
 use crate::BenchResult;
 
@@ -63,6 +64,9 @@ fn draw(
     xs: std::ops::Range<f64>,
     ys: std::ops::Range<f64>,
 ) -> Result<(), Box<dyn std::error::Error>> {
+    // Labels are measured with a font that comes along; it is the same each time.
+    let font = register_font("sans-serif", FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT);
+    font.map_err(|_| "the font cannot be read")?;
     let root = SVGBackend::with_string(text, (900, 520)).into_drawing_area();
     root.fill(&WHITE)?;
     let caption = format!("{} ({})", result.title, result.machine);
@@ -115,10 +119,12 @@ mod tests {
         plot(&result, "T", &["ours".into(), "theirs".into()], &file).unwrap();
         let text = std::fs::read_to_string(&file).unwrap();
         std::fs::remove_dir_all(&folder).unwrap();
-        assert_eq!(
-            text.matches("<polyline").count() - 2,
-            text.matches("ours").count() + text.matches("theirs").count()
-        );
+        for (name, colour) in [("ours", "#1F77B4"), ("theirs", "#FF7F0E")] {
+            assert_eq!(text.matches(&format!("\n{name}\n")).count(), 1, "{name} in the legend");
+            // The line, and a piece of it in the legend; those of the axes have other colours.
+            let tags = text.split("<polyline").skip(1).filter_map(|rest| rest.split('>').next());
+            assert_eq!(tags.filter(|tag| tag.contains(colour)).count(), 2, "{name}");
+        }
         // Three points of one line, two of the other.
         assert_eq!(text.matches("<circle").count(), 5);
         let missing = plot(&result, "T", &["nothing".into()], &file).unwrap_err().to_string();

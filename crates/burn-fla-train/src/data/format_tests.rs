@@ -66,6 +66,42 @@ fn parquet_rows_are_documents() {
     fails(&column("text"), &["a.parquet", "cannot be read as Parquet"]);
 }
 
+/// A compressed file that is cut short or damaged is an error that names it: half of a corpus is not a corpus.
+#[test]
+fn compressed_files_that_are_cut_or_damaged() {
+    use std::io::Write;
+    let folder = tempfile::tempdir().unwrap();
+    // Numbers that repeat nothing, so that the compressed file is long.
+    let line = |at: u64| format!("{{\"text\": \"{:x}\"}}\n", super::permutation::mix(at));
+    let text: String = (0..20_000).map(line).collect();
+    let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gz.write_all(text.as_bytes()).unwrap();
+    // As `zstd` writes it: with a checksum, without which a bit that has flipped may stay unseen.
+    let mut zst = zstd::stream::Encoder::new(Vec::new(), 1).unwrap();
+    zst.include_checksum(true).unwrap();
+    zst.write_all(text.as_bytes()).unwrap();
+    let mut notes = Vec::new();
+    for (name, good) in [("a.jsonl.gz", gz.finish().unwrap()), ("a.jsonl.zst", zst.finish().unwrap())] {
+        let path = folder.path().join(name);
+        fs::write(&path, &good).unwrap();
+        let whole = open(folder.path(), &source(&path, SourceFormat::Jsonl), &mut notes).unwrap();
+        assert_eq!(whole.documents(), 20_000, "{name}");
+        let mut flipped = good.clone();
+        flipped[good.len() / 2] ^= 0x55;
+        for (damage, bytes) in [("cut", good[..good.len() * 2 / 3].to_vec()), ("flipped", flipped)] {
+            fs::write(&path, bytes).unwrap();
+            let error = open(folder.path(), &source(&path, SourceFormat::Jsonl), &mut notes).expect_err(damage);
+            assert!(error.to_string().contains(name), "{name} {damage}: {error}");
+        }
+        // Nothing in it is no document, and no error of the format.
+        fs::write(&path, "").unwrap();
+        match open(folder.path(), &source(&path, SourceFormat::Jsonl), &mut notes) {
+            Ok(store) => assert_eq!(store.documents(), 0, "{name}"),
+            Err(error) => assert!(error.to_string().contains(name), "{error}"),
+        }
+    }
+}
+
 fn token_shard(words: [i32; 3], ids: &[u8]) -> Vec<u8> {
     let mut bytes = vec![0; 1024];
     for (at, word) in words.iter().enumerate() {

@@ -142,6 +142,17 @@ fn what_does_not_fit_is_told_with_what_would() {
     let process = 50 << 20;
     let tight = check_memory(&recipe, &config, Some(process + memory.total() - 1)).unwrap();
     assert!(tight.unwrap().contains("may be killed"));
+    // Half of the estimate is certainly too little for a mixer that was measured, and may do for another.
+    let half = (process + memory.total()) / 2;
+    assert!(
+        check_memory(&recipe, &config, Some(half))
+            .unwrap_err()
+            .to_string()
+            .contains("out of memory: training.batch_size = 24")
+    );
+    let other = ModelConfig::from_json(&CONFIG.replace("gla", "gsa").replace("\"expand_k\": 1.0,", "")).unwrap();
+    let half = (process + MemoryPlan::of(&recipe, &other).unwrap().total()) / 2;
+    assert!(check_memory(&recipe, &other, Some(half)).unwrap().unwrap().contains("may be killed"));
     let error = ran_out(&recipe, &config, 7, Some(room)).to_string();
     let [plain, block] = error.split("; or ").collect::<Vec<_>>()[..] else { panic!("{error}") };
     for part in ["out of memory: step 7 with training.batch_size = 24", "batch_size = 12 ", "accumulation_steps = 10 "]

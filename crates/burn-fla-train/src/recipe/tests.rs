@@ -191,3 +191,33 @@ fn extends_merges_and_keeps_origins() {
     std::fs::write(at("mid.toml"), "extends = \"none.toml\"\n").unwrap();
     assert!(Recipe::load(&at("top.toml"), &[]).unwrap_err().to_string().contains("none.toml"));
 }
+
+/// A key that changes nothing on this model or device is no error, and is told.
+#[test]
+fn keys_without_effect_are_told() {
+    assert_eq!(load(MINIMAL, &[]).unwrap().notices.len(), 0);
+    let set = ["optimizer.momentum=0.9", "optimizer.ns_steps=4", "checkpoint.export_hf=false", "metrics.jsonl=false"];
+    let notices = load(MINIMAL, &set).unwrap().notices;
+    assert_eq!(notices.len(), 4, "{notices:?}");
+    for (key, notice) in ["optimizer.momentum", "optimizer.ns_steps", "metrics.jsonl", "checkpoint.export_hf"]
+        .iter()
+        .map(|key| (key, notices.iter().find(|notice| notice.starts_with(key))))
+    {
+        assert!(notice.is_some_and(|notice| notice.contains("has no effect")), "{key}: {notices:?}");
+    }
+    let threads = load(MINIMAL, &["device.backend=cuda", "device.threads=3"]).unwrap();
+    assert!(threads.notices[0].contains("device.threads = 3 has no effect"), "{:?}", threads.notices);
+    assert_eq!(threads.device.threads, 1);
+    assert!(load(MINIMAL, &["optimizer.name=muon", "optimizer.momentum=0.9"]).unwrap().notices.is_empty());
+}
+
+/// A shard has at least a row, and only another length than the usual is part of what makes a run.
+#[test]
+fn shards_have_a_row() {
+    let usual = load(MINIMAL, &[]).unwrap();
+    assert!(!usual.to_toml().contains("shard_tokens"));
+    let small = load(MINIMAL, &["data.shard_tokens=4096"]).unwrap();
+    assert!(small.to_toml().contains("shard_tokens = 4096") && small.hash() != usual.hash());
+    let error = error(MINIMAL, &["data.shard_tokens=1024", "training.seq_len=1024"]);
+    assert!(error.contains("data.shard_tokens") && error.contains("1025"), "{error}");
+}

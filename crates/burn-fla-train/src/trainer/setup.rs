@@ -19,7 +19,7 @@ use crate::data::{HeldOutRows, Loader, PATIENCE};
 use crate::metrics::memory::available;
 use crate::metrics::{Journal, TensorBoard, Terminal};
 use crate::optim::{Optimizer, ParamEntry, ParamTable};
-use crate::plan::{check_memory, training_flops_per_token};
+use crate::plan::{check_memory, is_out_of_memory, ran_out, training_flops_per_token};
 use crate::recipe::{ComputeDtype, Recipe, Resume};
 use crate::schedule::Schedule;
 
@@ -53,7 +53,10 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
         ComputeDtype::Float32 => DType::F32,
     };
     let device = open_device_for(recipe.device.backend, recipe.device.index, dtype)?;
-    size_pages(&device, &recipe, &config)?;
+    size_pages(&device, &recipe, &config).map_err(|error| match is_out_of_memory(&error.to_string()) {
+        true => ran_out(&recipe, &config, 1, None),
+        false => error,
+    })?;
     let compute = Compute { dtype, engine: Default::default() };
 
     let store = CheckpointStore::new(&recipe.checkpoint.folder, recipe.checkpoint.keep_latest_k);

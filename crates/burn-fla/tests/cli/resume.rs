@@ -81,6 +81,42 @@ fn an_interrupt_saves_and_says_how_to_go_on() {
     assert_eq!(after.iter().map(|(step, _)| *step).collect::<Vec<_>>(), (1..=steps).collect::<Vec<_>>());
 }
 
+/// The first asks for the end of the step, which here takes minutes; the second does not ask.
+#[test]
+#[cfg(unix)]
+fn a_second_interrupt_ends_at_once() {
+    let place = Place::new();
+    place.succeed(&["train", "recipe.toml", "--set", "training.steps=10", "--set", "lr_scheduler.warmup_steps=1"]);
+    let more = ["--set", "training.steps=20", "--set", "training.gradient_accumulation_steps=100000"];
+    let mut child =
+        place.command(&["train", "recipe.toml"]).args(more).stderr(Stdio::null()).spawn().expect("the binary");
+    // Far enough into its first step: the handlers are there before it.
+    sleep(Duration::from_millis(1500));
+    let interrupt = || {
+        let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
+        assert!(sent.success());
+    };
+    interrupt();
+    sleep(Duration::from_millis(500));
+    interrupt();
+    let begun = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().expect("a child") {
+            break status;
+        }
+        if begun.elapsed() > Duration::from_secs(20) {
+            child.kill().expect("a running child");
+            panic!("it goes on after the second interrupt");
+        }
+        sleep(Duration::from_millis(10));
+    };
+    assert_eq!(status.code(), Some(130), "128 and the number of the signal");
+    // What was saved before is whole, and the run goes on from it.
+    assert_eq!(losses(&place.path("run")).last().expect("a step").0, 10);
+    place.succeed(&["train", "recipe.toml"]);
+    assert_eq!(losses(&place.path("run")).last().expect("a step").0, 20);
+}
+
 #[test]
 fn never_refuses_to_go_on_over_checkpoints() {
     let place = Place::new();
