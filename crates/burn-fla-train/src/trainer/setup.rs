@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
-use burn::tensor::{DType, Device, Tensor};
-use burn_fla_nn::device::{Backend, open_device_for};
+use burn::tensor::{DType, Device};
+use burn_fla_nn::device::open_device_for;
 use burn_fla_nn::{CausalLm, Compute, ModelConfig, hub};
 
 use super::compute::Computer;
@@ -19,30 +19,9 @@ use crate::data::{HeldOutRows, Loader, PATIENCE};
 use crate::metrics::memory::available;
 use crate::metrics::{Journal, TensorBoard, Terminal};
 use crate::optim::{Optimizer, ParamEntry, ParamTable};
-use crate::plan::{check_memory, is_out_of_memory, ran_out, training_flops_per_token};
+use crate::plan::{check_memory, training_flops_per_token};
 use crate::recipe::{ComputeDtype, Recipe, Resume};
 use crate::schedule::Schedule;
-
-/// One allocation before all others, as large as any that a step makes.
-///
-/// CubeCL's allocator carves what it serves from pages as large as the largest allocation so far, and what was carved from
-/// smaller pages stays in them: a step of GLA 340M (8 rows of 2048 tokens) had 35.7 GB reserved on an H100 when its pages
-/// had grown with it.
-fn size_pages(device: &Device, recipe: &Recipe, config: &ModelConfig) -> Result<(), TrainError> {
-    /// Logits of a strip of the output layer.
-    const STRIP: usize = 256 << 20;
-    if recipe.device.backend != Backend::Cuda {
-        return Ok(());
-    }
-    let (common, training) = (config.common(), &recipe.training);
-    let embedding = 4 * common.vocab_size * common.hidden_size;
-    // Feed-forward networks are about four times as wide as the model, in bf16 or f32.
-    let bytes = if recipe.device.compute_dtype == ComputeDtype::Bfloat16 { 2 } else { 4 };
-    let widest = 4 * bytes * training.batch_size * training.seq_len * common.hidden_size;
-    let size = STRIP.max(embedding).max(widest);
-    drop(Tensor::<1>::zeros([size / 4], (device, DType::F32)));
-    device.sync().map_err(|error| TrainError::Execution(error.to_string()))
-}
 
 pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
     let (config, weights) = model_config(&recipe)?;
@@ -53,10 +32,6 @@ pub(super) fn prepare(mut recipe: Recipe) -> Result<Trainer, TrainError> {
         ComputeDtype::Float32 => DType::F32,
     };
     let device = open_device_for(recipe.device.backend, recipe.device.index, dtype)?;
-    size_pages(&device, &recipe, &config).map_err(|error| match is_out_of_memory(&error.to_string()) {
-        true => ran_out(&recipe, &config, 1, None),
-        false => error,
-    })?;
     let compute = Compute { dtype, engine: Default::default() };
 
     let store = CheckpointStore::new(&recipe.checkpoint.folder, recipe.checkpoint.keep_latest_k);
