@@ -40,7 +40,7 @@ struct TrainTokenizerArgs {
     #[arg(long, value_name = "N", default_value_t = 1_000_000_000)]
     max_bytes: u64,
 
-    /// The file to write [default: the one that the recipe names, if it is not there yet, else tokenizer.json]
+    /// The file to write [default: the one that the recipe names, or tokenizer.json where it names none]
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
 }
@@ -55,10 +55,19 @@ The recipe names the file as model.tokenizer, and the model's config has vocab_s
 pub fn run(args: TokenizerArgs) -> Result<Outcome, Failure> {
     let TokenizerCommand::Train(args) = args.command;
     let recipe = Recipe::load(&args.recipe, &args.set)?;
-    // A tokenizer that runs have used is not replaced unasked.
-    let named =
-        Some(PathBuf::from(&recipe.model.tokenizer)).filter(|file| recipe.model.tokenizer != "byte" && !file.exists());
-    let output = args.output.or(named).unwrap_or_else(|| PathBuf::from("tokenizer.json"));
+    let output = match args.output {
+        Some(file) => file,
+        None if recipe.model.tokenizer == "byte" => PathBuf::from("tokenizer.json"),
+        None => {
+            let named = PathBuf::from(&recipe.model.tokenizer);
+            // Runs may have been made with it.
+            if named.exists() {
+                let message = "this tokenizer of the recipe is there already; name a file with --output".to_string();
+                return Err(Failure::Folder { path: named, message });
+            }
+            named
+        }
+    };
     if let Some(folder) = output.parent() {
         std::fs::create_dir_all(folder).map_err(|source| Failure::Folder {
             path: folder.to_path_buf(),

@@ -91,4 +91,12 @@ fn a_tokenizer_is_trained_and_trained_with() {
     assert!(place.path("run/checkpoints/step_00000020/tokenizer.json").is_file());
     place.succeed(&["generate", "run", "--prompt", "let ", "--max-new-tokens", "4"]);
     place.fail(&["tokenizer", "train", "recipe.toml", "--vocab-size", "99"], &["99", "<|endoftext|>"]);
+    // Where the recipe names the file it is written there, and what is there is kept.
+    let named =
+        ["tokenizer", "train", "recipe.toml", "--vocab-size", "300", "--set", "model.tokenizer=made/by_us.json"];
+    place.succeed(&named);
+    let made = fs::read(place.path("made/by_us.json")).expect("the file that the recipe names");
+    assert_eq!(made, fs::read(place.path("tokenizer.json")).expect("the first one"));
+    place.fail(&named, &["by_us.json", "--output"]);
+    assert_eq!(fs::read(place.path("made/by_us.json")).expect("still there"), made);
 }
