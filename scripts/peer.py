@@ -1,7 +1,7 @@
 """Times operators of flash-linear-attention and PyTorch's flash attention: peer.py OPERATOR,... BxTxHxKxV,...
 
-OPERATOR is retention, simple_gla, gla, delta_rule, gated_delta_rule, kda, rwkv7 or attention. The problems are those of bench-hopper: bf16, log decays log sigmoid(x)
-of normal numbers. Medians of groups of calls with one wait each, as bench-hopper takes them; what is added into a tensor's
+OPERATOR is retention, simple_gla, gla, delta_rule, gated_delta_rule, kda, rwkv7 or attention. The problems are those of
+bench-hopper: bf16, log decays log sigmoid(x) of normal numbers. Medians of groups of calls with one wait each, as bench-hopper takes them; what is added into a tensor's
 gradient is not timed. Needs a GPU, PyTorch and flash-linear-attention.
 """
 import statistics
@@ -73,7 +73,7 @@ def problem(name, b, t, h, dk, dv):
         removed, added = leaf((-kk).bfloat16()), leaf((kk * torch.rand_like(kk)).bfloat16())
         w = leaf((-0.6065 * torch.rand(b, t, h, dk, device="cuda")).bfloat16())
         return lambda: chunk_rwkv7(q, w, k, v, removed, added)[0], (q, w, k, v, removed, added)
-    sys.exit(f"error: no operator {name}")
+    sys.exit(f"error: no operator {name}; see the top of this file")
 
 
 def main():

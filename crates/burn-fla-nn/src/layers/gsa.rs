@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{DType, Tensor, activation};
+use burn::tensor::{Tensor, activation};
 use burn_fla_ops as ops;
 
 use super::state::conv_elements;
@@ -224,7 +224,7 @@ impl Gsa {
         let v = convs.run(&self.v_conv1d, v)?;
         let repeat = self.num_heads / self.num_kv_heads;
         let grouped = |x| repeat_heads(split_heads(x, self.num_kv_heads), repeat);
-        let f = self.f_proj.forward(x)?.cast(DType::F32);
+        let f = self.f_proj.forward(x)?;
         let log_decay = ops::log_gate(f, None, self.gate_logit_normalizer, context.engine())?;
         let slots = log_decay.clone().exp().neg().add_scalar(1.0).cast(dtype);
         let options = ops::GsaOptions {

@@ -6,12 +6,12 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::Encoder;
+use super::build_folder::{BuildFolder, check};
 use super::cache::{self, FileStamp, Manifest, VERSION};
 use super::documents::{Document, Repairs, documents};
 use super::encode::{encode_all, pieces};
 use super::shards::{IndexWriter, ShardEntry, ShardWriter};
 use super::source::SourceFile;
-use super::workplace::{Workplace, check};
 use crate::TrainError;
 use crate::checkpoint::{readable_by_all, sync_folder, write_synced};
 use crate::recipe::SourceSection;
@@ -74,14 +74,14 @@ pub(super) fn build(
     fs::create_dir_all(parent).map_err(TrainError::io("create the folder", parent))?;
     remove_leftovers(parent, &format!(".building-{key}-"))?;
     // One process at a time builds a cache. Whoever waited for it finds it whole.
-    let Some(workplace) = Workplace::claim(parent, key, || usable(place), cancelled, tell)? else { return Ok(()) };
+    let Some(folder) = BuildFolder::claim(parent, key, || usable(place), cancelled, tell)? else { return Ok(()) };
     let width = if encoder.vocab_size() <= 1 << 16 { 2 } else { 4 };
     let mut block = Block {
         encoder,
-        folder: workplace.path(),
+        folder: folder.path(),
         width,
-        shards: ShardWriter::new(workplace.path(), width, shard_tokens),
-        index: IndexWriter::create(workplace.path())?,
+        shards: ShardWriter::new(folder.path(), width, shard_tokens),
+        index: IndexWriter::create(folder.path())?,
         written,
         shown: 0,
         waiting: Vec::new(),
@@ -137,12 +137,12 @@ pub(super) fn build(
         index,
         files: stamps.to_vec(),
     };
-    let path = workplace.path().join("manifest.json");
+    let path = folder.path().join("manifest.json");
     let text = serde_json::to_string_pretty(&manifest).expect("a manifest is plain JSON");
     write_synced(&path, text.as_bytes())?;
-    sync_folder(workplace.path())?;
-    readable_by_all(workplace.path())?;
-    workplace.publish(place)?;
+    sync_folder(folder.path())?;
+    readable_by_all(folder.path())?;
+    folder.publish(place)?;
     tell(format!(
         "tokenised {documents} documents, {:.1} MB, into {tokens} tokens: {}",
         bytes as f64 / 1e6,

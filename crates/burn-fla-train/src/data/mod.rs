@@ -2,6 +2,7 @@
 //! integer cursor.
 
 mod build;
+mod build_folder;
 mod cache;
 #[cfg(feature = "learner")]
 mod dataset;
@@ -22,7 +23,6 @@ mod token_file;
 mod unbuilt;
 mod vocabulary;
 mod windows;
-mod workplace;
 
 pub use cache::{Part, TokenStore};
 #[cfg(feature = "learner")]

@@ -9,8 +9,8 @@ use crate::TrainError;
 use crate::checkpoint::sync_folder;
 
 /// An empty folder beside the caches that one process works in at a time. It is removed when the work ends without
-/// [`publish`](Workplace::publish); what a process that was killed has left is removed by the next.
-pub(super) struct Workplace {
+/// [`publish`](BuildFolder::publish); what a process that was killed has left is removed by the next.
+pub(super) struct BuildFolder {
     path: PathBuf,
     /// Locked while the work goes on. The lock ends with the process, however that ends.
     _lock: Option<File>,
@@ -25,7 +25,7 @@ pub(super) fn check(cancelled: &AtomicBool) -> Result<(), TrainError> {
     }
 }
 
-impl Workplace {
+impl BuildFolder {
     /// The folder for the cache `key` in `parent`, for this process alone: another that works there is waited for. `None`
     /// if the cache has become `usable` meanwhile.
     pub(super) fn claim(
@@ -34,12 +34,12 @@ impl Workplace {
         usable: impl Fn() -> bool,
         cancelled: &AtomicBool,
         tell: &mut dyn FnMut(String),
-    ) -> Result<Option<Workplace>, TrainError> {
+    ) -> Result<Option<BuildFolder>, TrainError> {
         if !cfg!(unix) {
             // Where folders cannot be locked, two processes may both build; the first to end decides.
             let path = parent.join(format!(".building-{key}-{}", std::process::id()));
             fs::create_dir_all(&path).map_err(TrainError::io("create the folder", &path))?;
-            return Ok((!usable()).then_some(Workplace { path, _lock: None, published: false }));
+            return Ok((!usable()).then_some(BuildFolder { path, _lock: None, published: false }));
         }
         let path = parent.join(format!(".building-{key}"));
         let mut told = false;
@@ -65,7 +65,7 @@ impl Workplace {
             }
             if is_at(&handle, &path) {
                 empty(&path)?;
-                return Ok(Some(Workplace { path, _lock: Some(handle), published: false }));
+                return Ok(Some(BuildFolder { path, _lock: Some(handle), published: false }));
             }
         }
     }
@@ -85,7 +85,7 @@ impl Workplace {
     }
 }
 
-impl Drop for Workplace {
+impl Drop for BuildFolder {
     fn drop(&mut self) {
         if !self.published {
             // What cannot be removed now is removed by the next who works here.
