@@ -7,9 +7,9 @@
 //! One launch takes several pairs of operands, for several results or for their sum: layers that share their input
 //! ([`linears`]).
 //!
-//! Measured on an H100 with one pair, before there were several (`benches/results/60-hopper-linear.json`): 0.99 of cuBLAS's speed in geometric mean over 72
-//! products, the least 0.85 (65,536 × 1024 × 1024) and 0.87 (weight gradients of 2816 × 1024 over 8192 tokens, which are
-//! split in three). Not tried yet: clusters with multicast, and adding split parts through distributed shared memory.
+//! Measured on an H100 with one pair (`benches/results/60-hopper-linear.json`): 0.99 of cuBLAS's speed in geometric mean
+//! over 72 products, the least 0.85 (weight gradients of 1024 × 2816 over 8192 tokens, and 65,536 × 1024 × 1024; the former
+//! are split in three). Not tried yet: clusters with multicast, and adding split parts through distributed shared memory.
 
 mod kernel;
 mod linears;
