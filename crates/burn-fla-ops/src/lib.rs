@@ -36,6 +36,8 @@ pub mod gla;
 pub mod gsa;
 pub mod hgrn;
 #[cfg(feature = "cuda")]
+mod hopper_delta;
+#[cfg(feature = "cuda")]
 mod hopper_walk;
 pub mod kda;
 pub mod l2_norm;

@@ -199,6 +199,14 @@ impl Arguments {
         chunk: Option<usize>,
     ) -> (Tensor<4>, Tensor<4>) {
         use crate::delta_walk::{Form, Problem, run};
+        #[cfg(feature = "cuda")]
+        if self.p.is_none()
+            && chunk.is_none()
+            && !matches!(self.gate, Some(Gate::Key(_)))
+            && crate::hopper_delta::takes(&self.v, self.q.dims()[3], &sequences)
+        {
+            return self.on_hopper(scale, state, sequences);
+        }
         // The norms are not rounded to bf16, as they are not in the reference.
         let normalised = |x: Tensor<4>| if self.options.l2_norm { l2_norm(x, l2_norm::EPS) } else { x };
         run(Problem {
@@ -213,6 +221,27 @@ impl Arguments {
             state,
             sequences,
             chunk,
+        })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_hopper(self, scale: f64, state: Option<Tensor<4>>, sequences: CuSeqlens) -> (Tensor<4>, Tensor<4>) {
+        // Operands of matrix units are bf16.
+        let normalised =
+            |x: Tensor<4>| if self.options.l2_norm { l2_norm(x, l2_norm::EPS).cast(DType::BF16) } else { x };
+        crate::hopper_delta::run(crate::hopper_delta::Problem {
+            op: self.op,
+            q: normalised(self.q),
+            k: normalised(self.k),
+            v: self.v,
+            beta: self.beta,
+            decay: match self.gate {
+                Some(Gate::Token(g)) => Some(g),
+                _ => None,
+            },
+            scale,
+            state,
+            sequences,
         })
     }
 

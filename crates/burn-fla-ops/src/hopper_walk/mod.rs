@@ -37,12 +37,12 @@
 
 mod gate;
 mod key;
-mod operator;
+pub(crate) mod operator;
 mod parts;
 mod plan;
 mod prepare;
 mod segments;
-mod table;
+pub(crate) mod table;
 mod walk;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};

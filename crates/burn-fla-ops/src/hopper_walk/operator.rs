@@ -2,13 +2,13 @@
 
 use burn::backend::DispatchDevice;
 use burn::tensor::{DType, Device, Shape};
-use cubecl::prelude::{BufferArg, CubeCount, CubeDim, TensorMapArg, Tiled};
+use cubecl::prelude::{CubeCount, CubeDim, TensorMapArg, Tiled};
 
 use super::plan::{Axis, BORDER_WORDS, Borders, CHUNK, END_SUMS, Roles, WalkPlan};
 use super::table::{ITEM_WORDS, SEQUENCE_WORDS};
 use super::{FORWARD, KEYS, QUERIES, VALUES, gate, prepare, segments, walk};
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, zeros};
-use crate::tile::hopper::panel_map;
+use crate::tile::hopper::{panel_map, readable, words};
 
 /// Units of a cube of the scan over segments.
 const SCAN_UNITS: usize = 256;
@@ -30,7 +30,7 @@ pub(super) struct HopperWalk {
 }
 
 /// Multiprocessors of a device.
-pub(super) fn processors(device: &Device) -> usize {
+pub(crate) fn processors(device: &Device) -> usize {
     match device.clone().inner().as_dispatch() {
         DispatchDevice::Cube(device) => {
             device.client().properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize
@@ -417,18 +417,4 @@ impl Operator for HopperWalk {
         }
         result
     }
-}
-
-/// A tensor of bf16, two a word, or of 32-bit numbers.
-fn words(x: &CubeTensor) -> BufferArg {
-    let count = x.meta.shape().num_elements();
-    // SAFETY: as many words as the tensor's numbers are.
-    unsafe { BufferArg::from_raw_parts(x.handle.clone(), if x.dtype.size() == 2 { count / 2 } else { count }) }
-}
-
-/// A tensor with its rows one after the other, at an address that a tensor map takes.
-fn readable(x: CubeTensor) -> CubeTensor {
-    let x = contiguous(x);
-    let aligned = x.handle.offset_start.unwrap_or(0).is_multiple_of(16);
-    if aligned { x } else { x.copy() }
 }

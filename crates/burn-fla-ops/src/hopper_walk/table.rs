@@ -4,26 +4,26 @@ use super::plan::CHUNK;
 use crate::CuSeqlens;
 
 /// Words of a segment: first token, length, sequence, flags, first chunk.
-pub(super) const ITEM_WORDS: usize = 5;
+pub(crate) const ITEM_WORDS: usize = 5;
 /// Words of a sequence: first segment, number of segments.
-pub(super) const SEQUENCE_WORDS: usize = 2;
+pub(crate) const SEQUENCE_WORDS: usize = 2;
 /// Words of a chunk: first token, length.
-pub(super) const CHUNK_WORDS: usize = 2;
+pub(crate) const CHUNK_WORDS: usize = 2;
 /// The segment is its sequence's first.
-pub(super) const FIRST: u32 = 1;
+pub(crate) const FIRST: u32 = 1;
 /// The segment is its sequence's last.
-pub(super) const LAST: u32 = 2;
+pub(crate) const LAST: u32 = 2;
 
 /// Segments, then sequences, then chunks.
-pub(super) struct Table {
-    pub(super) entries: Vec<i32>,
-    pub(super) items: usize,
-    pub(super) chunks: usize,
+pub(crate) struct Table {
+    pub(crate) entries: Vec<i32>,
+    pub(crate) items: usize,
+    pub(crate) chunks: usize,
 }
 
 /// Cuts every sequence into segments of about `segment` tokens, in whole chunks. A sequence without tokens has one empty
 /// segment, which hands its state on.
-pub(super) fn build(sequences: &CuSeqlens, segment: usize) -> Table {
+pub(crate) fn build(sequences: &CuSeqlens, segment: usize) -> Table {
     let segment = segment.next_multiple_of(CHUNK);
     let (mut items, mut per_sequence, mut chunks) = (Vec::new(), Vec::new(), Vec::new());
     for (i, window) in sequences.offsets().windows(2).enumerate() {
@@ -49,7 +49,7 @@ pub(super) fn build(sequences: &CuSeqlens, segment: usize) -> Table {
 
 /// Tokens a segment: whole sequences where they fill the processors, otherwise as many segments as bring the last round
 /// of cubes nearest to full. `cubes` is how many a segment has.
-pub(super) fn segment_tokens(longest: usize, sequences: usize, cubes: usize, processors: usize) -> usize {
+pub(crate) fn segment_tokens(longest: usize, sequences: usize, cubes: usize, processors: usize) -> usize {
     /// How much of the processors whole sequences must keep busy.
     const ENOUGH: f64 = 0.8;
     /// The shortest segment: computing its state first must pay.

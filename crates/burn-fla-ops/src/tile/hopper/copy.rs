@@ -6,7 +6,7 @@ use burn::tensor::DType;
 use cubecl::prelude::*;
 use cubecl::zspace::{Shape, Strides};
 
-use crate::bridge::{CubeTensor, storage};
+use crate::bridge::{CubeTensor, contiguous, storage};
 
 /// A map of `tensor`, seen with this shape and these strides (in elements, the last one 1), whose boxes are of `boxed`
 /// elements. The last dimension of a box is 128 bytes: the width of the swizzle.
@@ -25,6 +25,20 @@ pub fn panel_map<const D: usize>(
     TensorMapArg::new(TiledArgs { tile_size: Shape::from(boxed) }, arg, storage(tensor.dtype))
         .with_swizzle(TensorMapSwizzle::B128)
         .with_prefetch(TensorMapPrefetch::B256)
+}
+
+/// A tensor of bf16, two a word, or of 32-bit numbers.
+pub fn words(x: &CubeTensor) -> BufferArg {
+    let count = x.meta.shape().num_elements();
+    // SAFETY: as many words as the tensor's numbers are.
+    unsafe { BufferArg::from_raw_parts(x.handle.clone(), if x.dtype.size() == 2 { count / 2 } else { count }) }
+}
+
+/// A tensor with its rows one after the other, at an address that a tensor map takes.
+pub fn readable(x: CubeTensor) -> CubeTensor {
+    let x = contiguous(x);
+    let aligned = x.handle.offset_start.unwrap_or(0).is_multiple_of(16);
+    if aligned { x } else { x.copy() }
 }
 
 /// Starts a load of the box at column `x`, row `y` to `to`; it arrives at `barrier`.

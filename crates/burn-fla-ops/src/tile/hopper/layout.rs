@@ -31,6 +31,37 @@ pub fn load_u32(address: u32) -> u32 {
     out + 0u32
 }
 
+/// Stores an f32 to shared memory.
+#[cube]
+pub fn store_f32(address: u32, value: f32) {
+    gpu_asm!("st.shared.f32 [{a}], {v};", a = in(_) address + 0u32, v = in(_) value * 1.0f32);
+}
+
+/// Loads an f32 from shared memory.
+#[cube]
+pub fn load_f32(address: u32) -> f32 {
+    let out: f32;
+    gpu_asm!("ld.shared.f32 {d}, [{a}];", d = out(_) out, a = in(_) address + 0u32);
+    out * 1.0f32
+}
+
+/// Loads four f32 from shared memory, at a multiple of 16 bytes.
+#[cube]
+pub fn load_f32_four(address: u32) -> Vector<f32, Const<4>> {
+    let out: Vector<f32, Const<4>>;
+    gpu_asm!("ld.shared.v4.f32 {d}, [{a}];", d = out(_) out, a = in(_) address + 0u32);
+    out
+}
+
+/// Stores four 8 × 8 blocks of bf16 transposed, two numbers a word: what [`load_transposed`] reads with the same addresses.
+#[cube]
+pub fn store_transposed(address: u32, first: u32, second: u32, third: u32, fourth: u32) {
+    gpu_asm!(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [{a}], {{{w}, {x}, {y}, {z}}};",
+        a = in(_) address + 0u32, w = in(_) first + 0u32, x = in(_) second + 0u32, y = in(_) third + 0u32, z = in(_) fourth + 0u32
+    );
+}
+
 /// Loads four transposed 8 × 8 blocks of bf16, two numbers a word: lane `l` gives the address of row `l % 8` of block
 /// `l / 8`, and receives rows `2 (l % 4)` and the next of column `l / 4` of each block.
 #[cube]

@@ -24,18 +24,19 @@ mod roles;
 mod wgmma;
 
 pub use copy::{
-    add_3d, commit_stores, fence_shared, load_2d, load_3d, panel_map, store_3d, wait_stores, wait_stores_read,
+    add_3d, commit_stores, fence_shared, load_2d, load_3d, panel_map, readable, store_3d, wait_stores, wait_stores_read,
+    words,
 };
 pub use layout::{
-    bf16_high, bf16_low, exp2, f16_high, f16_low, load_transposed, load_u32, reciprocal, store_f32_pair, store_u32,
-    swizzled,
+    bf16_high, bf16_low, exp2, f16_high, f16_low, load_f32, load_f32_four, load_transposed, load_u32, reciprocal,
+    store_f32, store_f32_pair, store_transposed, store_u32, swizzled,
 };
 pub use registers::{
     Acc, Frag, column_of, declare, declare_fragment, pack, pack_half_word, pack_pair, pack_word, put, read, row_of,
     scale, write, zero,
 };
 pub use ring::{Ring, barrier_arrive, barrier_expect, barrier_fence, barrier_init, barrier_wait};
-pub use roles::{give_registers, sync_warpgroup, take_registers};
+pub use roles::{arrive, give_registers, sync_warpgroup, take_registers};
 pub use wgmma::{commit, fence, k_major, mma_registers, mma_shared, mn_major, wait};
 
 /// Whether this device has what this module needs: the instructions of `sm_90a` exist on compute capability 9.0 alone.

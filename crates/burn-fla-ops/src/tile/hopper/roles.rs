@@ -19,3 +19,9 @@ pub fn take_registers(#[comptime] count: u32) {
 pub fn sync_warpgroup(id: u32, #[comptime] units: u32) {
     gpu_asm!("bar.sync {id}, {units};", id = in(_) id + 0u32);
 }
+
+/// Arrives at the named barrier `id` for `units` units without waiting; whole warps call it.
+#[cube]
+pub fn arrive(id: u32, #[comptime] units: u32) {
+    gpu_asm!("bar.arrive {id}, {units};", id = in(_) id + 0u32);
+}

@@ -1,0 +1,111 @@
+//! The engine for Hopper of the delta rules, in bf16: `delta_rule` and `gated_delta_rule`.
+//!
+//! ```text
+//! S_t = e^{g_t} S_{t−1} + k_t w_tᵀ ,   w_t = β_t (v_t − e^{g_t} S_{t−1}ᵀ k_t) ,   o_t = scale · S_tᵀ q_t        S: [K, V]
+//! ```
+//!
+//! In a chunk of 64 tokens with running sums G of its log decays, the values W that its tokens write solve a unit lower
+//! triangular system, `(I + A) W = diag(β) (V − e^G ∘ K S)` with `A_ij = β_i e^{G_i − G_j} (k_i · k_j)` for `j < i` (Yang et
+//! al.: *Parallelizing Linear Transformers with the Delta Rule over Sequence Length*, 2024). So there are four kernels:
+//!
+//! | kernel | over | computes | reads and writes, in tensors of K = V channels |
+//! |---|---|---|---|
+//! | [`prepare`] | chunks | `M = (I + A)⁻¹ diag(β)`, f32 inside, bf16 `[64]` a token | k → M: 1.5 |
+//! | [`chain`] with time | sequences | o, the last state | q k v M → o: 4.5 |
+//! | (the same for backward) | | W and the state before each chunk | k v M → W S: 5.5 |
+//! | [`chain`] against time | sequences | dv, and the gradient Z of the state after each chunk | q k do M → dv Z: 6.5 |
+//! | [`gradients`] | chunks | dq, dk, dβ, dg | q k W do dv S Z → dq dk: 11 |
+//!
+//! The recurrence of Z is that of S with the triangular system transposed, and needs neither S nor W. Once the states at the
+//! chunks' borders are known, all other gradients are those of a linear attention that writes W, and of another one that
+//! reads −dv with its keys.
+//!
+//! Nothing but the inputs is saved between forward and backward; while backward runs, W, M and the states S and Z hold
+//! `2 V + 128 + 4 K V / 64` bytes a token and head.
+//!
+//! Value heads may outnumber key heads: the kernels read a key head for each value head, and what its gradients' parts are
+//! is summed up at the end.
+
+mod chain;
+mod gradients;
+mod groups;
+mod inverse;
+mod operator;
+mod parts;
+mod plan;
+mod prepare;
+
+use burn::tensor::{DType, Int, Tensor, TensorData};
+
+use crate::CuSeqlens;
+use crate::bridge::{apply, is_hopper};
+use crate::hopper_walk::table;
+use operator::HopperDelta;
+
+/// The most key channels of a head.
+const MOST_KEYS: usize = 128;
+/// The most value channels of a head.
+const MOST_VALUES: usize = 512;
+
+/// A checked problem.
+pub(crate) struct Problem {
+    pub(crate) op: &'static str,
+    /// bf16 `[B, T, H, K]`
+    pub(crate) q: Tensor<4>,
+    /// bf16 `[B, T, H, K]`
+    pub(crate) k: Tensor<4>,
+    /// bf16 `[B, T, HV, V]`
+    pub(crate) v: Tensor<4>,
+    /// `[B, T, HV]`
+    pub(crate) beta: Tensor<3>,
+    /// `[B, T, HV]`
+    pub(crate) decay: Option<Tensor<3>>,
+    pub(crate) scale: f64,
+    /// `[N, HV, K, V]`
+    pub(crate) state: Option<Tensor<4>>,
+    pub(crate) sequences: CuSeqlens,
+}
+
+/// Whether this engine takes such values with so many key channels: bf16 on a Hopper GPU, channels in multiples of 16, and
+/// some sequence of more than one token.
+pub(crate) fn takes(v: &Tensor<4>, keys: usize, sequences: &CuSeqlens) -> bool {
+    let values = v.dims()[3];
+    v.dtype() == DType::BF16
+        && sequences.lengths().any(|n| n > 1)
+        && keys.is_multiple_of(16)
+        && keys <= MOST_KEYS
+        && values.is_multiple_of(16)
+        && values <= MOST_VALUES
+        && is_hopper(&v.device())
+}
+
+/// Runs a problem that [`takes`] accepts: `o` and the last state.
+pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
+    let Problem { op, q, k, v, beta, decay, scale, state, sequences } = problem;
+    let [b, t, key_heads, keys] = q.dims();
+    let [.., heads, values] = v.dims();
+    let device = v.device().inner();
+    let longest = sequences.lengths().max().unwrap_or(0);
+    let table = table::build(&sequences, longest.max(1));
+    let operator = HopperDelta {
+        name: op,
+        gated: decay.is_some(),
+        has_state: state.is_some(),
+        scale: scale as f32,
+        tokens: b * t,
+        heads,
+        groups: heads / key_heads,
+        keys,
+        values,
+        sequences: sequences.num_sequences(),
+        chunks: table.chunks,
+    };
+    let size = table.entries.len();
+    let table = Tensor::<1, Int>::from_data(TensorData::new(table.entries, [size]), &device);
+    let mut floats = vec![q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), beta.into_dispatch()];
+    floats.extend(decay.map(Tensor::into_dispatch));
+    floats.extend(state.map(|state| state.cast(DType::F32).into_dispatch()));
+    let mut outputs = apply(operator, floats, vec![table.into_dispatch()]).into_iter();
+    let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and a state"));
+    (next(), next())
+}

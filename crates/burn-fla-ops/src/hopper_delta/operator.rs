@@ -1,0 +1,258 @@
+//! The launches, forward and backward, as the bridge calls them.
+
+use burn::tensor::{DType, Shape};
+use cubecl::prelude::{CubeCount, CubeDim, TensorMapArg, Tiled};
+
+use super::plan::{CHUNK, ChainPlan, GRADIENT_UNITS, GradientPlan, PREPARE_UNITS, Task};
+use super::{chain, gradients, groups, prepare};
+use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, zeros};
+use crate::hopper_walk::table::{ITEM_WORDS, SEQUENCE_WORDS};
+use crate::tile::hopper::{panel_map, readable, words};
+
+/// A delta rule. Inputs: q, k, v, beta, with `gated` the log decays, and with `has_state` the initial state.
+#[derive(Debug)]
+pub(super) struct HopperDelta {
+    pub(super) name: &'static str,
+    pub(super) gated: bool,
+    pub(super) has_state: bool,
+    pub(super) scale: f32,
+    pub(super) tokens: usize,
+    /// Value heads.
+    pub(super) heads: usize,
+    /// Value heads that share a key head.
+    pub(super) groups: usize,
+    pub(super) keys: usize,
+    pub(super) values: usize,
+    pub(super) sequences: usize,
+    pub(super) chunks: usize,
+}
+
+/// The inputs as the kernels read them.
+struct Operands {
+    q: CubeTensor,
+    k: CubeTensor,
+    v: CubeTensor,
+    beta: CubeTensor,
+    g: CubeTensor,
+    initial: Option<CubeTensor>,
+    table: CubeTensor,
+    /// M of [`prepare`], `[tokens, HV, 64]`.
+    inverse: CubeTensor,
+}
+
+impl HopperDelta {
+    fn state_shape(&self) -> [usize; 4] {
+        [self.sequences, self.heads, self.keys, self.values]
+    }
+
+    /// The states at the chunks' borders, whole panels, transposed.
+    fn borders_shape(&self) -> [usize; 3] {
+        [self.chunks * self.heads, self.values.next_multiple_of(128), self.keys.next_multiple_of(64)]
+    }
+
+    /// Where the table has its chunks.
+    fn chunks_at(&self) -> u32 {
+        ((ITEM_WORDS + SEQUENCE_WORDS) * self.sequences) as u32
+    }
+
+    fn state_index(&self) -> usize {
+        4 + self.gated as usize
+    }
+
+    fn operands(&self, inputs: &[CubeTensor], ints: &[CubeTensor]) -> Operands {
+        let [q, k, v] = [0, 1, 2].map(|i| readable(inputs[i].clone()));
+        let float = |x: &CubeTensor| contiguous(burn_cubecl::kernel::cast(x.clone(), DType::F32));
+        let beta = float(&inputs[3]);
+        let g = if self.gated { float(&inputs[4]) } else { alloc(&beta, [32], DType::F32) };
+        let initial = self.has_state.then(|| contiguous(inputs[self.state_index()].clone()));
+        let table = contiguous(ints[0].clone());
+        let inverse = alloc(&v, [self.tokens, self.heads, CHUNK], DType::BF16);
+        let plan = self.gradient_plan();
+        // SAFETY: the table has `chunks` chunks of tokens inside of the tensors, whose shapes the public function checked.
+        unsafe {
+            prepare::prepare::launch_unchecked(
+                &v.client,
+                CubeCount::new_1d((self.chunks * self.heads) as u32),
+                CubeDim::new_1d(PREPARE_UNITS),
+                self.map(&k, self.heads / self.groups, self.keys),
+                g.clone().into_buffer_arg(),
+                beta.clone().into_buffer_arg(),
+                table.clone().into_buffer_arg(),
+                words(&inverse),
+                self.heads as u32,
+                self.groups as u32,
+                self.chunks_at(),
+                plan.panels(),
+                self.gated,
+            );
+        }
+        Operands { q, k, v, beta, g, initial, table, inverse }
+    }
+
+    /// A map of `[tokens, heads, channels]` in boxes of 64 tokens of one head.
+    fn map(&self, x: &CubeTensor, heads: usize, channels: usize) -> TensorMapArg<Tiled> {
+        panel_map(x, [self.tokens, heads, channels], [heads * channels, channels, 1], [64, 1, 64])
+    }
+
+    /// A map of the states at borders, in boxes of 64 × 64.
+    fn border_map(&self, x: &CubeTensor) -> TensorMapArg<Tiled> {
+        let [count, rows, columns] = x.meta.shape().dims();
+        panel_map(x, [count, rows, columns], [rows * columns, columns, 1], [1, 64, 64])
+    }
+
+    fn gradient_plan(&self) -> GradientPlan {
+        GradientPlan { keys: self.keys, values: self.values, gated: self.gated }
+    }
+
+    /// One warpgroup a cube where that does not lengthen the work of the busiest processor.
+    fn chain_plan(&self, task: Task, processors: usize) -> ChainPlan {
+        let plan = |narrow| ChainPlan::new(task, self.keys, self.values, self.gated, narrow);
+        let rounds = |plan: &ChainPlan| (self.sequences * self.heads * plan.slices()).div_ceil(processors);
+        let (wide, narrow) = (plan(false), plan(true));
+        if rounds(&narrow) <= rounds(&wide) { narrow } else { wide }
+    }
+
+    /// Walks: the output, the state that it arrives at, and the states at the chunks' borders.
+    fn chain(&self, task: Task, x: &Operands, v: &CubeTensor, initial: Option<&CubeTensor>) -> [CubeTensor; 3] {
+        let client = v.client.clone();
+        let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
+        let plan = ChainPlan { initial: initial.is_some(), ..self.chain_plan(task, processors) };
+        let work = self.sequences * self.heads * plan.slices();
+        let unused = alloc(&x.g, [32], DType::F32);
+        let out = alloc(v, v.meta.shape().dims::<4>(), DType::BF16);
+        let last = if task == Task::Values { unused.clone() } else { alloc(&x.g, self.state_shape(), DType::F32) };
+        let borders = alloc(v, if plan.with_borders() { self.borders_shape() } else { [1, 64, 64] }, DType::BF16);
+        let key_heads = self.heads / self.groups;
+        // SAFETY: as in `operands`.
+        unsafe {
+            chain::chain::launch_unchecked(
+                &client,
+                CubeCount::new_1d(work.min(processors) as u32),
+                CubeDim::new_1d(plan.units() as u32),
+                self.map(&x.q, key_heads, self.keys),
+                self.map(&x.k, key_heads, self.keys),
+                self.map(v, self.heads, self.values),
+                self.map(&x.inverse, self.heads, CHUNK),
+                self.map(&out, self.heads, self.values),
+                self.border_map(&borders),
+                words(&out),
+                x.g.clone().into_buffer_arg(),
+                x.table.clone().into_buffer_arg(),
+                initial.unwrap_or(&unused).clone().into_buffer_arg(),
+                last.clone().into_buffer_arg(),
+                self.heads as u32,
+                self.groups as u32,
+                self.sequences as u32,
+                self.scale,
+                plan,
+            );
+        }
+        [out, last, borders]
+    }
+
+    /// The sum of the heads that share a key head.
+    fn by_key_head(&self, x: CubeTensor, like: &CubeTensor) -> CubeTensor {
+        if self.groups == 1 {
+            return x;
+        }
+        let shape = like.meta.shape().dims::<4>();
+        let sums = alloc(&x, shape, DType::BF16);
+        let count = sums.meta.shape().num_elements() / 2;
+        groups::sum_groups::launch(
+            &x.client,
+            CubeCount::new_1d(count.div_ceil(groups::UNITS as usize) as u32),
+            CubeDim::new_1d(groups::UNITS),
+            words(&x),
+            words(&sums),
+            (self.keys / 2) as u32,
+            self.groups as u32,
+        );
+        sums
+    }
+}
+
+impl Operator for HopperDelta {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn outputs(&self, inputs: &[TensorSpec]) -> Vec<TensorSpec> {
+        vec![inputs[2].clone(), TensorSpec::new(Shape::from(self.state_shape()), DType::F32)]
+    }
+
+    fn forward(&self, inputs: Vec<CubeTensor>, ints: Vec<CubeTensor>, _save: bool) -> Vec<CubeTensor> {
+        let x = self.operands(&inputs, &ints);
+        let [o, last, _] = self.chain(Task::Outputs, &x, &x.v, x.initial.as_ref());
+        vec![o, last]
+    }
+
+    fn backward(
+        &self,
+        inputs: Vec<CubeTensor>,
+        ints: Vec<CubeTensor>,
+        _saved: Vec<CubeTensor>,
+        grads: Vec<Option<CubeTensor>>,
+        wanted: &[bool],
+    ) -> Vec<Option<CubeTensor>> {
+        let x = self.operands(&inputs, &ints);
+        let [grad_o, grad_state] = grads.try_into().expect("two outputs");
+        let grad_o = grad_o.map_or_else(|| zeros(&x.v, x.v.meta.shape().dims::<4>(), DType::BF16), readable);
+        let grad_state = grad_state.map(contiguous);
+        let [dv, first, grad_states] = self.chain(Task::Gradients, &x, &grad_o, grad_state.as_ref());
+        let others = [0, 1, 3, 4].into_iter().any(|i| i < self.state_index() && wanted[i]);
+        let mut result: Vec<Option<CubeTensor>> = (0..inputs.len()).map(|_| None).collect();
+        if others {
+            let [written, _, states] = self.chain(Task::Values, &x, &x.v, x.initial.as_ref());
+            let [b, t, ..] = x.v.meta.shape().dims::<4>();
+            let shape = [b, t, self.heads, self.keys];
+            let [dq, dk] = [(); 2].map(|()| alloc(&x.v, shape, DType::BF16));
+            let tokens = inputs[3].meta.shape().dims::<3>();
+            let dbeta = alloc(&x.g, tokens, DType::F32);
+            let dg = if self.gated { alloc(&x.g, tokens, DType::F32) } else { alloc(&x.g, [32], DType::F32) };
+            let processors = x.v.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
+            let key_heads = self.heads / self.groups;
+            let values = |x: &CubeTensor| self.map(x, self.heads, self.values);
+            // SAFETY: as in `operands`.
+            unsafe {
+                gradients::gradients::launch_unchecked(
+                    &x.v.client,
+                    CubeCount::new_1d((self.chunks * self.heads).min(processors) as u32),
+                    CubeDim::new_1d(GRADIENT_UNITS),
+                    self.map(&x.q, key_heads, self.keys),
+                    self.map(&x.k, key_heads, self.keys),
+                    values(&written),
+                    values(&grad_o),
+                    values(&dv),
+                    self.border_map(&states),
+                    self.border_map(&grad_states),
+                    self.map(&dq, self.heads, self.keys),
+                    self.map(&dk, self.heads, self.keys),
+                    words(&dq),
+                    words(&dk),
+                    dbeta.clone().into_buffer_arg(),
+                    dg.clone().into_buffer_arg(),
+                    x.g.clone().into_buffer_arg(),
+                    x.beta.clone().into_buffer_arg(),
+                    x.table.clone().into_buffer_arg(),
+                    self.heads as u32,
+                    self.groups as u32,
+                    self.chunks as u32,
+                    self.chunks_at(),
+                    self.scale,
+                    self.gradient_plan(),
+                );
+            }
+            result[0] = Some(self.by_key_head(dq, &x.q));
+            result[1] = Some(self.by_key_head(dk, &x.k));
+            result[3] = Some(burn_cubecl::kernel::cast(dbeta, inputs[3].dtype));
+            if self.gated {
+                result[4] = Some(burn_cubecl::kernel::cast(dg, inputs[4].dtype));
+            }
+        }
+        result[2] = Some(dv);
+        if self.has_state {
+            result[self.state_index()] = Some(first);
+        }
+        result
+    }
+}

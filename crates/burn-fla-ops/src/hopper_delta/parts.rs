@@ -1,0 +1,422 @@
+//! The steps that the kernels share.
+
+use cubecl::prelude::*;
+
+use super::plan::{CHUNK, ChainPlan, PANEL};
+use crate::hopper_walk::table::ITEM_WORDS;
+use crate::tile::hopper::{
+    Acc, Frag, bf16_high, bf16_low, column_of, exp2, load_3d, load_transposed, load_u32, pack, pack_pair, put, read,
+    store_transposed, store_u32, swizzled, write, zero,
+};
+
+/// `1 / ln 2`: decays are kept as powers of two.
+const LOG2_E: f32 = core::f32::consts::LOG2_E;
+/// The least writing strength in size: one of zero counts as this much, which is nothing beside what it writes to, and lets
+/// its gradient be divided by it.
+const LEAST: f32 = 1.0e-12;
+
+/// The writing strength of token `i` of a chunk.
+#[cube]
+pub(super) fn strength(beta: &[f32], start: u32, length: u32, i: u32, head: u32, heads: u32) -> f32 {
+    let mut value = f32::new(1.0);
+    if i < length {
+        value = beta[((start + i) * heads + head) as usize];
+    }
+    select(f32::abs(value) < LEAST, LEAST, value)
+}
+
+/// The running sums of a chunk's log decays, in powers of two, at tokens `lane` and `lane + 32`; tokens after the last one
+/// add nothing.
+#[derive(CubeType, Clone, Copy)]
+pub(super) struct Decays {
+    pub(super) low: f32,
+    pub(super) high: f32,
+}
+
+#[cube]
+impl Decays {
+    /// A whole warp calls it.
+    pub(super) fn of(
+        g: &[f32],
+        start: u32,
+        length: u32,
+        head: u32,
+        heads: u32,
+        lane: u32,
+        #[comptime] gated: bool,
+    ) -> Decays {
+        let mut low = f32::new(0.0);
+        let mut high = f32::new(0.0);
+        if comptime!(gated) {
+            if lane < length {
+                low = g[((start + lane) * heads + head) as usize] * LOG2_E;
+            }
+            if lane + 32u32 < length {
+                high = g[((start + lane + 32u32) * heads + head) as usize] * LOG2_E;
+            }
+            low = plane_inclusive_sum(low);
+            high = plane_inclusive_sum(high) + plane_broadcast(low, 31u32);
+        }
+        Decays { low, high }
+    }
+
+    /// Writes the sums, their exponentials and the decays to the chunk's end, the last two zero after its last token.
+    pub(super) fn write(&self, to: &mut [f32], at: usize, length: u32, lane: u32) {
+        let last = plane_broadcast(self.high, 31u32);
+        let at = at + lane as usize;
+        to[at] = self.low;
+        to[at + 32] = self.high;
+        to[at + comptime!(CHUNK)] = select(lane < length, exp2(self.low), 0.0f32);
+        to[at + comptime!(CHUNK + 32)] = select(lane + 32u32 < length, exp2(self.high), 0.0f32);
+        to[at + comptime!(2 * CHUNK)] = select(lane < length, exp2(last - self.low), 0.0f32);
+        to[at + comptime!(2 * CHUNK + 32)] = select(lane + 32u32 < length, exp2(last - self.high), 0.0f32);
+    }
+}
+
+/// Where a cube works: a sequence, a value head, a slice of its channels.
+#[derive(CubeType, Clone, Copy)]
+pub(super) struct Place {
+    pub(super) slice: u32,
+    pub(super) head: u32,
+    pub(super) start: u32,
+    pub(super) length: u32,
+    pub(super) chunks: u32,
+    pub(super) sequence: u32,
+    /// The sequence's first chunk among all.
+    pub(super) border: u32,
+}
+
+#[cube]
+pub(super) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: ChainPlan) -> Place {
+    let slices = comptime!(plan.slices() as u32);
+    let at = (index / slices / heads * comptime!(ITEM_WORDS as u32)) as usize;
+    let length = table[at + 1] as u32;
+    Place {
+        slice: index % slices,
+        head: (index / slices) % heads,
+        start: table[at] as u32,
+        length,
+        chunks: length.div_ceil(comptime!(CHUNK as u32)),
+        sequence: table[at + 2] as u32,
+        border: table[at + 4] as u32,
+    }
+}
+
+/// The chunk of step `i`.
+#[cube]
+pub(super) fn chunk_at(i: u32, chunks: u32, #[comptime] plan: ChainPlan) -> u32 {
+    if comptime!(plan.against_time()) { chunks - 1u32 - i } else { i + 0u32 }
+}
+
+/// Loads `panels` panels of 64 tokens, from channel `channel` of a head on.
+#[cube]
+pub(super) fn load_tile(to: u32, map: u64, channel: u32, head: u32, token: u32, full: u32, #[comptime] panels: usize) {
+    #[unroll]
+    for panel in 0..panels {
+        let x = channel + comptime!(64 * panel as u32);
+        load_3d(to + comptime!((panel * PANEL) as u32), map, x, head, token, full);
+    }
+}
+
+/// An accumulator, rounded, as a left operand.
+#[cube]
+pub(super) fn pack_all(#[comptime] to: Frag, #[comptime] from: Acc) {
+    #[unroll]
+    for j in 0..comptime!(from.columns() / 8) {
+        #[unroll]
+        for rows in 0..2usize {
+            let i = comptime!(4 * j + 2 * rows);
+            pack(to, comptime!(2 * j + rows), read(from, i), read(from, comptime!(i + 1)));
+        }
+    }
+}
+
+/// The same, each column times its factor.
+#[cube]
+pub(super) fn pack_columns(
+    #[comptime] to: Frag,
+    #[comptime] from: Acc,
+    factors: &[f32],
+    at: usize,
+    lane: u32,
+    factor: f32,
+) {
+    #[unroll]
+    for j in 0..8usize {
+        let column = column_of(lane, comptime!(4 * j)) as usize;
+        let a = factors[at + column] * factor;
+        let b = factors[at + column + 1] * factor;
+        #[unroll]
+        for rows in 0..2usize {
+            let i = comptime!(4 * j + 2 * rows);
+            pack(to, comptime!(2 * j + rows), read(from, i) * a, read(from, comptime!(i + 1)) * b);
+        }
+    }
+}
+
+/// Multiplies the columns of an accumulator.
+#[cube]
+pub(super) fn scale_columns(#[comptime] acc: Acc, factors: &[f32], at: usize, lane: u32, factor: f32) {
+    #[unroll]
+    for j in 0..8usize {
+        let column = column_of(lane, comptime!(4 * j)) as usize;
+        let a = factors[at + column] * factor;
+        let b = factors[at + column + 1] * factor;
+        #[unroll]
+        for rows in 0..2usize {
+            let i = comptime!(4 * j + 2 * rows);
+            write(acc, i, read(acc, i) * a);
+            let next = comptime!(i + 1);
+            write(acc, next, read(acc, next) * b);
+        }
+    }
+}
+
+/// Word `2 · half + rows` of step `step` of a transposed tile of 64 tokens: see [`load_transposed`].
+#[cube]
+fn transposed(tile: u32, warp: u32, lane: u32, #[comptime] step: usize) -> Vector<u32, Const<4>> {
+    let token = comptime!(step as u32 * 16) + (lane / 16u32) * 8u32 + lane % 8u32;
+    load_transposed(swizzled(tile, token, (warp * 2u32 + (lane / 8u32) % 2u32) * 16u32))
+}
+
+/// A tile `[tokens, channels]` transposed into a left operand, as it is.
+#[cube]
+pub(super) fn put_transposed(#[comptime] to: Frag, tile: u32, warp: u32, lane: u32) {
+    #[unroll]
+    for step in 0..4usize {
+        let found = transposed(tile, warp, lane, step);
+        #[unroll]
+        for n in 0..4usize {
+            put(to, comptime!(step * 4 + n), found.extract(n));
+        }
+    }
+}
+
+/// The same, each token times its factor.
+#[cube]
+pub(super) fn pack_transposed(
+    #[comptime] to: Frag,
+    tile: u32,
+    factors: &[f32],
+    at: usize,
+    warp: u32,
+    lane: u32,
+    factor: f32,
+) {
+    #[unroll]
+    for step in 0..4usize {
+        let found = transposed(tile, warp, lane, step);
+        #[unroll]
+        for half in 0..2usize {
+            let column = column_of(lane, comptime!(4 * (2 * step + half))) as usize;
+            let a = factors[at + column] * factor;
+            let b = factors[at + column + 1] * factor;
+            #[unroll]
+            for rows in 0..2usize {
+                let n = comptime!(2 * half + rows);
+                let word = found.extract(n);
+                pack(to, comptime!(step * 4 + n), bf16_low(word) * a, bf16_high(word) * b);
+            }
+        }
+    }
+}
+
+/// `vᵀ − e^G ∘ read`: what the state does not hold yet of the values, as a left operand.
+#[cube]
+pub(super) fn pack_missing(
+    #[comptime] to: Frag,
+    #[comptime] found_in_state: Acc,
+    tile: u32,
+    factors: &[f32],
+    at: usize,
+    warp: u32,
+    lane: u32,
+) {
+    #[unroll]
+    for step in 0..4usize {
+        let found = transposed(tile, warp, lane, step);
+        #[unroll]
+        for half in 0..2usize {
+            let j = comptime!(2 * step + half);
+            let column = column_of(lane, comptime!(4 * j)) as usize;
+            let a = factors[at + column];
+            let b = factors[at + column + 1];
+            #[unroll]
+            for rows in 0..2usize {
+                let n = comptime!(2 * half + rows);
+                let word = found.extract(n);
+                let i = comptime!(4 * j + 2 * rows);
+                let low = bf16_low(word) - read(found_in_state, i) * a;
+                let high = bf16_high(word) - read(found_in_state, comptime!(i + 1)) * b;
+                pack(to, comptime!(step * 4 + n), low, high);
+            }
+        }
+    }
+}
+
+/// Writes the decayed, masked scores of a warpgroup, `scale e^{G_i − G_j} (q_i · k_j)` for `j ≤ i`, as columns of the tile at
+/// `tile`, from column `first` on.
+#[cube]
+pub(super) fn write_scores(
+    tile: u32,
+    g: &[f32],
+    at: usize,
+    first: u32,
+    row: u32,
+    lane: u32,
+    count: u32,
+    scale: f32,
+    #[comptime] plan: ChainPlan,
+) {
+    let scores = comptime!(plan.scores());
+    let base = swizzled(tile, row, (lane % 4u32) * 4u32) ^ (first * 2u32);
+    #[unroll]
+    for j in 0..comptime!(scores.columns() / 8) {
+        let column = first + column_of(lane, comptime!(4 * j));
+        #[unroll]
+        for rows in 0..2usize {
+            let i = comptime!(4 * j + 2 * rows);
+            let token = row + comptime!(8 * rows as u32);
+            let low = decayed(read(scores, i), g, at, token, column, count, scale, plan.gated);
+            let high = decayed(read(scores, comptime!(i + 1)), g, at, token, column + 1u32, count, scale, plan.gated);
+            let to = (base ^ comptime!((j * 16) as u32)) + comptime!((rows * 1024) as u32);
+            store_u32(to, crate::tile::hopper::pack_word(low, high));
+        }
+    }
+}
+
+#[cube]
+fn decayed(
+    score: f32,
+    g: &[f32],
+    at: usize,
+    row: u32,
+    column: u32,
+    count: u32,
+    scale: f32,
+    #[comptime] gated: bool,
+) -> f32 {
+    let mut value = score * scale;
+    if comptime!(gated) {
+        value *= exp2(g[at + row as usize] - g[at + column as usize]);
+    }
+    select(column <= row && row < count, value, 0.0f32)
+}
+
+/// Writes an accumulator of 64 rows, rounded, as panels.
+#[cube]
+pub(super) fn publish(tile: u32, #[comptime] acc: Acc, row: u32, lane: u32) {
+    let base = swizzled(tile, row, (lane % 4u32) * 4u32);
+    #[unroll]
+    for j in 0..comptime!(acc.columns() / 8) {
+        #[unroll]
+        for half in 0..2usize {
+            let to = (base ^ comptime!((j % 8 * 16) as u32)) + comptime!((j / 8 * PANEL + half * 1024) as u32);
+            store_u32(to, pack_pair(acc, comptime!(4 * j + 2 * half)));
+        }
+    }
+}
+
+/// Writes an accumulator `[channels, tokens]` as a panel `[tokens, channels]`.
+#[cube]
+pub(super) fn publish_transposed(tile: u32, #[comptime] acc: Acc, warp: u32, lane: u32) {
+    #[unroll]
+    for step in 0..4usize {
+        let token = comptime!(step as u32 * 16) + (lane / 16u32) * 8u32 + lane % 8u32;
+        let to = swizzled(tile, token, (warp * 2u32 + (lane / 8u32) % 2u32) * 16u32);
+        store_transposed(
+            to,
+            pack_pair(acc, comptime!(8 * step)),
+            pack_pair(acc, comptime!(8 * step + 2)),
+            pack_pair(acc, comptime!(8 * step + 4)),
+            pack_pair(acc, comptime!(8 * step + 6)),
+        );
+    }
+}
+
+/// A warpgroup copies the first `count` rows of a panel to rows of `width` channels, from channel `channel` on; what follows
+/// belongs to others. `first` is the word of the first row's first channel, `stride` the words from row to row.
+#[cube]
+pub(super) fn copy_rows(
+    tile: u32,
+    to: &mut [u32],
+    first: u32,
+    stride: u32,
+    channel: u32,
+    width: u32,
+    count: u32,
+    unit: u32,
+) {
+    let pair = unit % 32u32;
+    let mut row = unit / 32u32;
+    while row < count {
+        if channel + 2u32 * pair < width {
+            let word = load_u32(swizzled(tile, row, pair * 4u32));
+            to[(first + row * stride + channel / 2u32 + pair) as usize] = word;
+        }
+        row += 4u32;
+    }
+}
+
+/// Where register `n` of a unit stands in a state `[N, HV, K, V]`, and whether it is inside.
+#[cube]
+fn state_at(
+    place: &Place,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    #[comptime] n: usize,
+    #[comptime] plan: ChainPlan,
+) -> (bool, usize) {
+    let value = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
+    let key = column_of(lane, n);
+    let base = (place.sequence * heads + place.head) * comptime!((plan.keys * plan.values) as u32);
+    let at = base + key * comptime!(plan.values as u32) + value;
+    (value < comptime!(plan.values as u32) && key < comptime!(plan.keys as u32), at as usize)
+}
+
+/// Sets the state where the walk enters a sequence.
+#[cube]
+pub(super) fn load_state(
+    initial: &[f32],
+    place: &Place,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    #[comptime] plan: ChainPlan,
+) {
+    let state = comptime!(plan.state());
+    zero(state);
+    if comptime!(plan.initial) {
+        #[unroll]
+        for n in 0..comptime!(state.len()) {
+            let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
+            if inside {
+                write(state, n, initial[at]);
+            }
+        }
+    }
+}
+
+/// Writes the state where the walk leaves a sequence.
+#[cube]
+pub(super) fn store_state(
+    last: &mut [f32],
+    place: &Place,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    #[comptime] plan: ChainPlan,
+) {
+    let state = comptime!(plan.state());
+    #[unroll]
+    for n in 0..comptime!(state.len()) {
+        let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
+        if inside {
+            last[at] = read(state, n);
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! What the kernels are specialised on, and how that is chosen.
+
+use crate::tile::hopper::{Acc, Frag};
+
+/// Tokens a chunk.
+pub(super) const CHUNK: usize = 64;
+/// Bytes of one panel of 64 rows.
+pub(super) const PANEL: usize = 64 * 128;
+/// Shared memory a cube may use, less what barriers and small arrays take.
+const SHARED: usize = 232_448 - 4_096;
+/// Units of the cubes of [`super::prepare`].
+pub(super) const PREPARE_UNITS: u32 = 128;
+/// Units of the cubes of [`super::gradients`]: two warpgroups that multiply, and the loader's.
+pub(super) const GRADIENT_UNITS: u32 = 384;
+/// Value channels that a step of [`super::gradients`] takes.
+pub(super) const SLICE: usize = 64;
+
+/// Numbers of a stage's decays: the running sums, their exponentials, and the decays to the chunk's end.
+pub(super) const DECAYS: usize = 3 * CHUNK;
+
+/// Scores between the tokens of a chunk.
+pub(super) const SCORES: Acc = Acc::new("a", 64);
+/// What tokens read from the state, then what they write to it: value channels × tokens.
+pub(super) const READ: Acc = Acc::new("x", 64);
+/// What they write, against time.
+pub(super) const WRITTEN: Acc = Acc::new("y", 64);
+/// Outputs: value channels × tokens.
+pub(super) const OUT: Acc = Acc::new("o", 64);
+/// Left operands of 64 tokens.
+pub(super) const TOKENS: Frag = Frag::new("r", 64);
+pub(super) const DECAYED: Frag = Frag::new("d", 64);
+
+/// What a chain computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Task {
+    /// With time: the outputs.
+    Outputs,
+    /// With time: the values that tokens write, and the state before each chunk.
+    Values,
+    /// Against time: the gradients of the values, and that of the state after each chunk.
+    Gradients,
+}
+
+/// A walk from chunk to chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct ChainPlan {
+    pub(super) task: Task,
+    pub(super) keys: usize,
+    pub(super) values: usize,
+    pub(super) gated: bool,
+    /// Warpgroups that walk, 64 value channels each.
+    pub(super) warpgroups: usize,
+    pub(super) stages: usize,
+    /// There is a state where the walk enters a sequence.
+    pub(super) initial: bool,
+}
+
+impl ChainPlan {
+    /// `narrow`: one warpgroup a cube, where that fills more of the device.
+    pub(super) fn new(task: Task, keys: usize, values: usize, gated: bool, narrow: bool) -> Self {
+        let warpgroups = if narrow || values <= 64 { 1 } else { 2 };
+        let plan = Self { task, keys, values, gated, warpgroups, stages: 0, initial: false };
+        let stages = (SHARED - plan.fixed_bytes()) / (plan.stage_bytes() + 4 * DECAYS);
+        Self { stages: stages.min(4), ..plan }
+    }
+
+    /// Panels of 64 key channels.
+    pub(super) fn panels(&self) -> usize {
+        self.keys.div_ceil(64)
+    }
+
+    /// Cubes that share the value channels of a head.
+    pub(super) fn slices(&self) -> usize {
+        self.values.div_ceil(64 * self.warpgroups)
+    }
+
+    pub(super) fn with_queries(&self) -> bool {
+        self.task != Task::Values
+    }
+
+    pub(super) fn with_borders(&self) -> bool {
+        self.task != Task::Outputs
+    }
+
+    pub(super) fn against_time(&self) -> bool {
+        self.task == Task::Gradients
+    }
+
+    /// Bytes that copies bring to a stage.
+    pub(super) fn stage_bytes(&self) -> usize {
+        ((1 + self.with_queries() as usize) * self.panels() + self.warpgroups + 1) * PANEL
+    }
+
+    fn fixed_bytes(&self) -> usize {
+        let borders = if self.with_borders() { self.panels() } else { 0 };
+        (2 * self.with_queries() as usize + self.warpgroups * (1 + borders)) * PANEL
+    }
+
+    pub(super) fn units(&self) -> usize {
+        128 * (self.warpgroups + 1)
+    }
+
+    /// The state, transposed: 64 value channels, all key channels.
+    pub(super) fn state(&self) -> Acc {
+        Acc::new("s", 64 * self.panels())
+    }
+
+    /// The state as a left operand.
+    pub(super) fn operand(&self) -> Frag {
+        Frag::new("f", 64 * self.panels())
+    }
+
+    /// The scores of one warpgroup: all warpgroups share the key tokens.
+    pub(super) fn scores(&self) -> Acc {
+        Acc::new("a", 64 / self.warpgroups)
+    }
+}
+
+/// The gradients of a chunk that only need the states at its borders.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct GradientPlan {
+    pub(super) keys: usize,
+    pub(super) values: usize,
+    pub(super) gated: bool,
+}
+
+/// Stages of value slices.
+pub(super) const GRADIENT_STAGES: usize = 2;
+
+impl GradientPlan {
+    pub(super) fn panels(&self) -> usize {
+        self.keys.div_ceil(64)
+    }
+
+    pub(super) fn slices(&self) -> usize {
+        self.values.div_ceil(SLICE)
+    }
+
+    /// Panels of a slice: three of tokens, and two states.
+    pub(super) fn slice_panels(&self) -> usize {
+        3 + 2 * self.panels()
+    }
+
+    /// Units that meet once a chunk: the multiplying warpgroups and, with a gate, the two warps that finish its gradient.
+    pub(super) fn meeting(&self) -> u32 {
+        256 + 64 * self.gated as u32
+    }
+
+    pub(super) fn of_queries(&self) -> Acc {
+        Acc::new("q", 64 * self.panels())
+    }
+
+    pub(super) fn of_keys(&self) -> Acc {
+        Acc::new("k", 64 * self.panels())
+    }
+
+    #[cfg(test)]
+    fn bytes(&self) -> usize {
+        (GRADIENT_STAGES * self.slice_panels() + 2 * self.panels() + 2 * self.panels() + self.panels()) * PANEL
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_size_that_is_promised_has_a_plan() {
+        for keys in (16..=128).step_by(16) {
+            for values in (16..=512).step_by(16) {
+                for narrow in [false, true] {
+                    for task in [Task::Outputs, Task::Values, Task::Gradients] {
+                        let plan = ChainPlan::new(task, keys, values, true, narrow);
+                        assert!(plan.stages >= 2, "{plan:?}");
+                    }
+                }
+                assert!(GradientPlan { keys, values, gated: true }.bytes() <= SHARED);
+            }
+        }
+    }
+}
