@@ -1,6 +1,8 @@
 //! What runs on Hopper GPUs alone. A build without CUDA has none of it.
 #![cfg(feature = "cuda")]
 
+#[path = "hopper/delta.rs"]
+mod delta;
 #[path = "hopper/linear.rs"]
 mod linear;
 #[path = "hopper/recurrence.rs"]

@@ -276,3 +276,62 @@ fn boxes_are_filled_with_zeros_and_clipped() {
         }
     }
 }
+
+#[cube(launch_unchecked)]
+fn invert(a: &[f32], out: &mut [f32]) {
+    let shared_a = Shared::<[f32]>::new_aligned_slice(comptime!(64 * TRIANGLE_COLUMN), 128usize);
+    let shared_x = Shared::<[f32]>::new_aligned_slice(4096usize, 128usize);
+    let left = generic_to_shared::<f32>(shared_a.as_ptr());
+    let x = generic_to_shared::<f32>(shared_x.as_ptr());
+    for i in 0..32u32 {
+        let at = i * 128u32 + UNIT_POS;
+        let to = left + (at % 64u32 * comptime!(TRIANGLE_COLUMN as u32) + at / 64u32) * 4u32;
+        store_f32(to, a[at as usize]);
+        // What is above the diagonal must not be read before it is written.
+        store_f32(x + at * 4u32, f32::new(f32::NAN));
+    }
+    sync_cube();
+    invert_triangle(left, x);
+    for i in 0..32u32 {
+        let at = i * 128u32 + UNIT_POS;
+        out[at as usize] = load_f32(x + at * 4u32);
+    }
+}
+
+/// Against forward substitution in f64; matrices of numbers of one size are those of keys that repeat.
+#[test]
+fn triangles_are_inverted() {
+    if super::hopper().is_none() {
+        return;
+    }
+    let client = cubecl::Device::from(CudaDevice::new(0)).client();
+    let random = uniform(3, 4096, (-0.5, 0.5));
+    for (name, matrix) in [("random", random), ("ones", vec![1.0; 4096]), ("twos", vec![2.0; 4096])] {
+        let a: Vec<f64> = (0..4096).map(|i| if i % 64 < i / 64 { matrix[i] as f32 as f64 } else { 0.0 }).collect();
+        let mut exact = vec![0.0; 4096];
+        for column in 0..64 {
+            for row in column..64 {
+                let sum: f64 = (column..row).map(|k| a[row * 64 + k] * exact[k * 64 + column]).sum();
+                exact[row * 64 + column] = if row == column { 1.0 } else { 0.0 } - sum;
+            }
+        }
+        let narrow: Vec<f32> = a.iter().map(|x| *x as f32).collect();
+        let input = client.create_from_slice(f32::as_bytes(&narrow));
+        let output = client.empty(4096 * 4);
+        // SAFETY: both have 4096 numbers, as the kernel takes it.
+        unsafe {
+            invert::launch_unchecked(
+                &client,
+                CubeCount::new_1d(1),
+                CubeDim::new_1d(128),
+                BufferArg::from_raw_parts(input, 4096),
+                BufferArg::from_raw_parts(output.clone(), 4096),
+            );
+        }
+        let bytes = client.read_one(output).expect("its numbers");
+        let found = f32::from_bytes(&bytes).iter().enumerate();
+        let found: Vec<f64> = found.map(|(i, x)| if i % 64 <= i / 64 { f64::from(*x) } else { 0.0 }).collect();
+        // f32 against f64: random matrices of this size are well conditioned.
+        assert_close(name, &found, &exact, 1e-5);
+    }
+}

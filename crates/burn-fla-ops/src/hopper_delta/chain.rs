@@ -63,7 +63,8 @@ pub(super) fn chain(
     let shared_m = Shared::<[u32]>::new_aligned_slice(comptime!(stages * PANEL / 4), 1024usize);
     let shared_p = Shared::<[u32]>::new_aligned_slice(comptime!(queries * 2 * PANEL / 4 + 32), 1024usize);
     let shared_o = Shared::<[u32]>::new_aligned_slice(comptime!(warpgroups * PANEL / 4), 1024usize);
-    let shared_s = Shared::<[u32]>::new_aligned_slice(comptime!(kept * warpgroups * panels * PANEL / 4 + 32), 1024usize);
+    let shared_s =
+        Shared::<[u32]>::new_aligned_slice(comptime!(kept * warpgroups * panels * PANEL / 4 + 32), 1024usize);
     let mut shared_g = Shared::<[f32]>::new_aligned_slice(comptime!(stages * DECAYS), 128usize);
     let barriers = Shared::<[u64]>::new_slice(comptime!(2 * stages));
     let tiles_q = generic_to_shared::<u32>(shared_q.as_ptr());

@@ -26,8 +26,8 @@ use crate::hopper_walk::table::CHUNK_WORDS;
 use crate::tile::hopper::{
     Acc, Frag, Ring, arrive, barrier_arrive, barrier_expect, barrier_fence, bf16_high, bf16_low, column_of, commit,
     commit_stores, declare, declare_fragment, exp2, fence, fence_shared, give_registers, k_major, load_3d, load_f32,
-    load_u32, mma_registers, mma_shared, mn_major, pack, read, row_of, scale, store_3d, store_f32, swizzled, sync_warpgroup,
-    take_registers, wait, wait_stores_read, write,
+    load_u32, mma_registers, mma_shared, mn_major, pack, read, row_of, scale, store_3d, store_f32, swizzled,
+    sync_warpgroup, take_registers, wait, wait_stores_read, write,
 };
 
 /// Products of output gradients and written values; those of value gradients.
@@ -514,7 +514,8 @@ fn pack_between(
             let other = column_of(lane, comptime!(4 * j));
             let i = comptime!(4 * j + 2 * half);
             let low = read(acc, i) * between(g, own, other, length, factor, strict, transposed, plan);
-            let high = read(acc, comptime!(i + 1)) * between(g, own, other + 1u32, length, factor, strict, transposed, plan);
+            let high =
+                read(acc, comptime!(i + 1)) * between(g, own, other + 1u32, length, factor, strict, transposed, plan);
             pack(to, comptime!(2 * j + half), low, high);
         }
     }
@@ -570,7 +571,8 @@ fn row_sums(#[comptime] acc: Acc, tile: u32, row: u32, lane: u32) -> Rows {
         let first = load_u32(at);
         let second = load_u32(at + 1024u32);
         low += bf16_low(first) * read(acc, comptime!(4 * j)) + bf16_high(first) * read(acc, comptime!(4 * j + 1));
-        high += bf16_low(second) * read(acc, comptime!(4 * j + 2)) + bf16_high(second) * read(acc, comptime!(4 * j + 3));
+        high +=
+            bf16_low(second) * read(acc, comptime!(4 * j + 2)) + bf16_high(second) * read(acc, comptime!(4 * j + 3));
     }
     Rows { low: over_row(low), high: over_row(high) }
 }
@@ -619,15 +621,7 @@ fn store_panels(
 
 /// One warp sums up a chunk's dg: see the equations above.
 #[cube]
-fn finish_gate(
-    sums: &[f32],
-    set: u32,
-    dg: &mut [f32],
-    across: f32,
-    c: &Chunk,
-    heads: u32,
-    lane: u32,
-) {
+fn finish_gate(sums: &[f32], set: u32, dg: &mut [f32], across: f32, c: &Chunk, heads: u32, lane: u32) {
     let at = (set * comptime!(SUMS as u32) + lane) as usize;
     let after_low = select(lane < c.length, sums[at] + sums[at + CHUNK] - sums[at + 2 * CHUNK], 0.0f32);
     let inter_low = select(lane < c.length, sums[at + 3 * CHUNK], 0.0f32);

@@ -29,7 +29,6 @@
 mod chain;
 mod gradients;
 mod groups;
-mod inverse;
 mod operator;
 mod parts;
 mod plan;

@@ -11,12 +11,11 @@ use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
 use half::bf16;
 
-use super::inverse::{COLUMN, invert_column};
 use super::parts::{Decays, load_tile, strength};
 use super::plan::{CHUNK, PANEL, SCORES};
 use crate::hopper_walk::table::CHUNK_WORDS;
 use crate::tile::hopper::{
-    barrier_expect, barrier_fence, barrier_init, barrier_wait, column_of, commit, declare, exp2, fence, k_major,
+    TRIANGLE_COLUMN, invert_triangle,    barrier_expect, barrier_fence, barrier_init, barrier_wait, column_of, commit, declare, exp2, fence, k_major,
     load_f32, mma_shared, pack_word, read, row_of, store_f32, wait,
 };
 
@@ -34,15 +33,15 @@ pub(super) fn prepare(
     #[comptime] panels: usize,
     #[comptime] gated: bool,
 ) {
-    let shared_k = Shared::<[u32]>::new_aligned_slice(comptime!(panels * PANEL / 4), 1024usize);
-    let shared_a = Shared::<[f32]>::new_aligned_slice(comptime!(CHUNK * COLUMN), 128usize);
-    let shared_x = Shared::<[f32]>::new_aligned_slice(comptime!(CHUNK * CHUNK), 128usize);
+    // The keys, and once their products are taken the inverse.
+    let shared_k = Shared::<[u32]>::new_aligned_slice(comptime!(2 * PANEL / 4), 1024usize);
+    let shared_a = Shared::<[f32]>::new_aligned_slice(comptime!(CHUNK * TRIANGLE_COLUMN), 128usize);
     let mut decays = Shared::<[f32]>::new_aligned_slice(comptime!(CHUNK), 128usize);
     let mut strengths = Shared::<[f32]>::new_aligned_slice(comptime!(CHUNK), 128usize);
     let barriers = Shared::<[u64]>::new_slice(1usize);
     let k0 = generic_to_shared::<u32>(shared_k.as_ptr());
     let a = generic_to_shared::<f32>(shared_a.as_ptr());
-    let x = generic_to_shared::<f32>(shared_x.as_ptr());
+    let x = k0 + 0u32;
     let barrier = generic_to_shared::<u64>(barriers.as_ptr());
     declare(SCORES);
 
@@ -83,13 +82,10 @@ pub(super) fn prepare(
         let column = column_of(lane, n);
         let factor = strengths[row as usize] * exp2(decays[row as usize] - decays[column as usize]);
         let value = select(column < row && row < length, read(SCORES, n) * factor, 0.0f32);
-        store_f32(a + (column * comptime!(COLUMN as u32) + row) * 4u32, value);
+        store_f32(a + (column * comptime!(TRIANGLE_COLUMN as u32) + row) * 4u32, value);
     }
     sync_cube();
-    if UNIT_POS < comptime!(CHUNK as u32) {
-        invert_column(a, x, UNIT_POS);
-    }
-    sync_cube();
+    invert_triangle(a, x);
     let column = 2u32 * lane;
     let first = strengths[column as usize];
     let second = strengths[column as usize + 1];

@@ -21,11 +21,12 @@ mod layout;
 mod registers;
 mod ring;
 mod roles;
+mod triangle;
 mod wgmma;
 
 pub use copy::{
-    add_3d, commit_stores, fence_shared, load_2d, load_3d, panel_map, readable, store_3d, wait_stores, wait_stores_read,
-    words,
+    add_3d, commit_stores, fence_shared, load_2d, load_3d, panel_map, readable, store_3d, wait_stores,
+    wait_stores_read, words,
 };
 pub use layout::{
     bf16_high, bf16_low, exp2, f16_high, f16_low, load_f32, load_f32_four, load_transposed, load_u32, reciprocal,
@@ -37,6 +38,7 @@ pub use registers::{
 };
 pub use ring::{Ring, barrier_arrive, barrier_expect, barrier_fence, barrier_init, barrier_wait};
 pub use roles::{arrive, give_registers, sync_warpgroup, take_registers};
+pub use triangle::{TRIANGLE_COLUMN, invert_triangle};
 pub use wgmma::{commit, fence, k_major, mma_registers, mma_shared, mn_major, wait};
 
 /// Whether this device has what this module needs: the instructions of `sm_90a` exist on compute capability 9.0 alone.

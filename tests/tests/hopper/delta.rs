@@ -1,0 +1,178 @@
+//! The delta rules on the tensor cores, against the token recurrence in f64 over the same bf16 inputs.
+
+// The suite of the references uses more of it.
+#[allow(dead_code)]
+#[path = "../sequence/delta_problem.rs"]
+mod delta_problem;
+
+use burn::tensor::{DType, Device, Tensor};
+use burn_fla_ops::bridge;
+use burn_fla_tests::{numbers, ratio, reference_device, tensor, uniform};
+
+use self::delta_problem::{Op, Problem};
+use super::hopper;
+
+const NAMES: [&str; 9] = ["o", "state", "dq", "dk", "dv", "dp", "dg", "dbeta", "dh0"];
+/// Relative RMS errors: bf16 operands round to 2^-9, and each number is a sum of their products. At two tokens dβ is eight
+/// numbers, over which nothing averages: 8.3e-3 was found.
+const BOUNDS: [f64; 9] = [5e-3, 5e-3, 8e-3, 8e-3, 8e-3, 8e-3, 8e-3, 1e-2, 8e-3];
+
+fn base(op: Op, tokens: usize) -> Problem {
+    Problem { heads: 2, groups: 1, keys: 128, values: 128, l2_norm: false, ..Problem::new(op, tokens) }
+}
+
+/// Outputs and gradients: of the public function, or of the recurrence in f64. `keys`: what to make of the keys' numbers.
+fn run(problem: &Problem, keys: fn(&mut [f64], usize), device: &Device, exact: bool) -> Vec<Vec<f64>> {
+    let device = device.clone().autodiff();
+    let wide = if exact { DType::F64 } else { DType::F32 };
+    let leaves: Vec<Tensor<1>> = problem
+        .inputs()
+        .into_iter()
+        .map(|mut input| {
+            if input.name == "k" {
+                keys(&mut input.values, problem.heads * problem.keys);
+            }
+            let narrow = !["g", "beta", "state"].contains(&input.name);
+            let held = if narrow { DType::BF16 } else { DType::F32 };
+            // The numbers that both sides hold.
+            let rounded: Tensor<1> = tensor(&input.values, [input.values.len()], &reference_device(), held);
+            let held = if exact { DType::F64 } else { held };
+            tensor::<1>(&numbers(rounded), [input.values.len()], &device, held).require_grad()
+        })
+        .collect();
+    let views = problem.views(&leaves);
+    let (o, end) = if exact { problem.oracle(&views) } else { problem.public(&views).unwrap() };
+    let weight = |seed, like: &Tensor<4>| -> Tensor<4> {
+        let count = like.shape().num_elements();
+        let rounded: Tensor<4> =
+            tensor(&uniform(seed, count, (-1.0, 1.0)), like.dims(), &reference_device(), DType::BF16);
+        tensor(&numbers(rounded), like.dims(), &device, like.dtype())
+    };
+    let on_o = (o.clone() * weight(8, &o)).cast(wide).sum();
+    let on_end = (end.clone() * weight(9, &end)).sum();
+    let grads = (on_o + on_end).backward();
+    let mut found = vec![numbers(o), numbers(end)];
+    found.extend(leaves.iter().map(|leaf| leaf.grad(&grads).map(numbers).unwrap_or_default()));
+    found
+}
+
+fn as_they_are(_: &mut [f64], _: usize) {}
+
+/// Every token has the keys of the first one.
+fn repeated(keys: &mut [f64], width: usize) {
+    for i in width..keys.len() {
+        keys[i] = keys[i % width];
+    }
+}
+
+fn check_with(problems: &[Problem], keys: fn(&mut [f64], usize), times: f64) {
+    let Some(device) = hopper() else { return };
+    bridge::poison_outputs(true);
+    let mut wrong = Vec::new();
+    for problem in problems {
+        let found = run(problem, keys, &device, false);
+        let exact = run(problem, keys, &reference_device(), true);
+        let mut line = String::new();
+        for (i, (found, exact)) in found.iter().zip(&exact).enumerate() {
+            if found.is_empty() && exact.is_empty() {
+                continue;
+            }
+            let error = ratio(found, exact);
+            line += &format!(" {} {error:.1e}", NAMES[i]);
+            // Where every decay is e^-29 or less, so is dg, as a difference of numbers of order one: its size counts.
+            let vanishes = i == 6 && problem.decay.1 < -1.0;
+            let small = found.iter().zip(exact).all(|(a, b)| (a - b).abs() <= 1e-5);
+            if !(error <= times * BOUNDS[i] || vanishes && small) {
+                wrong.push(format!("{problem:?}: {} is off by {error:.1e}", NAMES[i]));
+            }
+        }
+        println!("{problem:?}:{line}");
+    }
+    bridge::poison_outputs(false);
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+fn check(problems: &[Problem]) {
+    check_with(problems, as_they_are, 1.0);
+}
+
+const BOTH: [Op; 2] = [Op::Delta, Op::Gated];
+
+#[test]
+fn every_length_is_right() {
+    for op in BOTH {
+        check(&[2, 63, 64, 65, 131, 300].map(|tokens| base(op, tokens)));
+    }
+}
+
+#[test]
+fn every_size_is_right() {
+    let sizes = [(16, 16), (64, 64), (128, 64), (64, 128), (48, 80), (96, 176), (128, 256), (112, 512)];
+    for op in BOTH {
+        check(&sizes.map(|(keys, values)| Problem { keys, values, batch: 1, ..base(op, 100) }));
+    }
+}
+
+/// Enough heads for cubes that walk 128 value channels.
+#[test]
+fn many_heads_are_right() {
+    for op in BOTH {
+        check(&[Problem { heads: 70, ..base(op, 70) }, Problem { heads: 140, values: 80, keys: 32, ..base(op, 70) }]);
+    }
+}
+
+#[test]
+fn every_decay_is_right() {
+    let ranges = [(0.0, 0.0), (-3.0, 0.0), (-30.0, 0.0), (-30.0, -29.0)];
+    check(&ranges.map(|decay| Problem { decay, ..base(Op::Gated, 131) }));
+}
+
+/// Every token writes where all others read: their roundings add up.
+#[test]
+fn keys_that_repeat_are_right() {
+    for op in BOTH {
+        check_with(&[base(op, 131), Problem { l2_norm: true, ..base(op, 131) }], repeated, 3.0);
+    }
+}
+
+/// Keys of length one are rounded to bf16 after the norm, which the recurrence here does not do, and with a β of up to 2
+/// nothing shortens a state and its errors.
+#[test]
+fn normalised_keys_are_right() {
+    for op in BOTH {
+        let problem = Problem { l2_norm: true, ..base(op, 131) };
+        check_with(&[problem.clone(), Problem { keys: 16, values: 16, ..problem }], as_they_are, 2.0);
+    }
+}
+
+#[test]
+fn packed_sequences_are_right() {
+    for op in BOTH {
+        let packed = Some(vec![0, 64, 64, 65, 73, 140, 300]);
+        let problem = Problem { batch: 1, packed, ..base(op, 300) };
+        check(&[problem.clone(), Problem { keys: 64, values: 48, ..problem }]);
+    }
+}
+
+#[test]
+fn value_heads_of_a_key_head_are_right() {
+    for op in BOTH {
+        check(&[Problem { groups: 3, ..base(op, 131) }, Problem { groups: 4, keys: 48, values: 64, ..base(op, 70) }]);
+    }
+}
+
+/// Several steps a token.
+#[test]
+fn products_are_right() {
+    check(&[Op::Product(3), Op::ProductUngated(2)].map(|op| base(op, 131)));
+}
+
+#[test]
+fn two_runs_are_equal_bit_for_bit() {
+    let Some(device) = hopper() else { return };
+    for op in BOTH {
+        let problem = Problem { groups: 2, ..base(op, 600) };
+        let once = || run(&problem, as_they_are, &device, false);
+        assert_eq!(once(), once());
+    }
+}
