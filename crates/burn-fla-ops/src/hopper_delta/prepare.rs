@@ -15,8 +15,8 @@ use super::parts::{Decays, load_tile, strength};
 use super::plan::{CHUNK, PANEL, SCORES};
 use crate::hopper_walk::table::CHUNK_WORDS;
 use crate::tile::hopper::{
-    TRIANGLE_COLUMN, invert_triangle,    barrier_expect, barrier_fence, barrier_init, barrier_wait, column_of, commit, declare, exp2, fence, k_major,
-    load_f32, mma_shared, pack_word, read, row_of, store_f32, wait,
+    TRIANGLE_COLUMN, barrier_expect, barrier_fence, barrier_init, barrier_wait, column_of, commit, declare, exp2,
+    fence, invert_triangle, k_major, load_f32, mma_shared, pack_word, read, row_of, store_f32, wait,
 };
 
 /// Writes M in bf16, `[tokens, HV, 64]`: a row for each token, over the tokens of its chunk. One cube a chunk and head.
