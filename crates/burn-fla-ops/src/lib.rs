@@ -49,6 +49,8 @@ pub mod log_gate;
 pub mod logcumsumexp;
 pub mod matmul;
 pub mod mesa_net;
+#[cfg(feature = "cuda")]
+mod mma_walk;
 pub mod nsa;
 pub mod path_attn;
 mod polynomial;

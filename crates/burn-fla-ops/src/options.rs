@@ -10,6 +10,9 @@ pub enum Engine {
     Auto,
     /// Tensor operations everywhere, differentiated by Burn: slower, and independent of the kernels.
     Reference,
+    /// As `Auto`, but the kernels for the tensor cores of any NVIDIA GPU since Ampere also where the device has faster ones:
+    /// to test and time them there.
+    Mma,
 }
 
 /// Options of a sequence operator.

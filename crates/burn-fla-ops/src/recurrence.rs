@@ -25,6 +25,9 @@ enum Implementation {
     /// Kernels on the tensor cores of Hopper GPUs, for bf16.
     #[cfg(feature = "cuda")]
     Hopper,
+    /// Kernels on the tensor cores of NVIDIA GPUs since Ampere, for bf16.
+    #[cfg(feature = "cuda")]
+    Mma,
 }
 
 impl Implementation {
@@ -34,7 +37,9 @@ impl Implementation {
         let kernels = has_kernels(&device, problem.engine) && problem.q.dtype() != DType::F64 && tokens > 0;
         match kernels {
             #[cfg(feature = "cuda")]
-            true if crate::hopper_walk::takes(problem) => Self::Hopper,
+            true if problem.engine != Engine::Mma && crate::hopper_walk::takes(problem) => Self::Hopper,
+            #[cfg(feature = "cuda")]
+            true if crate::hopper_walk::takes_with_mma(problem) => Self::Mma,
             #[cfg(feature = "cube")]
             true => Self::Portable,
             _ => Self::Reference,
@@ -130,7 +135,9 @@ impl Problem {
             #[cfg(feature = "cube")]
             Implementation::Portable => crate::linear_walk::run(self),
             #[cfg(feature = "cuda")]
-            Implementation::Hopper => crate::hopper_walk::run(self),
+            Implementation::Hopper => crate::hopper_walk::run(self, crate::hopper_walk::Cores::Hopper),
+            #[cfg(feature = "cuda")]
+            Implementation::Mma => crate::hopper_walk::run(self, crate::hopper_walk::Cores::Mma),
         })
     }
 

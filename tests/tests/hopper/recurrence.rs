@@ -1,10 +1,10 @@
-//! The linear recurrences on the tensor cores, against the recurrence in f64 over the same bf16 inputs.
+//! The linear recurrences on the tensor cores, by every engine that the device has, against the recurrence in f64 over the same bf16 inputs.
 
 use burn::tensor::{DType, Device, Tensor};
-use burn_fla_ops::{CuSeqlens, ScalarDecay, SequenceOptions, bridge, gla, simple_gla};
+use burn_fla_ops::{CuSeqlens, Engine, ScalarDecay, SequenceOptions, bridge, gla, simple_gla};
 use burn_fla_tests::{numbers, ratio, reference_device, tensor, uniform};
 
-use super::hopper;
+use super::device_for;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum By {
@@ -49,8 +49,9 @@ impl Case {
         self.packed.map_or(self.batch, |offsets| offsets.len() - 1)
     }
 
-    /// Outputs and gradients: of the public function, or of the recurrence by tensor operations in f64.
-    fn run(&self, device: &Device, exact: bool) -> Vec<Vec<f64>> {
+    /// Outputs and gradients: of the public function with an engine, or of the recurrence by tensor operations in f64.
+    fn run(&self, device: &Device, engine: Option<Engine>) -> Vec<Vec<f64>> {
+        let exact = engine.is_none();
         let device = device.clone().autodiff();
         let (dtype, wide) = if exact { (DType::F64, DType::F64) } else { (DType::BF16, DType::F32) };
         let Self { batch: b, tokens: t, heads: h, keys, values, .. } = *self;
@@ -85,6 +86,7 @@ impl Case {
             let options = SequenceOptions {
                 initial_state: h0.clone(),
                 cu_seqlens: self.packed.map(|offsets| CuSeqlens::new(offsets.to_vec()).unwrap()),
+                engine: engine.unwrap_or_default(),
                 ..Default::default()
             };
             let (q, k, v) = (q.clone(), k.clone(), v.clone());
@@ -133,12 +135,45 @@ impl Case {
     }
 }
 
-fn check(cases: &[Case]) {
-    let Some(device) = hopper() else { return };
+const KEY: Case = Case { by: By::Key(DType::F32), ..BASE };
+
+/// The tests below with one engine.
+macro_rules! suite {
+    ($($engine:ident: $module:ident),*; $tests:tt) => {
+        $(mod $module {
+            use burn_fla_ops::Engine::$engine as ENGINE;
+            suite!(@ $tests);
+        })*
+    };
+    (@ {$($test:ident,)*}) => {
+        $(#[test]
+        fn $test() {
+            super::$test(ENGINE);
+        })*
+    };
+}
+
+suite!(Auto: hopper, Mma: mma; {
+    every_length_is_right,
+    every_size_is_right,
+    every_decay_is_right,
+    packed_sequences_are_right,
+    segments_are_right,
+    two_runs_are_equal_bit_for_bit,
+    more_than_256_values_are_right,
+    every_length_is_right_by_key,
+    every_size_is_right_by_key,
+    every_decay_is_right_by_key,
+    packed_sequences_are_right_by_key,
+    segments_are_right_by_key,
+});
+
+fn check(engine: Engine, cases: &[Case]) {
+    let Some(device) = device_for(engine) else { return };
     bridge::poison_outputs(true);
     let mut wrong = Vec::new();
     for case in cases {
-        let (found, expected) = (case.run(&device, false), case.run(&reference_device(), true));
+        let (found, expected) = (case.run(&device, Some(engine)), case.run(&reference_device(), None));
         let mut line = String::new();
         for (i, (found, exact)) in found.iter().zip(&expected).enumerate() {
             if found.is_empty() && exact.iter().all(|x| *x == 0.0) {
@@ -156,122 +191,129 @@ fn check(cases: &[Case]) {
             // numbers.
             let bound = if i == 5 && case.decay.0 < -100.0 { 2e-2 } else { BOUNDS[i] };
             if !(error <= bound || vanishes && small) {
-                wrong.push(format!("{case:?}: {} is off by {error:.1e}", NAMES[i]));
+                wrong.push(format!("{engine:?} {case:?}: {} is off by {error:.1e}", NAMES[i]));
             }
         }
-        println!("{case:?}:{line}");
+        println!("{engine:?} {case:?}:{line}");
     }
     bridge::poison_outputs(false);
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-#[test]
-fn every_length_is_right() {
+fn every_length_is_right(engine: Engine) {
     let lengths = [2, 63, 64, 65, 131, 600];
-    check(&lengths.map(|tokens| Case { tokens, ..BASE }));
+    check(engine, &lengths.map(|tokens| Case { tokens, ..BASE }));
 }
 
-#[test]
-fn every_size_is_right() {
+fn every_size_is_right(engine: Engine) {
     let sizes =
         [(16, 16), (64, 64), (128, 64), (64, 128), (48, 80), (96, 176), (128, 256), (256, 128), (192, 192), (256, 256)];
-    check(&sizes.map(|(keys, values)| Case { keys, values, batch: 1, tokens: 100, ..BASE }));
+    check(engine, &sizes.map(|(keys, values)| Case { keys, values, batch: 1, tokens: 100, ..BASE }));
 }
 
-#[test]
-fn every_decay_is_right() {
-    check(&[
-        Case { decay: (0.0, 0.0), ..BASE },
-        Case { decay: (-30.0, 0.0), ..BASE },
-        Case { decay: (-30.0, -29.0), ..BASE },
-        Case { by: By::Head, ..BASE },
-        Case { by: By::Head, initial: false, tokens: 600, ..BASE },
-    ]);
+fn every_decay_is_right(engine: Engine) {
+    check(
+        engine,
+        &[
+            Case { decay: (0.0, 0.0), ..BASE },
+            Case { decay: (-30.0, 0.0), ..BASE },
+            Case { decay: (-30.0, -29.0), ..BASE },
+            Case { by: By::Head, ..BASE },
+            Case { by: By::Head, initial: false, tokens: 600, ..BASE },
+        ],
+    );
 }
 
-#[test]
-fn packed_sequences_are_right() {
+fn packed_sequences_are_right(engine: Engine) {
     let base = Case { batch: 1, tokens: 700, ..BASE };
-    check(&[
-        Case { packed: Some(&[0, 64, 64, 65, 73, 140, 700]), ..base },
-        Case { packed: Some(&[0, 64, 64, 65, 73, 140, 700]), initial: false, keys: 64, values: 48, ..base },
-    ]);
+    check(
+        engine,
+        &[
+            Case { packed: Some(&[0, 64, 64, 65, 73, 140, 700]), ..base },
+            Case { packed: Some(&[0, 64, 64, 65, 73, 140, 700]), initial: false, keys: 64, values: 48, ..base },
+        ],
+    );
 }
 
 /// One head and a long sequence: it is walked in segments.
-#[test]
-fn segments_are_right() {
+fn segments_are_right(engine: Engine) {
     let base = Case { batch: 1, heads: 1, tokens: 2200, decay: (-0.1, 0.0), ..BASE };
-    check(&[
-        base,
-        Case { keys: 64, values: 128, initial: false, ..base },
-        Case { packed: Some(&[0, 2060, 2060, 2063, 2200]), keys: 32, values: 32, ..base },
-    ]);
+    check(
+        engine,
+        &[
+            base,
+            Case { keys: 64, values: 128, initial: false, ..base },
+            Case { packed: Some(&[0, 2060, 2060, 2063, 2200]), keys: 32, values: 32, ..base },
+        ],
+    );
 }
 
-#[test]
-fn two_runs_are_equal_bit_for_bit() {
-    let Some(device) = hopper() else { return };
+fn two_runs_are_equal_bit_for_bit(engine: Engine) {
+    let Some(device) = device_for(engine) else { return };
     for by in [By::Token, By::Key(DType::F32)] {
         let case = Case { heads: 1, batch: 1, tokens: 2200, by, ..BASE };
-        assert_eq!(case.run(&device, false), case.run(&device, false));
+        assert_eq!(case.run(&device, Some(engine)), case.run(&device, Some(engine)));
     }
 }
 
 /// They are walked as two heads each; 272 with 16 channels of zeros.
-#[test]
-fn more_than_256_values_are_right() {
+fn more_than_256_values_are_right(engine: Engine) {
     let packed: Option<&[usize]> = Some(&[0, 64, 64, 65, 140]);
     for by in [By::Head, By::Token, By::Key(DType::F32)] {
-        check(&[
-            Case { values: 512, by, ..BASE },
-            Case { keys: 48, values: 272, batch: 1, tokens: 140, packed, by, ..BASE },
-        ]);
+        check(
+            engine,
+            &[
+                Case { values: 512, by, ..BASE },
+                Case { keys: 48, values: 272, batch: 1, tokens: 140, packed, by, ..BASE },
+            ],
+        );
     }
 }
 
-const KEY: Case = Case { by: By::Key(DType::F32), ..BASE };
-
-#[test]
-fn every_length_is_right_by_key() {
+fn every_length_is_right_by_key(engine: Engine) {
     let lengths = [2, 63, 64, 65, 131, 600];
-    check(&lengths.map(|tokens| Case { tokens, ..KEY }));
+    check(engine, &lengths.map(|tokens| Case { tokens, ..KEY }));
 }
 
-#[test]
-fn every_size_is_right_by_key() {
+fn every_size_is_right_by_key(engine: Engine) {
     let sizes =
         [(16, 16), (64, 64), (128, 64), (64, 128), (48, 80), (96, 176), (128, 256), (256, 128), (192, 192), (256, 256)];
-    check(&sizes.map(|(keys, values)| Case { keys, values, batch: 1, tokens: 100, by: By::Key(DType::BF16), ..KEY }));
+    check(
+        engine,
+        &sizes.map(|(keys, values)| Case { keys, values, batch: 1, tokens: 100, by: By::Key(DType::BF16), ..KEY }),
+    );
 }
 
 /// Chunks are cut where the decay is strong: into 2, 4 and more spans.
-#[test]
-fn every_decay_is_right_by_key() {
-    check(&[
-        Case { decay: (0.0, 0.0), ..KEY },
-        Case { decay: (-4.0, 0.0), ..KEY },
-        Case { decay: (-8.0, -1.0), ..KEY },
-        Case { decay: (-30.0, 0.0), tokens: 600, ..KEY },
-        Case { decay: (-30.0, 0.0), by: By::Key(DType::BF16), keys: 48, values: 80, ..KEY },
-        Case { decay: (-30.0, -29.0), ..KEY },
-        Case { decay: (-500.0, 0.0), ..KEY },
-    ]);
+fn every_decay_is_right_by_key(engine: Engine) {
+    check(
+        engine,
+        &[
+            Case { decay: (0.0, 0.0), ..KEY },
+            Case { decay: (-4.0, 0.0), ..KEY },
+            Case { decay: (-8.0, -1.0), ..KEY },
+            Case { decay: (-30.0, 0.0), tokens: 600, ..KEY },
+            Case { decay: (-30.0, 0.0), by: By::Key(DType::BF16), keys: 48, values: 80, ..KEY },
+            Case { decay: (-30.0, -29.0), ..KEY },
+            Case { decay: (-500.0, 0.0), ..KEY },
+        ],
+    );
 }
 
-#[test]
-fn packed_sequences_are_right_by_key() {
+fn packed_sequences_are_right_by_key(engine: Engine) {
     let base = Case { batch: 1, tokens: 700, packed: Some(&[0, 64, 64, 65, 73, 140, 700]), ..KEY };
-    check(&[base, Case { initial: false, keys: 64, values: 48, ..base }, Case { decay: (-20.0, 0.0), ..base }]);
+    check(engine, &[base, Case { initial: false, keys: 64, values: 48, ..base }, Case { decay: (-20.0, 0.0), ..base }]);
 }
 
-#[test]
-fn segments_are_right_by_key() {
+fn segments_are_right_by_key(engine: Engine) {
     let base = Case { batch: 1, heads: 1, tokens: 2200, decay: (-0.1, 0.0), ..KEY };
-    check(&[
-        base,
-        Case { keys: 64, values: 128, initial: false, ..base },
-        Case { decay: (-10.0, 0.0), ..base },
-        Case { packed: Some(&[0, 2060, 2060, 2063, 2200]), keys: 32, values: 32, ..base },
-    ]);
+    check(
+        engine,
+        &[
+            base,
+            Case { keys: 64, values: 128, initial: false, ..base },
+            Case { decay: (-10.0, 0.0), ..base },
+            Case { packed: Some(&[0, 2060, 2060, 2063, 2200]), keys: 32, values: 32, ..base },
+        ],
+    );
 }

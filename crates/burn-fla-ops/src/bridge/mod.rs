@@ -57,7 +57,8 @@ use crate::{Engine, OpError};
 pub fn has_kernels(device: &Device, engine: Engine) -> bool {
     #[cfg(feature = "cube")]
     {
-        engine == Engine::Auto && matches!(device.clone().inner().as_dispatch(), burn::backend::DispatchDevice::Cube(_))
+        engine != Engine::Reference
+            && matches!(device.clone().inner().as_dispatch(), burn::backend::DispatchDevice::Cube(_))
     }
     #[cfg(not(feature = "cube"))]
     {
@@ -81,6 +82,17 @@ pub fn is_hopper(device: &Device) -> bool {
     use burn_cubecl::CubeDevice;
     match device.clone().inner().as_dispatch() {
         DispatchDevice::Cube(device @ CubeDevice::Cuda(_)) => crate::tile::hopper::supported(&device.client()),
+        _ => false,
+    }
+}
+
+/// Whether this is a CUDA device on which the kernels of [`crate::tile::mma`] run.
+#[cfg(feature = "cuda")]
+pub fn has_mma(device: &Device) -> bool {
+    use burn::backend::DispatchDevice;
+    use burn_cubecl::CubeDevice;
+    match device.clone().inner().as_dispatch() {
+        DispatchDevice::Cube(device @ CubeDevice::Cuda(_)) => crate::tile::mma::supported(&device.client()),
         _ => false,
     }
 }

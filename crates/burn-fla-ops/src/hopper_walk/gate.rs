@@ -11,7 +11,7 @@ pub(super) const WARPS: usize = 8;
 
 /// `dg_t = X + Σ_{i ≥ t} (q_i · dq_i − k_i · dk_i + inter_i) + Σ_{j < t} inter_j` inside a chunk: one warp a chunk and head.
 ///
-/// `inter_j` is the part of `k_j · dk_j` that later chunks contribute, and `X` the product of the state before the chunk
+/// The products come in `parts` sums, each of some channels; `X` in `sums`. `inter_j` is the part of `k_j · dk_j` that later chunks contribute, and `X` the product of the state before the chunk
 /// with the gradient of that after it, times the chunk's decay. Written so, no two large numbers cancel: the products of
 /// pairs inside the chunk are rounded alike on both sides, and every other term is a part of the answer. The simpler
 /// `⟨S, Z⟩ + Σ (q · dq − k · dk)` from the last state on was off by 3e-2, and by 0.3 with decays down to −30.
@@ -26,7 +26,8 @@ pub(super) fn gate_gradient(
     chunks: u32,
     table_at: u32,
     tokens: u32,
-    #[comptime] panels: u32,
+    #[comptime] parts: u32,
+    #[comptime] sums: u32,
 ) {
     let index = CUBE_POS_X * comptime!(WARPS as u32) + UNIT_POS / 32u32;
     if index < chunks * heads {
@@ -36,11 +37,11 @@ pub(super) fn gate_gradient(
         let start = table[at] as u32;
         let length = table[at + 1] as u32;
         let mut across = f32::new(0.0);
-        for i in 0..comptime!(4 * panels) {
-            across += ends[(index * comptime!(4 * panels) + i) as usize];
+        for i in 0..sums {
+            across += ends[(index * sums + i) as usize];
         }
-        let low = Terms::at(query_dots, key_dots, start, lane, length, head, heads, tokens, panels);
-        let high = Terms::at(query_dots, key_dots, start, lane + 32u32, length, head, heads, tokens, panels);
+        let low = Terms::at(query_dots, key_dots, start, lane, length, head, heads, tokens, parts);
+        let high = Terms::at(query_dots, key_dots, start, lane + 32u32, length, head, heads, tokens, parts);
         let sum_low = plane_inclusive_sum(low.after);
         let sum_high = plane_inclusive_sum(high.after) + plane_broadcast(sum_low, 31u32);
         let inter_low = plane_inclusive_sum(low.inter);
@@ -77,14 +78,14 @@ impl Terms {
         head: u32,
         heads: u32,
         tokens: u32,
-        #[comptime] panels: u32,
+        #[comptime] parts: u32,
     ) -> Terms {
         let mut after = f32::new(0.0);
         let mut inter = f32::new(0.0);
         if token < length {
-            for panel in 0..panels {
-                let from = ((panel * tokens + start + token) * heads + head) as usize;
-                let later = key_dots[from + (panels * tokens * heads) as usize];
+            for part in 0..parts {
+                let from = ((part * tokens + start + token) * heads + head) as usize;
+                let later = key_dots[from + (parts * tokens * heads) as usize];
                 after += query_dots[from] - (key_dots[from] - later);
                 inter += later;
             }
@@ -101,9 +102,9 @@ const BATCH: usize = 8;
 ///
 /// `a_i = q_i ∘ dq_i` and `b_i = k_i ∘ dk_i` come without the part of a token's own key and value, which is in both and
 /// would cancel. The parts of pairs of one span are products of the same rounded numbers in both, and cancel exactly
-/// where they must; both are kept in f16 with a scale for each 16 tokens, because their own rounding is summed up over a
+/// where they must; both are kept in f16 with a scale for each 16 tokens and `share` channels, because their own rounding is summed up over a
 /// chunk. `X`, the product of the state after the chunk with its gradient, comes as that of the state before the last
-/// span, and what the span's tokens contribute, as it is contained in their `b_i`. Both in bf16, and with `X` computed from
+/// span, and what the span's tokens contribute, as it is contained in their `b_i`, in `sums` of the [`END_SUMS`] places. Both in bf16, and with `X` computed from
 /// the state after the chunk, a gradient was 1 to 8 % off.
 #[cube(launch_unchecked)]
 pub(super) fn key_gate_gradient(
@@ -119,6 +120,8 @@ pub(super) fn key_gate_gradient(
     table_at: u32,
     #[comptime] keys: u32,
     #[comptime] padded: u32,
+    #[comptime] share: u32,
+    #[comptime] sums: usize,
     #[comptime] wide: bool,
 ) {
     let chunk = CUBE_POS_X / heads;
@@ -131,15 +134,15 @@ pub(super) fn key_gate_gradient(
         let mut low = f32::new(0.0);
         let mut high = f32::new(0.0);
         #[unroll]
-        for sum in 0..END_SUMS {
+        for sum in 0..sums {
             let end = ((panel * comptime!(END_SUMS as u32) + comptime!(sum as u32)) * 64u32 + 2u32 * (UNIT_POS % 32u32))
                 as usize;
             low += ends[end];
             high += ends[end + 1];
         }
-        // Tokens that share a scale: those of a warp in a span.
+        // Tokens that share a scale: 16, or as many as a span has.
         let group = u32::min(comptime!(CHUNK as u32) / levels[CUBE_POS_X as usize], 16u32);
-        let scales = panel * comptime!(CHUNK as u32);
+        let scales = (CUBE_POS_X * comptime!(padded / share) + 2u32 * UNIT_POS / share) * comptime!(CHUNK as u32);
         let stride = heads * comptime!(keys / 2);
         let first = (start * heads + head) * comptime!(keys / 2) + UNIT_POS;
         let mut done = u32::new(0);

@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 use super::parts::{LOG2_E, Place, Span, border_at};
 use super::plan::{BORDER_WORDS, DECAYED, END_SUMS, SCORES, VALUES, WalkPlan};
 use crate::tile::hopper::{
-    bf16_high, bf16_low, column_of, exp2, load_transposed, load_u32, pack, pack_half_word, pack_word, put, read,
+    Acc, bf16_high, bf16_low, column_of, exp2, load_transposed, load_u32, pack, pack_half_word, pack_word, put, read,
     reciprocal, scale, store_u32, swizzled, write,
 };
 
@@ -25,7 +25,7 @@ pub(super) fn gate_at(gates: &[u32], at: u32, #[comptime] wide: bool) -> f32 {
 /// One warp writes the factors of a span to `to[at..]`: those of the state before the span's own contribution, then those
 /// after it. Whole chunks have them prepared; those of a part are summed up here.
 #[cube]
-pub(super) fn factors_of_span(
+pub(crate) fn factors_of_span(
     vectors: &[f32],
     gates: &[u32],
     to: &mut [f32],
@@ -96,7 +96,7 @@ pub(super) fn scale_state(factors: &[f32], at: usize, panel: u32, row: u32, lane
 /// Whether a row's output takes part of a column's token. An output by key leaves its own token out: that is added to it
 /// afterwards, but not to what the decay's gradient is made of.
 #[cube]
-fn sees(row: u32, column: u32, count: u32, #[comptime] plan: WalkPlan) -> bool {
+pub(crate) fn sees(row: u32, column: u32, count: u32, #[comptime] plan: WalkPlan) -> bool {
     let beside = column == row;
     let own = beside && comptime!(!plan.factors());
     if comptime!(plan.roles.against_time) { (column > row || own) && column < count } else { column < row || own }
@@ -264,7 +264,7 @@ pub(super) fn write_factored(
 
 /// Where the sums at the end of a chunk stand: one of the state, then one a warp of its later tokens, of each channel.
 #[cube]
-fn ends_at(place: &Place, chunk: u32, panel: u32, heads: u32, #[comptime] plan: WalkPlan) -> u32 {
+pub(crate) fn ends_at(place: &Place, chunk: u32, panel: u32, heads: u32, #[comptime] plan: WalkPlan) -> u32 {
     border_at(place, chunk, panel, heads, plan) * comptime!(END_SUMS as u32 * 64)
 }
 
@@ -313,14 +313,14 @@ pub(super) fn sum_inter(
 
 /// Queries are multiplied with the factor, keys divided by it.
 #[cube]
-fn factor_of(factor: f32, #[comptime] plan: WalkPlan) -> f32 {
+pub(crate) fn factor_of(factor: f32, #[comptime] plan: WalkPlan) -> f32 {
     if comptime!(plan.roles.against_time) { reciprocal(factor) } else { factor * 1.0f32 }
 }
 
 /// The product of the state before a chunk's last span with the gradient of that after it, which is in the registers,
 /// times the decay between them, `factors[at..]`: one sum a key channel.
 #[cube]
-pub(super) fn multiply_rows(
+pub(crate) fn multiply_rows(
     borders: &mut [u32],
     ends: &mut [f32],
     factors: &[f32],
@@ -333,9 +333,9 @@ pub(super) fn multiply_rows(
     lane: u32,
     unit: u32,
     factor: f32,
+    #[comptime] state: Acc,
     #[comptime] plan: WalkPlan,
 ) {
-    let state = comptime!(plan.state());
     let block = border_at(place, chunk, panel, heads, plan) as usize;
     let from = block * comptime!(plan.panels() * BORDER_WORDS) + unit as usize;
     let mut low = f32::new(0.0);

@@ -35,11 +35,12 @@
 //!   changed at once. The product of the states at a border beside a product in flight: 2.86 ms forward and backward at
 //!   8 × 2048 × 32 × 128 × 128 on one H100, where another gave 2.64 without.
 
+mod engine;
 mod gate;
-mod key;
+pub(crate) mod key;
 pub(crate) mod operator;
-mod parts;
-mod plan;
+pub(crate) mod parts;
+pub(crate) mod plan;
 mod prepare;
 mod segments;
 pub(crate) mod table;
@@ -47,10 +48,12 @@ mod walk;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
-use crate::bridge::{apply, is_hopper};
+use crate::bridge::{apply, has_mma, is_hopper};
 use crate::recurrence::{Decay, Problem};
+pub(crate) use engine::Cores;
+use engine::Engine;
 use operator::HopperWalk;
-use plan::{Axis, Borders, Roles, WalkPlan};
+use plan::{Axis, Borders, Roles};
 
 /// The roles of the forward pass, and of the gradients.
 const FORWARD: Roles = Roles { outer_is_value: true, against_time: false, borders: Borders::None };
@@ -61,9 +64,32 @@ const VALUES: Roles = Roles { outer_is_value: true, against_time: true, borders:
 /// The most channels that a walk compares tokens along.
 const MOST_CHANNELS: usize = 256;
 
-/// Whether this engine takes a problem: bf16 on a Hopper GPU, chunks of its own choice, key channels in multiples of 16
-/// up to 256 and value channels up to 512, and some sequence of more than one token.
+/// Whether this engine takes a problem: on a Hopper GPU, sizes and dtypes as in [`takes_size`].
 pub(crate) fn takes(problem: &Problem) -> bool {
+    takes_size(problem) && is_hopper(&problem.q.device())
+}
+
+/// Whether the engine of [`crate::mma_walk`] takes a problem: sizes and dtypes as in [`takes_size`], where the device has
+/// the shared memory for them.
+pub(crate) fn takes_with_mma(problem: &Problem) -> bool {
+    let device = problem.q.device();
+    if !takes_size(problem) || !has_mma(&device) {
+        return false;
+    }
+    let axis = match problem.decay {
+        Decay::Key(_) => Axis::Key,
+        Decay::Token(_) => Axis::Token,
+        Decay::Head(_) | Decay::None => Axis::Head,
+    };
+    let (keys, values) = (problem.q.dims()[3], problem.v.dims()[3]);
+    // As `run` divides them.
+    let values = if values <= MOST_CHANNELS { values } else { values.div_ceil(32) * 16 };
+    Engine::on(&device, Cores::Mma).takes(keys, values, axis)
+}
+
+/// bf16, chunks of the engine's own choice, key channels in multiples of 16 up to 256 and value channels up to 512, and
+/// some sequence of more than one token.
+fn takes_size(problem: &Problem) -> bool {
     let (keys, values) = (problem.q.dims()[3], problem.v.dims()[3]);
     problem.q.dtype() == DType::BF16
         && problem.chunk.is_none()
@@ -73,18 +99,17 @@ pub(crate) fn takes(problem: &Problem) -> bool {
         && keys <= MOST_CHANNELS
         && values.is_multiple_of(16)
         && values <= 2 * MOST_CHANNELS
-        && is_hopper(&problem.q.device())
 }
 
 /// Runs a problem that [`takes`] accepts.
 ///
 /// Columns of the state are independent of each other: where a head has more value channels than a walk takes, both
 /// halves become heads of their own, with the same queries, keys and decays.
-pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
+pub(crate) fn run(problem: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>) {
     let [b, t, h, dk] = problem.q.dims();
     let dv = problem.v.dims()[3];
     if dv <= MOST_CHANNELS {
-        return run_whole(problem);
+        return run_whole(problem, cores);
     }
     let n = problem.sequences.num_sequences();
     let half = dv.div_ceil(32) * 16;
@@ -106,20 +131,21 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
     };
     let halves =
         |s: Tensor<4>| even(s).reshape([n, h, dk, 2, half]).permute([0, 1, 3, 2, 4]).reshape([n, 2 * h, dk, half]);
-    let (o, state) = run_whole(Problem {
+    let halved = Problem {
         q: twice(problem.q),
         k: twice(problem.k),
         v: even(problem.v).reshape([b, t, 2 * h, half]),
         decay,
         state: problem.state.map(halves),
         ..problem
-    });
+    };
+    let (o, state) = run_whole(halved, cores);
     let state = state.reshape([n, h, 2, dk, half]).permute([0, 1, 3, 2, 4]).reshape([n, h, dk, 2 * half]);
     (o.reshape([b, t, h, 2 * half]).narrow(3, 0, dv), state.narrow(3, 0, dv))
 }
 
 /// [`run`], where no walk compares tokens along more than 256 channels.
-fn run_whole(problem: Problem) -> (Tensor<4>, Tensor<4>) {
+fn run_whole(problem: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>) {
     let Problem { op, q, k, v, decay, scale, state, sequences, .. } = problem;
     let [b, t, h, dk] = q.dims();
     let dv = v.dims()[3];
@@ -130,13 +156,15 @@ fn run_whole(problem: Problem) -> (Tensor<4>, Tensor<4>) {
         Decay::Head(g) => (Axis::Head, g.detach().into_dispatch()),
         Decay::None => (Axis::Head, Tensor::<1>::zeros([h], (&device, DType::F32)).into_dispatch()),
     };
-    let plan = WalkPlan::new(FORWARD, dk, dv, axis).expect("a size that `takes` accepts has a plan");
+    let engine = Engine::on(&device, cores);
     let longest = sequences.lengths().max().unwrap_or(0);
-    let processors = operator::processors(&device);
-    let segment = table::segment_tokens(longest, sequences.num_sequences(), h * plan.slices(), processors);
+    let plan = engine.plan(FORWARD, dk, dv, axis);
+    let cubes = engine.cubes(FORWARD, dk, dv, axis);
+    let segment = table::segment_tokens(longest, sequences.num_sequences(), h * plan.slices(), cubes);
     let table = table::build(&sequences, segment);
     let operator = HopperWalk {
         name: op,
+        engine,
         axis,
         has_state: state.is_some(),
         scale: scale as f32,

@@ -4,10 +4,12 @@ use burn::backend::DispatchDevice;
 use burn::tensor::{DType, Device, Shape};
 use cubecl::prelude::{CubeCount, CubeDim, TensorMapArg, Tiled};
 
+use super::engine::{Cores, Engine};
 use super::plan::{Axis, BORDER_WORDS, Borders, CHUNK, END_SUMS, Roles, WalkPlan};
 use super::table::{ITEM_WORDS, SEQUENCE_WORDS};
 use super::{FORWARD, KEYS, QUERIES, VALUES, gate, prepare, segments, walk};
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, zeros};
+use crate::mma_walk::plan::MmaPlan;
 use crate::tile::hopper::{panel_map, readable, words};
 
 /// Units of a cube of the scan over segments.
@@ -15,18 +17,19 @@ const SCAN_UNITS: usize = 256;
 
 /// A linear recurrence. Inputs: q, k, v, g and, with `has_state`, the initial state.
 #[derive(Debug)]
-pub(super) struct HopperWalk {
-    pub(super) name: &'static str,
-    pub(super) axis: Axis,
-    pub(super) has_state: bool,
-    pub(super) scale: f32,
-    pub(super) tokens: usize,
-    pub(super) heads: usize,
-    pub(super) keys: usize,
-    pub(super) values: usize,
-    pub(super) sequences: usize,
-    pub(super) items: usize,
-    pub(super) chunks: usize,
+pub(crate) struct HopperWalk {
+    pub(crate) name: &'static str,
+    pub(crate) engine: Engine,
+    pub(crate) axis: Axis,
+    pub(crate) has_state: bool,
+    pub(crate) scale: f32,
+    pub(crate) tokens: usize,
+    pub(crate) heads: usize,
+    pub(crate) keys: usize,
+    pub(crate) values: usize,
+    pub(crate) sequences: usize,
+    pub(crate) items: usize,
+    pub(crate) chunks: usize,
 }
 
 /// Multiprocessors of a device.
@@ -40,50 +43,49 @@ pub(crate) fn processors(device: &Device) -> usize {
 }
 
 /// One walk's tensors: tokens are compared along `q` and `k`, the output is of the channels of `v`.
-struct Walk<'a> {
-    roles: Roles,
-    q: &'a CubeTensor,
-    k: &'a CubeTensor,
-    v: &'a CubeTensor,
+pub(crate) struct Walk<'a> {
+    pub(crate) roles: Roles,
+    pub(crate) q: &'a CubeTensor,
+    pub(crate) k: &'a CubeTensor,
+    pub(crate) v: &'a CubeTensor,
     /// The state where the walk enters a sequence, and what to multiply it and the last one with.
-    initial: Option<&'a CubeTensor>,
-    in_factor: f32,
-    last_factor: f32,
+    pub(crate) initial: Option<&'a CubeTensor>,
+    pub(crate) in_factor: f32,
+    pub(crate) last_factor: f32,
     /// Whether the last state is wanted.
-    last: bool,
+    pub(crate) last: bool,
 }
 
 /// The decays as the kernels read them.
-struct Decays {
+pub(crate) struct Decays {
     /// Log decays, f32 or, by key, also bf16.
-    g: CubeTensor,
+    pub(crate) g: CubeTensor,
     /// By key: what [`prepare`] made of them.
-    factors: CubeTensor,
-    vectors: CubeTensor,
-    levels: CubeTensor,
-    table: CubeTensor,
+    pub(crate) factors: CubeTensor,
+    pub(crate) vectors: CubeTensor,
+    pub(crate) levels: CubeTensor,
+    pub(crate) table: CubeTensor,
 }
 
 /// What the gate's gradient takes from two walks.
-struct Gate<'a> {
+pub(crate) struct Gate<'a> {
     /// What the output is multiplied with.
-    x: &'a CubeTensor,
+    pub(crate) x: &'a CubeTensor,
     /// Its products: summed over channels, `[panels, tokens, H]`, or by key like the output.
-    products: CubeTensor,
+    pub(crate) products: CubeTensor,
     /// By key: what they are to be multiplied with, `[chunks, H, panels, 64]` at the first token of each group.
-    scales: CubeTensor,
-    states: CubeTensor,
-    ends: CubeTensor,
+    pub(crate) scales: CubeTensor,
+    pub(crate) states: CubeTensor,
+    pub(crate) ends: CubeTensor,
 }
 
 impl HopperWalk {
-    fn state_shape(&self) -> [usize; 4] {
+    pub(crate) fn state_shape(&self) -> [usize; 4] {
         [self.sequences, self.heads, self.keys, self.values]
     }
 
     fn plan(&self, roles: Roles) -> WalkPlan {
-        let plan = WalkPlan::new(roles, self.keys, self.values, self.axis);
-        let plan = plan.expect("the engine was chosen by the size");
+        let plan = self.engine.plan(roles, self.keys, self.values, self.axis);
         WalkPlan { segmented: self.items > self.sequences, ..plan }
     }
 
@@ -152,13 +154,15 @@ impl HopperWalk {
         let client = g.client.clone();
         let wide_gates = g.dtype != DType::BF16;
         let plan = WalkPlan { initial: w.initial.is_some(), last: w.last, wide_gates, ..self.plan(w.roles) };
+        if self.engine.cores == Cores::Mma {
+            return self.mma_walk(w, decays, gate, plan);
+        }
         let work = self.items * self.heads * plan.slices();
-        let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
-        let cubes = CubeCount::new_1d(work.min(processors) as u32);
+        let cubes = CubeCount::new_1d(work.min(self.engine.processors) as u32);
         let units = CubeDim::new_1d(plan.units() as u32);
         let unused = alloc(g, [32], DType::F32);
         let initial = w.initial.unwrap_or(&unused);
-        let blobs = if plan.segmented { self.segment_states(w, decays, plan) } else { unused.clone() };
+        let blobs = if plan.segmented { self.segment_states(w, decays, plan, None) } else { unused.clone() };
         // Somewhere to map f16 where there are no products.
         let spare = alloc(g, [1, 1, 1, 64], DType::F16);
         let out = alloc(w.v, w.v.meta.shape().dims::<4>(), w.v.dtype);
@@ -208,7 +212,13 @@ impl HopperWalk {
     }
 
     /// The states from which segments are walked.
-    fn segment_states(&self, w: &Walk<'_>, decays: &Decays, plan: WalkPlan) -> CubeTensor {
+    pub(crate) fn segment_states(
+        &self,
+        w: &Walk<'_>,
+        decays: &Decays,
+        plan: WalkPlan,
+        mma: Option<MmaPlan>,
+    ) -> CubeTensor {
         let g = &decays.g;
         let client = g.client.clone();
         let blobs = alloc(g, [self.items, self.heads, plan.blob()], DType::F32);
@@ -217,28 +227,31 @@ impl HopperWalk {
         let unused = alloc(g, [32], DType::F32);
         let initial = w.initial.cloned().unwrap_or_else(|| alloc(g, [32], DType::F32));
         let work = self.items * self.heads * plan.slices();
-        let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
-        // SAFETY: as in `walk`.
-        unsafe {
-            segments::segment_states::launch_unchecked(
-                &client,
-                CubeCount::new_1d(work.min(processors) as u32),
-                CubeDim::new_1d(plan.units() as u32),
-                self.map(w.k),
-                self.map(w.v),
-                if plan.by_key() { unused } else { g.clone() }.into_buffer_arg(),
-                words(g),
-                decays.vectors.clone().into_buffer_arg(),
-                decays.levels.clone().into_buffer_arg(),
-                decays.table.clone().into_buffer_arg(),
-                initial.into_buffer_arg(),
-                blobs.clone().into_buffer_arg(),
-                totals.clone().into_buffer_arg(),
-                self.heads as u32,
-                self.items as u32,
-                w.in_factor,
-                plan,
-            );
+        if let Some(mma) = mma {
+            self.mma_segment_states(w, decays, [&initial, &blobs, &totals], mma);
+        } else {
+            // SAFETY: as in `walk`.
+            unsafe {
+                segments::segment_states::launch_unchecked(
+                    &client,
+                    CubeCount::new_1d(work.min(self.engine.processors) as u32),
+                    CubeDim::new_1d(plan.units() as u32),
+                    self.map(w.k),
+                    self.map(w.v),
+                    if plan.by_key() { unused } else { g.clone() }.into_buffer_arg(),
+                    words(g),
+                    decays.vectors.clone().into_buffer_arg(),
+                    decays.levels.clone().into_buffer_arg(),
+                    decays.table.clone().into_buffer_arg(),
+                    initial.into_buffer_arg(),
+                    blobs.clone().into_buffer_arg(),
+                    totals.clone().into_buffer_arg(),
+                    self.heads as u32,
+                    self.items as u32,
+                    w.in_factor,
+                    plan,
+                );
+            }
         }
         let count = self.sequences * self.heads * plan.blob();
         segments::pass_states::launch(
@@ -263,7 +276,8 @@ impl HopperWalk {
         }
         let dg = alloc(like, like.meta.shape().dims::<3>(), DType::F32);
         let warps = self.chunks * self.heads;
-        let panels = queries.products.meta.shape().dims::<3>()[0];
+        let parts = queries.products.meta.shape().dims::<3>()[0];
+        let ends = keys.ends.meta.shape().dims::<3>()[2];
         gate::gate_gradient::launch(
             &like.client,
             CubeCount::new_1d(warps.div_ceil(gate::WARPS) as u32),
@@ -277,7 +291,8 @@ impl HopperWalk {
             self.chunks as u32,
             self.chunks_at(),
             self.tokens as u32,
-            panels as u32,
+            parts as u32,
+            ends as u32,
         );
         burn_cubecl::kernel::cast(dg, like.dtype)
     }
@@ -286,6 +301,13 @@ impl HopperWalk {
         let Decays { table, levels, .. } = decays;
         let wide = like.dtype != DType::BF16;
         let dg = alloc(like, like.meta.shape().dims::<4>(), if wide { DType::F32 } else { DType::BF16 });
+        let padded = keys.ends.meta.shape().dims::<3>()[2] / END_SUMS;
+        let share = padded / keys.scales.meta.shape().dims::<4>()[2];
+        let roles = Roles { borders: Borders::Multiply, ..KEYS };
+        let sums = match self.engine.cores {
+            Cores::Hopper => END_SUMS,
+            Cores::Mma => self.engine.mma_plan(roles, self.keys, self.values, self.axis).end_sums(),
+        };
         if self.chunks > 0 {
             // SAFETY: the table has `chunks` chunks of tokens inside of the tensors.
             unsafe {
@@ -304,7 +326,9 @@ impl HopperWalk {
                     self.heads as u32,
                     self.chunks_at(),
                     self.keys as u32,
-                    (64 * keys.scales.meta.shape().dims::<4>()[2]) as u32,
+                    padded as u32,
+                    share as u32,
+                    sums,
                     wide,
                 );
             }
@@ -363,13 +387,14 @@ impl Operator for HopperWalk {
             let products = if by_key {
                 alloc(&q, q.meta.shape().dims::<4>(), DType::F16)
             } else {
-                alloc(g, [products * plan.outer_panels(), self.tokens, self.heads], DType::F32)
+                alloc(g, [products * self.engine.channel_groups(&plan), self.tokens, self.heads], DType::F32)
             };
             let states = states.cloned();
             let states = states.unwrap_or_else(|| alloc(&v, [self.chunks, self.heads, 2 * words], DType::BF16));
             let sums = if by_key { 64 * END_SUMS } else { 4 };
             let scales = if by_key { self.chunks } else { 1 };
-            let scales = alloc(g, [scales, self.heads, plan.outer_panels(), CHUNK], DType::F32);
+            let groups = self.engine.channel_groups(&plan);
+            let scales = alloc(g, [scales, self.heads, groups, CHUNK], DType::F32);
             let ends = alloc(g, [self.chunks, self.heads, sums * plan.outer_panels()], DType::F32);
             Gate { x, products, scales, states, ends }
         };

@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::plan::{Axis, BORDER_WORDS, CHUNK, DECAYED, PANEL, SCORES, VALUES, WalkPlan};
 use super::table::{FIRST, ITEM_WORDS, LAST};
 use crate::tile::hopper::{
-    bf16_high, bf16_low, column_of, exp2, load_3d, load_transposed, load_u32, pack, pack_pair, read, store_u32,
+    Acc, bf16_high, bf16_low, column_of, exp2, load_3d, load_transposed, load_u32, pack, pack_pair, read, store_u32,
     swizzled, write, zero,
 };
 
@@ -14,20 +14,20 @@ pub(super) const LOG2_E: f32 = core::f32::consts::LOG2_E;
 
 /// Where a cube works: a segment of a sequence, a head, a slice of its outer channels.
 #[derive(CubeType, Clone, Copy)]
-pub(super) struct Place {
-    pub(super) slice: u32,
-    pub(super) head: u32,
-    pub(super) item: u32,
-    pub(super) start: u32,
-    pub(super) length: u32,
-    pub(super) chunks: u32,
-    pub(super) sequence: u32,
-    pub(super) flags: u32,
-    pub(super) border: u32,
+pub(crate) struct Place {
+    pub(crate) slice: u32,
+    pub(crate) head: u32,
+    pub(crate) item: u32,
+    pub(crate) start: u32,
+    pub(crate) length: u32,
+    pub(crate) chunks: u32,
+    pub(crate) sequence: u32,
+    pub(crate) flags: u32,
+    pub(crate) border: u32,
 }
 
 #[cube]
-pub(super) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: WalkPlan) -> Place {
+pub(crate) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: WalkPlan) -> Place {
     let slices = comptime!(plan.slices() as u32);
     let item = index / slices / heads;
     let at = (item * comptime!(ITEM_WORDS as u32)) as usize;
@@ -47,22 +47,22 @@ pub(super) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: Wal
 
 /// The chunk of step `i`.
 #[cube]
-pub(super) fn chunk_at(i: u32, chunks: u32, #[comptime] plan: WalkPlan) -> u32 {
+pub(crate) fn chunk_at(i: u32, chunks: u32, #[comptime] plan: WalkPlan) -> u32 {
     if comptime!(plan.roles.against_time) { chunks - 1u32 - i } else { i + 0u32 }
 }
 
 /// A part of a chunk that is walked at once: all of it, but where a decay by key is so strong that its factors would not
 /// be finite.
 #[derive(CubeType, Clone, Copy)]
-pub(super) struct Span {
+pub(crate) struct Span {
     /// From the segment's first token on.
-    pub(super) start: u32,
-    pub(super) count: u32,
+    pub(crate) start: u32,
+    pub(crate) count: u32,
 }
 
 /// Into how many parts of equal length a chunk is cut.
 #[cube]
-pub(super) fn parts_of(levels: &[u32], place: &Place, chunk: u32, heads: u32, #[comptime] plan: WalkPlan) -> u32 {
+pub(crate) fn parts_of(levels: &[u32], place: &Place, chunk: u32, heads: u32, #[comptime] plan: WalkPlan) -> u32 {
     let mut parts = u32::new(1);
     if comptime!(plan.by_key()) {
         parts = levels[((place.border + chunk) * heads + place.head) as usize];
@@ -72,7 +72,7 @@ pub(super) fn parts_of(levels: &[u32], place: &Place, chunk: u32, heads: u32, #[
 
 /// How many of them have tokens.
 #[cube]
-pub(super) fn spans_of(place: &Place, chunk: u32, parts: u32, #[comptime] plan: WalkPlan) -> u32 {
+pub(crate) fn spans_of(place: &Place, chunk: u32, parts: u32, #[comptime] plan: WalkPlan) -> u32 {
     let mut spans = u32::new(1);
     if comptime!(plan.by_key()) {
         let left = u32::min(place.length - chunk * comptime!(CHUNK as u32), comptime!(CHUNK as u32));
@@ -83,7 +83,7 @@ pub(super) fn spans_of(place: &Place, chunk: u32, parts: u32, #[comptime] plan: 
 
 /// The part of step `n` of a chunk.
 #[cube]
-pub(super) fn span_at(place: &Place, chunk: u32, n: u32, parts: u32, spans: u32, #[comptime] plan: WalkPlan) -> Span {
+pub(crate) fn span_at(place: &Place, chunk: u32, n: u32, parts: u32, spans: u32, #[comptime] plan: WalkPlan) -> Span {
     if comptime!(plan.by_key()) {
         let size = comptime!(CHUNK as u32) / parts;
         let part = if comptime!(plan.roles.against_time) { spans - 1u32 - n } else { n + 0u32 };
@@ -128,7 +128,7 @@ pub(super) fn decays_of_chunk(
 }
 
 #[cube]
-fn decay_at(g: &[f32], place: &Place, token: u32, heads: u32, #[comptime] plan: WalkPlan) -> f32 {
+pub(crate) fn decay_at(g: &[f32], place: &Place, token: u32, heads: u32, #[comptime] plan: WalkPlan) -> f32 {
     let mut value = f32::new(0.0);
     if token < place.length {
         value = if comptime!(plan.axis == Axis::Head) {
@@ -143,7 +143,7 @@ fn decay_at(g: &[f32], place: &Place, token: u32, heads: u32, #[comptime] plan: 
 /// The decay between the token of a row and that of a column, zero where the row's output does not depend on the
 /// column's token.
 #[cube]
-fn factor(row: u32, column: u32, g_row: f32, g_column: f32, count: u32, #[comptime] plan: WalkPlan) -> f32 {
+pub(crate) fn factor(row: u32, column: u32, g_row: f32, g_column: f32, count: u32, #[comptime] plan: WalkPlan) -> f32 {
     if comptime!(plan.roles.against_time) {
         select(column >= row && column < count, exp2(g_column - g_row), 0.0f32)
     } else {
@@ -341,14 +341,14 @@ fn state_at(
 
 /// Where the registers of a warpgroup stand in the states between segments.
 #[cube]
-pub(super) fn blob_at(item: u32, head: u32, heads: u32, panel: u32, unit: u32, #[comptime] plan: WalkPlan) -> usize {
+pub(crate) fn blob_at(item: u32, head: u32, heads: u32, panel: u32, unit: u32, #[comptime] plan: WalkPlan) -> usize {
     let block = (item * heads + head) * comptime!(plan.outer_panels() as u32) + panel;
     block as usize * comptime!(plan.state().len() * 128) + unit as usize
 }
 
 /// Sets the state from which a segment is walked.
 #[cube]
-pub(super) fn load_state(
+pub(crate) fn load_state(
     initial: &[f32],
     blobs: &[f32],
     place: &Place,
@@ -358,9 +358,9 @@ pub(super) fn load_state(
     lane: u32,
     unit: u32,
     factor: f32,
+    #[comptime] state: Acc,
     #[comptime] plan: WalkPlan,
 ) {
-    let state = comptime!(plan.state());
     zero(state);
     if enters(place, plan) {
         if comptime!(plan.initial) {
@@ -384,7 +384,7 @@ pub(super) fn load_state(
 
 /// Writes the state where the walk leaves its sequence.
 #[cube]
-pub(super) fn store_state(
+pub(crate) fn store_state(
     last: &mut [f32],
     place: &Place,
     panel: u32,
@@ -392,9 +392,9 @@ pub(super) fn store_state(
     row: u32,
     lane: u32,
     factor: f32,
+    #[comptime] state: Acc,
     #[comptime] plan: WalkPlan,
 ) {
-    let state = comptime!(plan.state());
     let leaves = place.flags & comptime!(if plan.roles.against_time { FIRST } else { LAST }) != 0u32;
     if comptime!(plan.last) && leaves {
         #[unroll]
@@ -414,16 +414,16 @@ pub(super) fn border_at(place: &Place, chunk: u32, panel: u32, heads: u32, #[com
 
 /// Keeps the state at a border of a chunk.
 #[cube]
-pub(super) fn write_border(
+pub(crate) fn write_border(
     borders: &mut [u32],
     place: &Place,
     chunk: u32,
     panel: u32,
     heads: u32,
     unit: u32,
+    #[comptime] state: Acc,
     #[comptime] plan: WalkPlan,
 ) {
-    let state = comptime!(plan.state());
     let block = border_at(place, chunk, panel, heads, plan) as usize;
     let at = block * comptime!(plan.panels() * BORDER_WORDS) + unit as usize;
     #[unroll]
@@ -435,7 +435,7 @@ pub(super) fn write_border(
 /// The product of the state before a chunk with the gradient of that after it, which is in the registers, times the
 /// chunk's decay: one sum a warp.
 #[cube]
-pub(super) fn multiply_border(
+pub(crate) fn multiply_border(
     borders: &mut [u32],
     ends: &mut [f32],
     place: &Place,
@@ -444,9 +444,9 @@ pub(super) fn multiply_border(
     heads: u32,
     unit: u32,
     factor: f32,
+    #[comptime] state: Acc,
     #[comptime] plan: WalkPlan,
 ) {
-    let state = comptime!(plan.state());
     let block = border_at(place, chunk, panel, heads, plan);
     let at = block as usize * comptime!(plan.panels() * BORDER_WORDS) + unit as usize;
     let mut sum = f32::new(0.0);

@@ -3,29 +3,29 @@
 use crate::tile::hopper::{Acc, Frag};
 
 /// Tokens a chunk.
-pub(super) const CHUNK: usize = 64;
+pub(crate) const CHUNK: usize = 64;
 /// Bytes of one panel of 64 rows.
-pub(super) const PANEL: usize = 64 * 128;
+pub(crate) const PANEL: usize = 64 * 128;
 /// Shared memory a cube may use, less what barriers and decays take.
 const SHARED: usize = 232_448 - 4_096;
 /// Words of registers that the state before a chunk keeps for each panel of 64 state columns, a warpgroup: two bf16 a word.
-pub(super) const BORDER_WORDS: usize = 16 * 128;
+pub(crate) const BORDER_WORDS: usize = 16 * 128;
 
 /// Sums that a chunk's end has for each key channel: one of the state, and one of each warp's tokens.
-pub(super) const END_SUMS: usize = 5;
+pub(crate) const END_SUMS: usize = 5;
 
 /// The scores of a chunk.
-pub(super) const SCORES: Acc = Acc::new("a", 64);
+pub(crate) const SCORES: Acc = Acc::new("a", 64);
 /// The outputs of a chunk.
-pub(super) const OUT: Acc = Acc::new("o", 64);
+pub(crate) const OUT: Acc = Acc::new("o", 64);
 /// Decayed scores as a left operand.
-pub(super) const DECAYED: Frag = Frag::new("p", 64);
+pub(crate) const DECAYED: Frag = Frag::new("p", 64);
 /// Transposed, decayed values as a left operand.
-pub(super) const VALUES: Frag = Frag::new("u", 64);
+pub(crate) const VALUES: Frag = Frag::new("u", 64);
 
 /// What the log decay depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Axis {
+pub(crate) enum Axis {
     /// The head alone.
     Head,
     /// The token: one number for all channels.
@@ -36,7 +36,7 @@ pub(super) enum Axis {
 
 /// What a walk does with the states between chunks, for the gate's gradient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Borders {
+pub(crate) enum Borders {
     None,
     /// Writes them: the one before each chunk, or before its last span.
     Write,
@@ -46,40 +46,40 @@ pub(super) enum Borders {
 
 /// Which roles the tensors play.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Roles {
+pub(crate) struct Roles {
     /// Values are the outer channels (they are walked by rows of the transposed state), keys the inner ones; or the
     /// other way round.
-    pub(super) outer_is_value: bool,
+    pub(crate) outer_is_value: bool,
     /// From the last token to the first.
-    pub(super) against_time: bool,
-    pub(super) borders: Borders,
+    pub(crate) against_time: bool,
+    pub(crate) borders: Borders,
 }
 
 /// One walk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct WalkPlan {
-    pub(super) roles: Roles,
+pub(crate) struct WalkPlan {
+    pub(crate) roles: Roles,
     /// Inner channels: along which tokens are compared.
-    pub(super) inner: usize,
+    pub(crate) inner: usize,
     /// Outer channels: of which the output is.
-    pub(super) outer: usize,
+    pub(crate) outer: usize,
     /// Warpgroups that walk, 64 outer channels each.
-    pub(super) warpgroups: usize,
-    pub(super) stages: usize,
-    pub(super) axis: Axis,
+    pub(crate) warpgroups: usize,
+    pub(crate) stages: usize,
+    pub(crate) axis: Axis,
     /// Log decays are f32, not bf16 (with a decay by key alone).
-    pub(super) wide_gates: bool,
+    pub(crate) wide_gates: bool,
     /// There is a state before the first token.
-    pub(super) initial: bool,
+    pub(crate) initial: bool,
     /// The sequence is cut into segments whose states were computed before.
-    pub(super) segmented: bool,
+    pub(crate) segmented: bool,
     /// The state at the end is wanted.
-    pub(super) last: bool,
+    pub(crate) last: bool,
 }
 
 impl WalkPlan {
     /// A plan that fits into shared memory, where there is one.
-    pub(super) fn new(roles: Roles, keys: usize, values: usize, axis: Axis) -> Option<Self> {
+    pub(crate) fn new(roles: Roles, keys: usize, values: usize, axis: Axis) -> Option<Self> {
         let (inner, outer) = if roles.outer_is_value { (keys, values) } else { (values, keys) };
         if inner > 256 || inner == 0 || outer == 0 {
             return None;
@@ -104,27 +104,27 @@ impl WalkPlan {
     }
 
     /// Panels of 64 inner channels.
-    pub(super) fn panels(&self) -> usize {
+    pub(crate) fn panels(&self) -> usize {
         self.inner.div_ceil(64)
     }
 
     /// Cubes that share the outer channels of a head.
-    pub(super) fn slices(&self) -> usize {
+    pub(crate) fn slices(&self) -> usize {
         self.outer.div_ceil(64 * self.warpgroups)
     }
 
     /// Panels of 64 outer channels, whole slices counted.
-    pub(super) fn outer_panels(&self) -> usize {
+    pub(crate) fn outer_panels(&self) -> usize {
         self.slices() * self.warpgroups
     }
 
     /// Bytes that copies bring to a stage.
-    pub(super) fn stage_bytes(&self) -> usize {
+    pub(crate) fn stage_bytes(&self) -> usize {
         (2 * self.panels() + self.warpgroups) * PANEL
     }
 
     /// Numbers of a stage's decays: the running sum at each token, or two vectors of factors of the state's channels.
-    pub(super) fn decays(&self) -> usize {
+    pub(crate) fn decays(&self) -> usize {
         if self.by_key() { 2 * self.decay_channels() } else { CHUNK }
     }
 
@@ -133,21 +133,21 @@ impl WalkPlan {
     }
 
     /// Key channels, whole panels counted: what one factor vector has.
-    pub(super) fn decay_channels(&self) -> usize {
+    pub(crate) fn decay_channels(&self) -> usize {
         64 * if self.roles.outer_is_value { self.panels() } else { self.outer_panels() }
     }
 
-    pub(super) fn by_key(&self) -> bool {
+    pub(crate) fn by_key(&self) -> bool {
         self.axis == Axis::Key
     }
 
     /// Whether the output is multiplied with factors of its own: the decays of its channels.
-    pub(super) fn factors(&self) -> bool {
+    pub(crate) fn factors(&self) -> bool {
         self.by_key() && !self.roles.outer_is_value
     }
 
     /// Panels beside those of the ring, for each warpgroup: what the output is multiplied with, and the products.
-    pub(super) fn extra_panels(&self) -> usize {
+    pub(crate) fn extra_panels(&self) -> usize {
         match (self.factors(), self.dots()) {
             (false, dots) => dots as usize,
             (true, dots) => 1 + 2 * dots as usize,
@@ -155,13 +155,18 @@ impl WalkPlan {
     }
 
     /// Bytes of them that copies bring.
-    pub(super) fn extra_bytes(&self) -> usize {
+    pub(crate) fn extra_bytes(&self) -> usize {
         self.warpgroups * (self.factors() as usize + self.dots() as usize) * PANEL
     }
 
     /// Key channels.
-    pub(super) fn keys(&self) -> usize {
+    pub(crate) fn keys(&self) -> usize {
         if self.roles.outer_is_value { self.inner } else { self.outer }
+    }
+
+    /// Value channels.
+    pub(crate) fn values(&self) -> usize {
+        if self.roles.outer_is_value { self.outer } else { self.inner }
     }
 
     fn fixed_bytes(&self) -> usize {
@@ -169,38 +174,38 @@ impl WalkPlan {
     }
 
     /// Whether the products of the output with another tensor are wanted.
-    pub(super) fn dots(&self) -> bool {
+    pub(crate) fn dots(&self) -> bool {
         self.roles.borders != Borders::None
     }
 
     /// The state, transposed: 64 outer rows, all inner columns.
-    pub(super) fn state(&self) -> Acc {
+    pub(crate) fn state(&self) -> Acc {
         Acc::new("s", 64 * self.panels())
     }
 
     /// The accumulator of the outputs: a wide state leaves no registers beside it but those of the scores.
-    pub(super) fn out(&self) -> Acc {
+    pub(crate) fn out(&self) -> Acc {
         if self.shares_registers() { SCORES } else { OUT }
     }
 
     /// The accumulator of the outputs times another tensor: that of the scores, which are no longer needed then, or one
     /// more.
-    pub(super) fn products(&self) -> Acc {
+    pub(crate) fn products(&self) -> Acc {
         if self.shares_registers() { OUT } else { SCORES }
     }
 
     /// Whether scores and outputs are in the same registers, one after the other.
-    pub(super) fn shares_registers(&self) -> bool {
+    pub(crate) fn shares_registers(&self) -> bool {
         self.panels() == 4
     }
 
     /// Units of a cube: the walkers' and the loader's warpgroup.
-    pub(super) fn units(&self) -> usize {
+    pub(crate) fn units(&self) -> usize {
         128 * (self.warpgroups + 1)
     }
 
     /// Numbers of the state in registers, of one head.
-    pub(super) fn blob(&self) -> usize {
+    pub(crate) fn blob(&self) -> usize {
         self.outer_panels() * self.state().len() * 128
     }
 }

@@ -167,6 +167,7 @@ pub(super) fn segment_states(
                 lane,
                 unit,
                 in_factor,
+                state,
                 comptime!(WalkPlan { segmented: false, ..plan }),
             );
             for i in 0..p.chunks {

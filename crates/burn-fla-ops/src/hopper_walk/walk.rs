@@ -230,7 +230,7 @@ pub(super) fn walk(
             let p = place(index, table, heads, plan);
             let panel = p.slice * comptime!(warpgroups as u32) + warpgroup;
             let channel = panel * 64u32;
-            load_state(initial, blobs, &p, panel, heads, row, lane, unit, in_factor, plan);
+            load_state(initial, blobs, &p, panel, heads, row, lane, unit, in_factor, state, plan);
             for i in 0..p.chunks {
                 let chunk = chunk_at(i, p.chunks, plan);
                 let parts = parts_of(levels, &p, chunk, heads, plan);
@@ -255,7 +255,7 @@ pub(super) fn walk(
                     if comptime!(plan.by_key()) {
                         if comptime!(plan.roles.borders == Borders::Write) {
                             if n + 1u32 == spans {
-                                write_border(borders, &p, chunk, panel, heads, unit, plan);
+                                write_border(borders, &p, chunk, panel, heads, unit, state, plan);
                             }
                         }
                         if comptime!(plan.roles.borders == Borders::Multiply) {
@@ -273,6 +273,7 @@ pub(super) fn walk(
                                     lane,
                                     unit,
                                     last_factor,
+                                    state,
                                     plan,
                                 );
                             }
@@ -296,11 +297,11 @@ pub(super) fn walk(
                     }
                     if comptime!(!plan.by_key()) {
                         if comptime!(plan.roles.borders == Borders::Write) {
-                            write_border(borders, &p, chunk, panel, heads, unit, plan);
+                            write_border(borders, &p, chunk, panel, heads, unit, state, plan);
                         }
                         if comptime!(plan.roles.borders == Borders::Multiply) {
                             let decay = exp2(shared_g[g0 + 63]) * last_factor;
-                            multiply_border(borders, ends, &p, chunk, panel, heads, unit, decay, plan);
+                            multiply_border(borders, ends, &p, chunk, panel, heads, unit, decay, state, plan);
                         }
                     }
                     if comptime!(!plan.shares_registers()) {
@@ -465,7 +466,7 @@ pub(super) fn walk(
                     step += 1u32;
                 }
             }
-            store_state(last, &p, panel, heads, row, lane, last_factor, plan);
+            store_state(last, &p, panel, heads, row, lane, last_factor, state, plan);
             index += CUBE_COUNT_X;
         }
         if elected {

@@ -3,7 +3,7 @@
 use burn::backend::DispatchTensor;
 use burn::tensor::{DType, Device, Distribution, Shape, Tensor};
 use burn_fla_ops::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply};
-use burn_fla_ops::{ScalarDecay, SequenceOptions, gla, simple_gla};
+use burn_fla_ops::{Engine, ScalarDecay, SequenceOptions, gla, simple_gla};
 use burn_fla_tests::{numbers, ratio};
 
 use super::median;
@@ -61,7 +61,8 @@ fn one(plain: &Device, operator: &str, [b, t, h, dk, dv]: [usize; 5]) -> bool {
     let (q, k, v) = (random([b, t, h, dk]), random([b, t, h, dk]), random([b, t, h, dv]));
     let grad: Tensor<4> = random([b, t, h, dv]).detach();
     // Log decays are log σ(x) of normal numbers, bf16 where they are by key; those of retention are 1 − 2^{−5 − h}.
-    let (by_key, by_head) = (operator == "gla", operator == "retention");
+    let (by_key, by_head) = (operator.starts_with("gla"), operator.starts_with("retention"));
+    let engine = if operator.ends_with(":mma") { Engine::Mma } else { Engine::Auto };
     let dtype = if by_key { DType::BF16 } else { DType::F32 };
     let across = if by_key { dk } else { 1 };
     let x: Tensor<4> = Tensor::random([b, t, h, across], Distribution::Normal(0.0, 1.0), (&device, DType::F32));
@@ -71,7 +72,7 @@ fn one(plain: &Device, operator: &str, [b, t, h, dk, dv]: [usize; 5]) -> bool {
     let as_tokens = || decays.clone().inner().reshape([1, 1, h, 1]).expand([b, t, h, 1]);
 
     let forward = || {
-        let (q, k, v, options) = (q.clone(), k.clone(), v.clone(), SequenceOptions::default());
+        let (q, k, v, options) = (q.clone(), k.clone(), v.clone(), SequenceOptions { engine, ..Default::default() });
         let result = match (by_key, by_head) {
             (true, _) => gla(q, k, v, g.clone(), options),
             (_, true) => simple_gla(q, k, v, ScalarDecay::PerHead(decays.clone()), options),

@@ -17,24 +17,22 @@
 #![allow(missing_docs)]
 
 mod copy;
-mod layout;
-mod registers;
 mod ring;
 mod roles;
 mod triangle;
 mod wgmma;
 
-pub use copy::{
-    add_3d, commit_stores, fence_shared, load_2d, load_3d, panel_map, readable, store_3d, wait_stores,
-    wait_stores_read, words,
-};
-pub use layout::{
+pub use super::layout::{
     bf16_high, bf16_low, exp2, f16_high, f16_low, load_f32, load_f32_four, load_transposed, load_u32, reciprocal,
     store_f32, store_f32_pair, store_transposed, store_u32, swizzled,
 };
-pub use registers::{
+pub use super::registers::{
     Acc, Frag, column_of, declare, declare_fragment, pack, pack_half_word, pack_pair, pack_word, put, read, row_of,
     scale, write, zero,
+};
+pub use copy::{
+    add_3d, commit_stores, fence_shared, load_2d, load_3d, panel_map, readable, store_3d, wait_stores,
+    wait_stores_read, words,
 };
 pub use ring::{Ring, barrier_arrive, barrier_expect, barrier_fence, barrier_init, barrier_wait};
 pub use roles::{arrive, give_registers, sync_warpgroup, take_registers};

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::layout::{load_f32, load_f32_four, store_f32};
+use crate::tile::layout::{load_f32, load_f32_four, store_f32};
 
 /// Rows of the matrix.
 const ROWS: usize = 64;

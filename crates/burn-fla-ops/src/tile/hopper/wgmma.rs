@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::registers::{Acc, Frag};
+use crate::tile::registers::{Acc, Frag};
 
 /// A matrix descriptor: 128-byte swizzle, groups of 8 rows 1024 bytes apart, panels of 64 columns `lead` bytes apart.
 #[cube]

@@ -1,8 +1,12 @@
 //! Accumulators and fragments: PTX registers that a kernel declares by name.
+//!
+//! A warp's part of an accumulator and of a fragment is the same for a product of a warpgroup (64 rows, 16 a warp) and for
+//! one of a single warp (16 rows).
 
 use cubecl::prelude::*;
 
-/// An f32 tile of 64 rows, spread over the 128 units of a warpgroup: `columns / 2` registers a unit.
+/// An f32 tile of 64 rows, spread over the 128 units of a warpgroup, or of 16 rows over a warp: `columns / 2` registers a
+/// unit.
 ///
 /// Register `i` of a unit stands at row [`row_of`]`(i)` and column [`column_of`]`(i)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -12,7 +16,7 @@ pub struct Acc {
 }
 
 impl Acc {
-    /// A tile of 64 × `columns`; `name` is the prefix of its registers, unique in a kernel.
+    /// A tile of `columns` columns; `name` is the prefix of its registers, unique in a kernel.
     pub const fn new(name: &'static str, columns: usize) -> Self {
         Self { name, columns }
     }
@@ -35,9 +39,14 @@ impl Acc {
     pub(super) fn list(self) -> String {
         names(self.name, 0, self.len())
     }
+
+    /// The registers of columns `8 · tile` to `8 · tile + 7`.
+    pub(super) fn tile(self, tile: usize) -> String {
+        names(self.name, 4 * tile, 4)
+    }
 }
 
-/// A bf16 tile of 64 rows as a left operand in registers: `columns / 4` registers a unit, two numbers each.
+/// A bf16 tile of 64 or 16 rows as a left operand in registers: `columns / 4` registers a unit, two numbers each.
 ///
 /// A step of 16 columns is four registers: rows `r` and `r + 8` of columns `c, c + 1`, then both of `c + 8, c + 9`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -47,7 +56,7 @@ pub struct Frag {
 }
 
 impl Frag {
-    /// A tile of 64 × `columns`; `name` is the prefix of its registers, unique in a kernel.
+    /// A tile of `columns` columns; `name` is the prefix of its registers, unique in a kernel.
     pub const fn new(name: &'static str, columns: usize) -> Self {
         Self { name, columns }
     }
@@ -59,6 +68,11 @@ impl Frag {
 
     pub(super) fn step(self, step: usize) -> String {
         names(self.name, 4 * step, 4)
+    }
+
+    /// Half of a step's registers.
+    pub(super) fn half(self, step: usize, half: usize) -> String {
+        names(self.name, 4 * step + 2 * half, 2)
     }
 }
 
@@ -137,6 +151,29 @@ pub fn pack(#[comptime] frag: Frag, #[comptime] i: usize, low: f32, high: f32) {
 pub fn put(#[comptime] frag: Frag, #[comptime] i: usize, word: u32) {
     let name = comptime!(frag.name);
     gpu_asm!("mov.b32 {name}{i}, {w};", w = in(_) word + 0u32, options(nomem));
+}
+
+/// The word in register `i` of a fragment.
+#[cube]
+pub fn word(#[comptime] frag: Frag, #[comptime] i: usize) -> u32 {
+    let name = comptime!(frag.name);
+    let out: u32;
+    gpu_asm!("mov.b32 {d}, {name}{i};", d = out(_) out, options(nomem));
+    out + 0u32
+}
+
+/// Rounds 16 columns of an accumulator to bf16, as step `step` of a left operand.
+#[cube]
+pub fn pack_step(#[comptime] frag: Frag, #[comptime] step: usize, #[comptime] acc: Acc, #[comptime] columns: usize) {
+    let to = comptime!(frag.name);
+    let from = comptime!(acc.name);
+    #[unroll]
+    for i in 0..4usize {
+        let register = comptime!(4 * step + i);
+        let low = comptime!(8 * columns + 2 * i);
+        let high = comptime!(8 * columns + 2 * i + 1);
+        gpu_asm!("cvt.rn.bf16x2.f32 {to}{register}, {from}{high}, {from}{low};", options(nomem));
+    }
 }
 
 /// Two numbers rounded to bf16, `low` in the low half of the word.

@@ -1,0 +1,75 @@
+//! Which kernels walk, and their plans on a device.
+
+use burn::backend::DispatchDevice;
+use burn::tensor::Device;
+
+use super::operator::processors;
+use super::plan::{Axis, Borders, Roles, WalkPlan};
+use super::{FORWARD, KEYS, QUERIES, VALUES};
+use crate::mma_walk::plan::MmaPlan;
+
+/// Which kernels walk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cores {
+    /// Those of [`super::walk`].
+    Hopper,
+    /// Those of [`crate::mma_walk`].
+    Mma,
+}
+
+/// The kernels that walk, and what they need to know of the device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Engine {
+    pub(crate) cores: Cores,
+    pub(crate) processors: usize,
+    /// Bytes of shared memory that a cube may use.
+    shared: usize,
+}
+
+impl Engine {
+    pub(crate) fn on(device: &Device, cores: Cores) -> Self {
+        let inner = device.clone().inner();
+        let shared = match inner.as_dispatch() {
+            DispatchDevice::Cube(device) => device.client().properties().hardware.max_shared_memory_size,
+            _ => 0,
+        };
+        Self { cores, processors: processors(device), shared }
+    }
+
+    pub(crate) fn plan(&self, roles: Roles, keys: usize, values: usize, axis: Axis) -> WalkPlan {
+        match self.cores {
+            Cores::Hopper => WalkPlan::new(roles, keys, values, axis).expect("the engine was chosen by the size"),
+            Cores::Mma => self.mma_plan(roles, keys, values, axis).walk,
+        }
+    }
+
+    /// Whether every walk, forward and backward, has a plan for the kernels of [`crate::mma_walk`].
+    pub(crate) fn takes(&self, keys: usize, values: usize, axis: Axis) -> bool {
+        let gate = |roles| Roles { borders: Borders::Write, ..roles };
+        let walks = [FORWARD, VALUES, QUERIES, KEYS, gate(QUERIES), gate(KEYS)];
+        walks.into_iter().all(|roles| MmaPlan::new(roles, keys, values, axis, self.shared).is_some())
+    }
+
+    pub(crate) fn mma_plan(&self, roles: Roles, keys: usize, values: usize, axis: Axis) -> MmaPlan {
+        MmaPlan::new(roles, keys, values, axis, self.shared).expect("the engine was chosen by the size")
+    }
+
+    /// Groups of the outer channels, each of which has its own sums of products with the outputs, or their own scales.
+    pub(crate) fn channel_groups(&self, plan: &WalkPlan) -> usize {
+        match self.cores {
+            Cores::Hopper => plan.outer_panels(),
+            Cores::Mma => {
+                let mma = self.mma_plan(plan.roles, plan.keys(), plan.values(), plan.axis);
+                mma.channel_groups()
+            }
+        }
+    }
+
+    /// Cubes that run at once.
+    pub(crate) fn cubes(&self, roles: Roles, keys: usize, values: usize, axis: Axis) -> usize {
+        match self.cores {
+            Cores::Hopper => self.processors,
+            Cores::Mma => self.processors * self.mma_plan(roles, keys, values, axis).cubes(self.shared),
+        }
+    }
+}

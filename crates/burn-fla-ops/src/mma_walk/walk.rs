@@ -1,0 +1,354 @@
+//! The walk: one cube takes one segment of one head and 64 or 128 outer channels from chunk to chunk; each of its warps has
+//! 16 or 32 rows of the transposed state in registers.
+//!
+//! The equations are those of [`crate::hopper_walk::walk`]. All products are of transposed outputs: with `S` the
+//! transposed state, `oᵀ = S (e^G q)ᵀ + vᵀ Pᵀ` and `S ← e^{G_last} S + (e^{G_last − G} v)ᵀ k`. So the state, rounded, is a
+//! left operand as it is in the registers of a warp, for its own channels of the output, and never goes to shared memory;
+//! only the scores `P` do, of which each warp computes a part for all.
+//!
+//! Queries and keys of the next step are loaded during a step; values too, or they are loaded while its scores are
+//! computed.
+
+use cubecl::prelude::*;
+use cubecl_cpp::cuda::ptx::generic_to_shared;
+
+use super::key::{finish_outputs, scale_states, scales_at, sum_of_state, write_products};
+use super::loads::{load_early, load_late};
+use super::outputs::{output_products, write_outputs};
+use super::parts::{
+    band_at, outputs_of_chunk, outputs_of_state, scale_outputs, update_state, write_decays, write_scores,
+};
+use super::plan::{LEFT, MmaPlan, RIGHT, SCORES};
+use crate::hopper_walk::key::{factors_of_span, multiply_rows};
+use crate::hopper_walk::parts::{
+    chunk_at, decay_at, load_state, multiply_border, parts_of, place, span_at, spans_of, store_state, write_border,
+};
+use crate::hopper_walk::plan::{Borders, CHUNK};
+use crate::tile::mma::{address_of_mut, commit_copies, declare, declare_fragment, exp2, unit_again, wait_copies};
+
+#[cube(launch_unchecked)]
+pub(crate) fn walk(
+    q: &[u32],
+    k: &[u32],
+    v: &[u32],
+    x: &[u32],
+    factors: &[u32],
+    rows: &mut [u32],
+    product_rows: &mut [u32],
+    product_scales: &mut [f32],
+    g: &[f32],
+    gates: &[u32],
+    vectors: &[f32],
+    vector_words: &[u32],
+    levels: &[u32],
+    table: &[i32],
+    initial: &[f32],
+    last: &mut [f32],
+    blobs: &[f32],
+    borders: &mut [u32],
+    ends: &mut [f32],
+    dots: &mut [f32],
+    heads: u32,
+    tokens: u32,
+    out_scale: f32,
+    in_factor: f32,
+    last_factor: f32,
+    #[comptime] plan: MmaPlan,
+) {
+    let shape = comptime!(plan.walk);
+    let stages = comptime!(shape.stages as u32);
+    let bands = comptime!(plan.bands);
+    let wide = comptime!(plan.wide() as u32);
+    let narrow = comptime!(plan.narrow() as u32);
+    let tiles = Shared::<[u32]>::new_aligned_slice(comptime!(plan.tile_bytes() / 4), 1024usize);
+    let mut decays = Shared::<[f32]>::new_aligned_slice(comptime!(2 * plan.decays()), 128usize);
+    let mut own = Shared::<[f32]>::new_aligned_slice(64usize, 128usize);
+    let tiles_q = generic_to_shared::<u32>(tiles.as_ptr());
+    let tiles_k = tiles_q + comptime!(stages * wide);
+    let tiles_v = tiles_k + comptime!(stages * wide);
+    let tile_x = tiles_v + comptime!(plan.value_stages as u32 * narrow);
+    let tile_f = tile_x + comptime!(shape.dots() as u32 * narrow);
+    let tile_p = tile_f + comptime!(shape.factors() as u32 * narrow);
+    let shared_g = generic_to_shared::<f32>(decays.as_ptr());
+    #[unroll]
+    for band in 0..bands {
+        declare(comptime!(plan.state(band)));
+        declare(comptime!(plan.out(band)));
+    }
+    declare(SCORES);
+    declare_fragment(LEFT);
+    declare_fragment(RIGHT);
+
+    let warp = UNIT_POS / 32u32;
+    let lane = UNIT_POS % 32u32;
+    let p = place(CUBE_POS_X, table, heads, shape);
+    #[unroll]
+    for band in 0..bands {
+        let at = band_at(&p, warp, lane, band, plan);
+        let state = comptime!(plan.state(band));
+        load_state(initial, blobs, &p, at.panel, heads, at.row, lane, at.unit, in_factor, state, shape);
+    }
+    // The step at hand: its chunk in the order of the walk, its span in it, of how many.
+    let mut step = u32::new(0);
+    let mut i = u32::new(0);
+    let mut n = u32::new(0);
+    let mut parts = u32::new(1);
+    let mut spans = u32::new(1);
+    if p.chunks > 0u32 {
+        let chunk = chunk_at(0u32, p.chunks, shape);
+        parts = parts_of(levels, &p, chunk, heads, shape);
+        spans = spans_of(&p, chunk, parts, shape);
+        let span = span_at(&p, chunk, 0u32, parts, spans, shape);
+        if comptime!(!shape.by_key()) {
+            if warp == 0u32 {
+                let low = decay_at(g, &p, chunk * comptime!(CHUNK as u32) + lane, heads, shape);
+                let high = decay_at(g, &p, chunk * comptime!(CHUNK as u32) + 32u32 + lane, heads, shape);
+                write_decays(&mut decays, 0usize, low, high, lane, out_scale, plan);
+            }
+        } else if parts > 1u32 {
+            if warp == 0u32 {
+                factors_of_span(vectors, gates, &mut decays, 0usize, &p, chunk, parts, &span, heads, lane, shape);
+            }
+        }
+        if comptime!(stages > 1) {
+            load_early(
+                tiles_q,
+                tiles_k,
+                tiles_v,
+                shared_g,
+                q,
+                k,
+                v,
+                vector_words,
+                0u32,
+                &p,
+                chunk,
+                parts,
+                &span,
+                heads,
+                plan,
+            );
+            commit_copies();
+        }
+    }
+    while i < p.chunks {
+        let chunk = chunk_at(i + 0u32, p.chunks, shape);
+        let span = span_at(&p, chunk, n + 0u32, parts + 0u32, spans + 0u32, shape);
+        let token = p.start + span.start;
+        let count = span.count;
+        let stage = step % stages;
+        let q0 = tiles_q + stage * wide;
+        let k0 = tiles_k + stage * wide;
+        let v0 = tiles_v + (step % comptime!(plan.value_stages as u32)) * narrow;
+        let g0 = ((step % 2u32) * comptime!(plan.decays() as u32)) as usize;
+        let g1 = (((step + 1u32) % 2u32) * comptime!(plan.decays() as u32)) as usize;
+        // The next step.
+        let first_span = n == 0u32;
+        let last_span = n + 1u32 == spans;
+        let next_i = i + select(last_span, 1u32, 0u32);
+        let next_n = select(last_span, 0u32, n + 1u32);
+        let follows = next_i < p.chunks;
+        let next_chunk = chunk_at(u32::min(next_i, p.chunks - 1u32), p.chunks, shape);
+        let mut next_parts = parts + 0u32;
+        let mut next_spans = spans + 0u32;
+        if comptime!(shape.by_key()) {
+            if last_span && follows {
+                next_parts = parts_of(levels, &p, next_chunk, heads, shape);
+                next_spans = spans_of(&p, next_chunk, next_parts + 0u32, shape);
+            }
+        }
+        let next_span = span_at(&p, next_chunk, next_n, next_parts + 0u32, next_spans + 0u32, shape);
+        // Its log decays by token, which are summed up at the end of this step.
+        let unit = unit_again();
+        let (warp, lane) = (unit / 32u32, unit % 32u32);
+        let sums = comptime!(!shape.by_key()) && warp == 0u32 && follows;
+        let mut next_low = f32::new(0.0);
+        let mut next_high = f32::new(0.0);
+        if sums {
+            next_low = decay_at(g, &p, next_span.start + lane, heads, shape);
+            next_high = decay_at(g, &p, next_span.start + 32u32 + lane, heads, shape);
+        }
+        if comptime!(stages > 1) {
+            wait_copies(0u32);
+            sync_cube();
+            if comptime!(plan.loads_late()) {
+                load_late(tile_x, tile_f, v0, v, x, factors, token, count, &p, heads, plan);
+                commit_copies();
+            }
+            if follows {
+                load_early(
+                    tiles_q,
+                    tiles_k,
+                    tiles_v,
+                    shared_g,
+                    q,
+                    k,
+                    v,
+                    vector_words,
+                    step + 1u32,
+                    &p,
+                    next_chunk,
+                    next_parts + 0u32,
+                    &next_span,
+                    heads,
+                    plan,
+                );
+            }
+            commit_copies();
+        } else {
+            sync_cube();
+            load_early(
+                tiles_q,
+                tiles_k,
+                tiles_v,
+                shared_g,
+                q,
+                k,
+                v,
+                vector_words,
+                step + 0u32,
+                &p,
+                chunk,
+                parts + 0u32,
+                &span,
+                heads,
+                plan,
+            );
+            load_late(tile_x, tile_f, v0, v, x, factors, token, count, &p, heads, plan);
+            commit_copies();
+            wait_copies(0u32);
+            sync_cube();
+        }
+        let unit = unit_again();
+        let (warp, lane) = (unit / 32u32, unit % 32u32);
+        write_scores(tile_p, q0, k0, &decays, g0, &mut own, warp, lane, out_scale, plan);
+        if comptime!(shape.by_key()) {
+            #[unroll]
+            for band in 0..bands {
+                let at = band_at(&p, warp, lane, band, plan);
+                let state = comptime!(plan.state(band));
+                if comptime!(shape.roles.borders == Borders::Write) {
+                    if last_span {
+                        write_border(borders, &p, chunk, at.panel, heads, at.unit, state, shape);
+                    }
+                }
+                if comptime!(shape.roles.borders == Borders::Multiply) {
+                    if first_span {
+                        multiply_rows(
+                            borders,
+                            ends,
+                            &decays,
+                            g0,
+                            &p,
+                            chunk,
+                            at.panel,
+                            heads,
+                            at.row,
+                            lane,
+                            at.unit,
+                            last_factor,
+                            state,
+                            shape,
+                        );
+                    }
+                }
+            }
+            scale_states(&decays, g0, &p, warp, lane, plan);
+        }
+        #[unroll]
+        for half in 0..comptime!(plan.halves()) {
+            let unit = unit_again();
+            let (warp, lane) = (unit / 32u32, unit % 32u32);
+            let group = p.slice * comptime!(plan.warps() as u32) + warp;
+            outputs_of_state(q0, lane, half, plan);
+            scale_outputs(&decays, g0, lane, out_scale, half, plan);
+            if comptime!(half == 0) {
+                if comptime!(!shape.by_key()) {
+                    #[unroll]
+                    for band in 0..bands {
+                        let at = band_at(&p, warp, lane, band, plan);
+                        let state = comptime!(plan.state(band));
+                        if comptime!(shape.roles.borders == Borders::Write) {
+                            write_border(borders, &p, chunk, at.panel, heads, at.unit, state, shape);
+                        }
+                        if comptime!(shape.roles.borders == Borders::Multiply) {
+                            let decay = exp2(decays[g0 + 63]) * last_factor;
+                            multiply_border(borders, ends, &p, chunk, at.panel, heads, at.unit, decay, state, shape);
+                        }
+                    }
+                }
+                if comptime!(plan.loads_late()) {
+                    wait_copies(1u32);
+                }
+                // Scores are there.
+                sync_cube();
+            }
+            if comptime!(shape.roles.borders == Borders::Multiply) {
+                // What the state alone contributes.
+                if comptime!(shape.by_key()) {
+                    if first_span {
+                        sum_of_state(ends, &p, chunk, heads, tile_x, warp, lane, half, plan);
+                    }
+                } else {
+                    let later = (comptime!(plan.channel_groups() as u32) + group) * tokens + token;
+                    output_products(tile_x, dots, later, &p, heads, warp, lane, count, half, plan);
+                }
+            }
+            let unit = unit_again();
+            let (warp, lane) = (unit / 32u32, unit % 32u32);
+            outputs_of_chunk(tile_p, v0, warp, lane, half, plan);
+            if comptime!(shape.dots()) {
+                if comptime!(shape.by_key()) {
+                    let to = address_of_mut(product_rows);
+                    let at = scales_at(&p, chunk, warp, heads, plan) + span.start % comptime!(CHUNK as u32);
+                    write_products(to, product_scales, at, tile_x, &p, token, heads, warp, lane, count, half, plan);
+                } else {
+                    let at = group * tokens + token;
+                    output_products(tile_x, dots, at, &p, heads, warp, lane, count, half, plan);
+                }
+            }
+            if comptime!(shape.factors()) {
+                finish_outputs(&own, v0, tile_f, warp, lane, half, plan);
+            }
+            let unit = unit_again();
+            let (warp, lane) = (unit / 32u32, unit % 32u32);
+            write_outputs(address_of_mut(rows), &p, token, heads, warp, lane, count, half, plan);
+        }
+        let unit = unit_again();
+        let (warp, lane) = (unit / 32u32, unit % 32u32);
+        update_state(k0, v0, &decays, g0, warp, lane, plan);
+        if comptime!(shape.by_key()) {
+            scale_states(&decays, g0 + comptime!(shape.decay_channels()), &p, warp, lane, plan);
+            if follows && next_parts > 1u32 && warp == 0u32 {
+                factors_of_span(
+                    vectors,
+                    gates,
+                    &mut decays,
+                    g1,
+                    &p,
+                    next_chunk,
+                    next_parts + 0u32,
+                    &next_span,
+                    heads,
+                    lane,
+                    shape,
+                );
+            }
+        } else if sums {
+            write_decays(&mut decays, g1, next_low + 0.0f32, next_high + 0.0f32, lane, out_scale, plan);
+        }
+        i = next_i;
+        n = next_n;
+        parts = next_parts + 0u32;
+        spans = next_spans + 0u32;
+        step += 1u32;
+    }
+    let unit = unit_again();
+    let (warp, lane) = (unit / 32u32, unit % 32u32);
+    #[unroll]
+    for band in 0..bands {
+        let at = band_at(&p, warp, lane, band, plan);
+        let state = comptime!(plan.state(band));
+        store_state(last, &p, at.panel, heads, at.row, lane, last_factor, state, shape);
+    }
+}
