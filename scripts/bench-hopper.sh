@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Times the kernels for Hopper beside PyTorch's cuBLAS on a machine with a GPU and no Rust.
 # usage: bench-hopper.sh FOLDER support | bench-hopper.sh FOLDER linear TOKENS,… NxK,… | bench-hopper.sh FOLDER OPERATOR BxTxHxKxV,…
-#   OPERATOR is retention, simple_gla or gla, or of those with portable kernels delta_rule, gated_delta_rule, kda or rwkv7.
+#   OPERATOR is retention, simple_gla or gla (with :mma on the kernels for any NVIDIA GPU since Ampere), or of those with portable kernels delta_rule, gated_delta_rule, kda or rwkv7.
 #   FOLDER holds bench-hopper.xz: `cargo build --release -p burn-fla-tests --features cuda --bin bench-hopper`, stripped.
 set -uo pipefail
 folder=$1
@@ -29,7 +29,7 @@ PYTHON
 elif [ "$1" = linear ]; then
     python3 scripts/cublas.py "$2" "$3"
 elif python3 -c 'import fla' 2>/dev/null; then
-    python3 scripts/peer.py "$1,attention" "$2"
+    python3 scripts/peer.py "${1%:mma},attention" "$2"
 else
     echo "flash-linear-attention is not installed here: nothing to compare with"
 fi
