@@ -106,7 +106,7 @@ fn kernels_take_any_inputs_and_losses() {
                 Op::Gated { .. } | Op::SwiGlu | Op::SwiGluLinear => {
                     compare(&problem, &Way { shared: true, ..way }, name, 1e-5)
                 }
-                Op::Rms { .. } | Op::LogGate { .. } | Op::Linear | Op::Rotary => {}
+                Op::Rms { .. } | Op::LogGate { .. } | Op::Linear { .. } | Op::Rotary => {}
             }
         }
     }
