@@ -18,7 +18,7 @@ const ACTIVATIONS: [Activation; 6] = [
 
 /// A single row, edges in each dimension, several narrow and wide tiles, split contractions.
 const SIZES: [[usize; 3]; 7] =
-    [[1, 8, 8], [63, 64, 72], [65, 200, 136], [131, 72, 1032], [300, 520, 264], [256, 256, 8192], [1030, 1000, 256]];
+    [[1, 8, 8], [63, 64, 72], [65, 200, 136], [131, 72, 1032], [300, 520, 72], [64, 72, 8192], [1030, 1000, 32]];
 
 /// `act(z)` and `act'(z)`.
 fn activate(z: f64, activation: Activation) -> (f64, f64) {

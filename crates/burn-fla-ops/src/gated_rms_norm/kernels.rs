@@ -94,7 +94,6 @@ fn backward_kernel<E: Float, N: Size>(
         let values = widen::<E, N>(&x_row, plan);
         let mut slopes = widen::<E, N>(&gate_row, plan);
         let mut grads = widen::<E, N>(&dy_row, plan);
-        first += row_stride(plan);
         // What the sums over the row do not change: dg but for rstd, and m = dy ∘ act(g).
         #[unroll]
         for step in 0..comptime!(plan.steps) {
@@ -179,7 +178,7 @@ impl Operator for GatedRmsNorm {
         let dy = contiguous(grads.into_iter().flatten().next().expect("the gradient of the output"));
         let [rows, dim] = x.meta.shape().dims();
         let (plan, vector) = RowPlan::new(&x, dim);
-        let cubes = plan.partials(&x, rows);
+        let cubes = plan.partials(&x, rows, true);
         let dx = alloc(&x, [rows, dim], x.dtype);
         let dg = alloc(&x, [rows, dim], x.dtype);
         let partial = if wanted[2] { alloc(&x, [cubes, dim], DType::F32) } else { unused(&x, vector) };

@@ -150,7 +150,7 @@ impl Operator for LogGate {
         let [rows, dim] = a.meta.shape().dims();
         let (plan, vector) = RowPlan::new(&a, dim);
         let bias_grad = wanted.get(1).copied().unwrap_or(false);
-        let cubes = plan.partials(&a, rows);
+        let cubes = plan.partials(&a, rows, false);
         let da = alloc(&a, [rows, dim], a.dtype);
         let partial = if bias_grad { alloc(&a, [cubes, dim], DType::F32) } else { unused(&a, vector) };
         backward_kernel::launch(

@@ -61,7 +61,7 @@ pub(super) fn column_sums(x: CubeTensor) -> CubeTensor {
     let x = contiguous(x);
     let [rows, dim] = x.meta.shape().dims();
     let (plan, vector) = RowPlan::new(&x, dim);
-    let cubes = plan.partials(&x, rows);
+    let cubes = plan.partials(&x, rows, false);
     let partial = alloc(&x, [cubes, dim], DType::F32);
     kernel::column_sums::launch(
         &x.client.clone(),

@@ -185,7 +185,7 @@ impl Operator for RmsNorm {
         let dy = contiguous(grads.into_iter().flatten().next().expect("the gradient of the output"));
         let [rows, dim] = x.meta.shape().dims();
         let (plan, vector) = RowPlan::new(&x, dim);
-        let cubes = plan.partials(&x, rows);
+        let cubes = plan.partials(&x, rows, true);
         let dx = alloc(&x, [rows, dim], x.dtype);
         let partial = if wanted[1] { alloc(&x, [cubes, dim], DType::F32) } else { unused(&x, vector) };
         backward_kernel::launch(

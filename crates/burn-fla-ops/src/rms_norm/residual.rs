@@ -177,7 +177,7 @@ impl Operator for AddRmsNorm {
         // Where it uses the norm alone, a small buffer stands for the gradient of the sum, which is not read.
         let with_ds = ds.is_some();
         let ds = ds.map_or_else(|| alloc(&sum, [vector], sum.dtype), contiguous);
-        let cubes = plan.partials(&sum, rows);
+        let cubes = plan.partials(&sum, rows, true);
         // One buffer is the gradient of both where both are of one dtype.
         let both = x.dtype != sum.dtype;
         let dr = alloc(&sum, [rows, dim], sum.dtype);

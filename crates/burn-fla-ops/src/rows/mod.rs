@@ -79,8 +79,12 @@ impl RowPlan {
 
     /// Cubes of a launch over `rows` rows in which each cube writes a partial sum over its rows: as many as run at a
     /// time, for each walks over many rows and none should be left for a second round.
-    pub(crate) fn partials(&self, like: &CubeTensor, rows: usize) -> usize {
-        rows.div_ceil(self.groups()).min(resident(like, if self.steps <= 2 { 4 } else { 2 }))
+    ///
+    /// A kernel of at most 64 registers a unit runs in four cubes a processor; what keeps `many` numbers of each element has
+    /// twice as many registers where a unit has more than two vectors.
+    pub(crate) fn partials(&self, like: &CubeTensor, rows: usize, many: bool) -> usize {
+        let each = if many && self.steps > 2 { 2 } else { 4 };
+        rows.div_ceil(self.groups()).min(resident(like, each))
     }
 
     /// Whether each unit has a vector of the row in each of its steps.

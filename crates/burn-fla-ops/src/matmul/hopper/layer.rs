@@ -126,7 +126,7 @@ fn through(
 ) -> (CubeTensor, Option<CubeTensor>) {
     let [rows, columns] = dy.meta.shape().dims();
     let (plan, vector) = RowPlan::new(dy, columns);
-    let cubes = plan.partials(dy, rows);
+    let cubes = plan.partials(dy, rows, false);
     let dz = alloc(dy, [rows, columns], DType::BF16);
     let partial = if bias_grad { alloc(dy, [cubes, columns], DType::F32) } else { unused(dy, vector) };
     epilogue::backward_kernel::launch(
