@@ -111,8 +111,9 @@ fn layers_with_an_epilogue_equal_f64() {
             for (turn, (bias, residual)) in
                 [(true, false), (false, true), (true, true), (false, false)].into_iter().enumerate()
             {
-                // One size takes all, the others take turns: each is a kernel of its own.
-                if sizes != [65, 200, 136] && (at + number + turn) % 4 != 0 {
+                // One size takes most, the others take turns: each is a kernel of its own, which takes a second to compile.
+                let most = sizes == [65, 200, 136] && turn % 2 == 0;
+                if !most && (at + number + turn) % 8 != 0 {
                     continue;
                 }
                 let found = problem.found(&device, activation, bias, residual);

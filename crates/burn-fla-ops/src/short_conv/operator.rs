@@ -4,6 +4,7 @@ use burn::tensor::{DType, Int, Shape, Tensor, TensorData};
 use cubecl::prelude::{CubeCount, CubeDim};
 
 use super::kernels::{self, ConvPlan, RUN_WORDS};
+use super::step::Step;
 use crate::CuSeqlens;
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous, storage, zeros};
 use crate::rows::{MAX_CUBES, UNITS, address, approximates, grid, resident, sum_rows, unused, vector_size};
@@ -181,65 +182,6 @@ impl Operator for ShortConv {
             found.push(wanted[2].then(|| sum_rows(&partial, dim * plan.taps, [dim])));
         }
         found
-    }
-}
-
-/// One token of each sequence, without gradients. Inputs: `x` `[N, D]`, `weight` `[D, W]`, the history `[N, D, W]`, with
-/// `bias` also `[D]`. Outputs: `y` as `x`, the cache as the history.
-#[derive(Clone, Debug)]
-struct Step {
-    silu: bool,
-    bias: bool,
-}
-
-impl Operator for Step {
-    fn name(&self) -> &'static str {
-        "short_conv_step"
-    }
-
-    fn outputs(&self, inputs: &[TensorSpec]) -> Vec<TensorSpec> {
-        vec![inputs[0].clone(), inputs[2].clone()]
-    }
-
-    fn forward(&self, inputs: Vec<CubeTensor>, _: Vec<CubeTensor>, _: bool) -> Vec<CubeTensor> {
-        let mut inputs = inputs.into_iter().map(contiguous);
-        let mut next = || inputs.next().expect("three inputs");
-        let (x, weight, history) = (next(), next(), next());
-        let bias = inputs.next().unwrap_or_else(|| unused(&x, 1));
-        let [sequences, dim] = x.meta.shape().dims();
-        let [_, taps] = weight.meta.shape().dims();
-        let y = alloc(&x, [sequences, dim], x.dtype);
-        let cache = alloc(&x, [sequences, dim, taps], x.dtype);
-        kernels::step_kernel::launch(
-            &x.client.clone(),
-            grid((sequences * dim).div_ceil(UNITS)),
-            CubeDim::new_1d(UNITS as u32),
-            address(&[&x, &cache]),
-            x.clone().into_tensor_arg(),
-            weight.into_tensor_arg(),
-            bias.into_tensor_arg(),
-            history.into_tensor_arg(),
-            y.clone().into_tensor_arg(),
-            cache.clone().into_tensor_arg(),
-            (sequences * dim) as u32,
-            dim,
-            taps,
-            self.silu,
-            self.bias,
-            storage(x.dtype),
-        );
-        vec![y, cache]
-    }
-
-    fn backward(
-        &self,
-        _: Vec<CubeTensor>,
-        _: Vec<CubeTensor>,
-        _: Vec<CubeTensor>,
-        _: Vec<Option<CubeTensor>>,
-        _: &[bool],
-    ) -> Vec<Option<CubeTensor>> {
-        unreachable!("the step takes untracked tensors only")
     }
 }
 

@@ -360,7 +360,7 @@ pub(super) fn sum_splits<E: Float, N: Size>(
     biases: &Sequence<OwnedTensor<Vector<f32, N>>>,
     residuals: &Sequence<OwnedTensor<Vector<E, N>>>,
     #[comptime] plan: Plan,
-    #[define(E)] _out: ElemType,
+    #[define(E)] _element: ElemType,
 ) {
     let at = CUBE_POS_X as usize * CUBE_DIM as usize + UNIT_POS as usize;
     let epilogue = comptime!(plan.epilogue);
