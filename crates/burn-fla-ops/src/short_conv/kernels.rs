@@ -5,10 +5,11 @@
 //! run begins). Nothing is saved besides the inputs: backward makes `z` again. It walks `W − 1` tokens past the end of
 //! its run, because `dx_t = Σ_j w_j ∘ dz_{t+W−1−j}`.
 //!
-//! Tried at 256 MiB a tensor, 4 taps, on an H200 (copy: 4.1 TB/s), forward and backward in ms: token by token on an H100
-//! 0.279 and 0.613; batches of 4 that are loaded ahead 0.163 and 0.328, of 8 0.150 and 0.340; sigmoids of approximate
-//! instructions and loads under a condition 0.163 and 0.294 for batches of 4, 0.165 and 0.377 for 8 (their registers leave
-//! room for half as many units), runs of 128 tokens instead of 64 0.164 and 0.283.
+//! Tried at 256 MiB a tensor, 4 taps, on an H200 (copy: 4.1 TB/s), forward and backward in ms (token by token: 0.279 and
+//! 0.613 on an H100). With sigmoids of plain instructions and batches that are loaded ahead: 0.163 and 0.328 for batches
+//! of 4, 0.150 and 0.340 of 8 (runs of 64 tokens), 0.314 backward for runs of 128. With sigmoids of approximate
+//! instructions and loads under a condition: 0.163 and 0.294 for batches of 4, 0.165 and 0.377 of 8, whose registers leave
+//! room for half as many units. What is here: 0.164 and 0.270.
 
 use cubecl::prelude::*;
 
