@@ -4,6 +4,8 @@
 
 #[path = "hopper/delta.rs"]
 mod delta;
+#[path = "hopper/epilogue.rs"]
+mod epilogue;
 #[path = "hopper/linear.rs"]
 mod linear;
 #[path = "hopper/mma.rs"]

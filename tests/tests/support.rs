@@ -15,7 +15,7 @@ use burn_fla_ops::{
     short_conv, swiglu,
 };
 use burn_fla_tests::{assert_close, kernel_devices, numbers, ratio, reference_device, tensor, uniform};
-use problem::{EPS, Op, Way, compare, loss_of, problems, run, values};
+use problem::{EPS, Op, Problem, Way, compare, loss_of, problems, run, values};
 
 #[test]
 fn kernel_devices_have_kernels() {
@@ -76,6 +76,23 @@ fn kernels_are_the_reference_at_odd_sizes() {
     }
 }
 
+/// More rows than cubes have at a time: each walks over several, and some end before others.
+#[test]
+fn cubes_walk_over_many_rows() {
+    for (name, device) in kernel_devices() {
+        for problem in problems([1, 1700, 516], 4) {
+            let walks = matches!(problem.op, Op::Rms { .. } | Op::AddRms | Op::Gated { .. } | Op::LogGate { .. });
+            if walks || matches!(problem.op, Op::Linear { residual: false, .. }) {
+                compare(&problem, &Way::new(&device, DType::F32), name, 1e-5);
+            }
+        }
+        // A convolution whose units walk over several runs.
+        let conv = Op::Conv { silu: true, bias: true, initial: false, packed: None };
+        let problem = Problem { op: conv, shape: [1, 2100, 4096], taps: 4 };
+        compare(&problem, &Way::new(&device, DType::F32), name, 1e-5);
+    }
+}
+
 #[test]
 fn kernels_take_any_inputs_and_losses() {
     for (name, device) in kernel_devices() {
@@ -106,7 +123,7 @@ fn kernels_take_any_inputs_and_losses() {
                 Op::Gated { .. } | Op::SwiGlu | Op::SwiGluLinear => {
                     compare(&problem, &Way { shared: true, ..way }, name, 1e-5)
                 }
-                Op::Rms { .. } | Op::LogGate { .. } | Op::Linear | Op::Rotary => {}
+                Op::Rms { .. } | Op::LogGate { .. } | Op::Linear { .. } | Op::Rotary => {}
             }
         }
     }

@@ -93,7 +93,7 @@ pub use linear_attn::linear_attn;
 pub use linear_cross_entropy::{CrossEntropyOptions, linear_cross_entropy};
 pub use log_gate::log_gate;
 pub use logcumsumexp::logcumsumexp;
-pub use matmul::{linear, linears, matmul};
+pub use matmul::{Activation, Epilogue, linear, linear_with, linears, matmul};
 pub use mesa_net::{MesaOptions, MesaState, mesa_net};
 pub use nsa::{NsaOptions, nsa};
 pub use options::{Engine, ScanOptions, SequenceOptions};

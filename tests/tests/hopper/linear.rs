@@ -8,7 +8,7 @@ use burn_fla_tests::{assert_close, numbers, reference_device, tensor, uniform};
 use super::hopper;
 
 /// bf16 numbers, as f64.
-fn rounded(seed: u64, count: usize) -> Vec<f64> {
+pub(super) fn rounded(seed: u64, count: usize) -> Vec<f64> {
     let x: Tensor<1> = tensor(&uniform(seed, count, (-1.0, 1.0)), [count], &reference_device(), DType::BF16);
     numbers(x)
 }

@@ -3,8 +3,8 @@
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_fla_ops::bridge::poison_outputs;
 use burn_fla_ops::{
-    CuSeqlens, Engine, GateActivation, ShortConvOptions, add_rms_norm, gated_rms_norm, linear, log_gate, rms_norm,
-    rotary, short_conv, swiglu, swiglu_linear,
+    Activation, CuSeqlens, Engine, Epilogue, GateActivation, ShortConvOptions, add_rms_norm, gated_rms_norm,
+    linear_with, log_gate, rms_norm, rotary, short_conv, swiglu, swiglu_linear,
 };
 use burn_fla_tests::{assert_close, numbers, reference_device, tensor, uniform};
 
@@ -21,7 +21,7 @@ pub enum Op {
     SwiGlu,
     SwiGluLinear,
     LogGate { bias: bool },
-    Linear,
+    Linear { activation: Activation, residual: bool },
     Conv { silu: bool, bias: bool, initial: bool, packed: Option<Vec<usize>> },
     Rotary,
 }
@@ -61,7 +61,11 @@ impl Problem {
             Op::SwiGlu => vec![x, x],
             Op::SwiGluLinear => vec![x, x, parameter([1, OUT, d])],
             Op::LogGate { bias } => [vec![x], vec![w; usize::from(*bias)]].concat(),
-            Op::Linear => vec![x, parameter([1, OUT, d]), parameter([1, 1, OUT])],
+            Op::Linear { residual, .. } => {
+                let [_, t, _] = self.shape;
+                let residual = vec![activation([b, t, OUT]); usize::from(*residual)];
+                [vec![x, parameter([1, OUT, d]), parameter([1, 1, OUT])], residual].concat()
+            }
             Op::Conv { bias, initial, packed, .. } => {
                 let n = packed.as_ref().map_or(b, |offsets| offsets.len() - 1);
                 let mut inputs = vec![x, parameter([1, d, self.taps])];
@@ -99,9 +103,10 @@ impl Problem {
                 let x = next();
                 vec![log_gate(x, bias.then(|| next().reshape([d])), 16.0, engine).unwrap()]
             }
-            Op::Linear => {
-                let (x, weight, bias) = (next(), next().reshape([OUT, d]), next().reshape([OUT]));
-                vec![linear(x, weight, Some(bias)).unwrap()]
+            Op::Linear { activation, residual } => {
+                let (x, weight, bias) = (next(), next().reshape([OUT, d]), Some(next().reshape([OUT])));
+                let epilogue = Epilogue { bias, activation: *activation, residual: residual.then(next) };
+                vec![linear_with(x, weight, epilogue).unwrap()]
             }
             Op::Conv { silu, bias, initial, packed } => {
                 let (x, weight) = (next(), next().reshape([d, self.taps]));
@@ -233,7 +238,10 @@ pub fn problems(shape: [usize; 3], taps: usize) -> Vec<Problem> {
         Op::SwiGluLinear,
         Op::LogGate { bias: true },
         Op::LogGate { bias: false },
-        Op::Linear,
+        Op::Linear { activation: Activation::Identity, residual: false },
+        Op::Linear { activation: Activation::Identity, residual: true },
+        Op::Linear { activation: Activation::Silu, residual: false },
+        Op::Linear { activation: Activation::ReluSquared, residual: true },
         Op::Conv { silu: true, bias: false, initial: false, packed: None },
         Op::Conv { silu: false, bias: true, initial: true, packed: None },
         Op::Conv { silu: true, bias: true, initial: false, packed: None },

@@ -2,8 +2,8 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{Tensor, activation};
-use burn_fla_ops as ops;
+use burn::tensor::Tensor;
+use burn_fla_ops::{self as ops, Activation};
 
 use super::state::in_window;
 use super::{ForgettingState, KeyValueState, SequenceContext, check_groups};
@@ -158,7 +158,7 @@ impl ForgettingAttention {
         options.log_forget = Some(log_forget.clone());
         let o = merge_heads(ops::attention(q, k.clone(), v.clone(), options)?);
         let o = match &self.g_proj {
-            Some(gate) => activation::sigmoid(gate.forward(x)?) * o,
+            Some(gate) => gate.activated(x, Activation::Sigmoid)? * o,
             None => o,
         };
         let state = KeyValueState::keep(k, v, self.window_size, context)

@@ -2,8 +2,8 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{Tensor, activation};
-use burn_fla_ops::{self as ops, NsaOptions, OpError};
+use burn::tensor::Tensor;
+use burn_fla_ops::{self as ops, Activation, NsaOptions, OpError};
 
 use super::{KeyValueState, SequenceContext, check_groups};
 use crate::models::{CommonConfig, Fields};
@@ -152,7 +152,7 @@ impl NativeSparseAttention {
         let q = rotate(q, self.num_heads)?;
         let k = rotate(k, self.num_kv_heads)?;
         let v = split_heads(v, self.num_kv_heads);
-        let gates = split_heads(activation::sigmoid(self.g_proj.forward(x)?), self.num_heads);
+        let gates = split_heads(self.g_proj.activated(x, Activation::Sigmoid)?, self.num_heads);
         let gates = [0, 1, 2].map(|branch| gates.clone().narrow(3, branch, 1).squeeze_dim::<3>(3));
         let (k, v) = KeyValueState::extend(past, k, v);
         let options = NsaOptions {

@@ -2,8 +2,8 @@
 
 use burn::config::Config;
 use burn::module::{Module, Param};
-use burn::tensor::{DType, Tensor, activation};
-use burn_fla_ops::{self as ops, SequenceOptions};
+use burn::tensor::{DType, Tensor};
+use burn_fla_ops::{self as ops, Activation, SequenceOptions};
 
 use super::{MixerDims, SequenceContext, ShiftState};
 use crate::models::{CommonConfig, Fields};
@@ -177,7 +177,7 @@ impl Rwkv6 {
         let log_decay = self.w_proj.linear.forward(w)?.cast(DType::F32).clamp_max(STRONGEST).exp().neg();
         let k = heads(self.k_proj.linear.forward(k)?);
         let v = heads(self.v_proj.linear.forward(v)?);
-        let gate = activation::silu(heads(self.g_proj.linear.forward(g)?));
+        let gate = heads(self.g_proj.linear.activated(g, Activation::Silu)?);
         let options = SequenceOptions { scale: Some(1.0), ..context.options(state) };
         let (o, state) = ops::rwkv6(r, k, v, heads(log_decay), self.bonus.val(), options)?;
         let y = self.o_proj.forward(merge_heads(self.g_norm.forward(o)? * gate))?;
@@ -186,7 +186,7 @@ impl Rwkv6 {
 
     /// The inputs of r, w, k, v and g: x + δ ⊙ (W₂ tanh(W₀ (x + δ ⊙ μ)) + bias), each with its own part of W₀ and W₂.
     fn mixes(&self, x: &Tensor<3>, delta: &Tensor<3>) -> Result<[Tensor<3>; MIXES], NnError> {
-        let low = self.x_proj._0.forward(x, delta)?.tanh();
+        let low = self.x_proj._0.activated(x, delta, Activation::Tanh)?;
         let up = self.x_proj._2.weight.val().cast(x.dtype());
         let rank = up.dims()[1] / MIXES;
         let mix = |n: usize| -> Result<Tensor<3>, NnError> {

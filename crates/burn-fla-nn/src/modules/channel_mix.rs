@@ -1,9 +1,10 @@
 //! The feed-forward networks of RWKV: each token is mixed with the one before it.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Tensor, activation};
+use burn::tensor::Tensor;
+use burn_fla_ops::Activation;
 
-use super::{FeatureMap, Linear};
+use super::Linear;
 use crate::layers::SequenceContext;
 use crate::{Init, NnError, ParamScope};
 
@@ -34,7 +35,18 @@ impl LerpLinear {
     /// # Errors
     /// Shapes that do not fit.
     pub fn forward(&self, x: &Tensor<3>, delta: &Tensor<3>) -> Result<Tensor<3>, NnError> {
-        self.linear.forward(lerp(x, delta, self.mu.val().unsqueeze()))
+        self.activated(x, delta, Activation::Identity)
+    }
+
+    /// act(y).
+    ///
+    /// # Shapes
+    /// As [`LerpLinear::forward`].
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn activated(&self, x: &Tensor<3>, delta: &Tensor<3>, activation: Activation) -> Result<Tensor<3>, NnError> {
+        self.linear.activated(lerp(x, delta, self.mu.val().unsqueeze()), activation)
     }
 }
 
@@ -74,8 +86,8 @@ impl Rwkv6ChannelMix {
         context: &SequenceContext,
     ) -> Result<(Tensor<3>, Tensor<2>), NnError> {
         let (delta, last) = context.token_shift(x.clone(), past)?;
-        let key = FeatureMap::SqRelu.apply(self.key.forward(&x, &delta)?);
-        let receptance = activation::sigmoid(self.receptance.forward(&x, &delta)?);
+        let key = self.key.activated(&x, &delta, Activation::ReluSquared)?;
+        let receptance = self.receptance.activated(&x, &delta, Activation::Sigmoid)?;
         Ok((receptance * self.value.forward(key)?, last))
     }
 }
@@ -119,7 +131,8 @@ impl Rwkv7ChannelMix {
         context: &SequenceContext,
     ) -> Result<(Tensor<3>, Tensor<2>), NnError> {
         let (delta, last) = context.token_shift(x.clone(), past)?;
-        let key = self.key.forward(lerp(&x, &delta, self.x_k.val().unsqueeze()))?;
-        Ok((self.value.forward(FeatureMap::SqRelu.apply(key))?, last))
+        let mixed = lerp(&x, &delta, self.x_k.val().unsqueeze());
+        let key = self.key.activated(mixed, Activation::ReluSquared)?;
+        Ok((self.value.forward(key)?, last))
     }
 }

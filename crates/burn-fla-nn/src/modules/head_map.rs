@@ -2,6 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{DType, Tensor, activation};
+use burn_fla_ops::Activation;
 use serde::{Deserialize, Serialize};
 
 use super::Linear;
@@ -144,7 +145,7 @@ impl LearnedMap {
     pub fn forward(&self, x: Tensor<4>) -> Result<Tensor<4>, NnError> {
         Ok(match self {
             Self::Product(maps) => maps.layer1.forward(x.clone())? * maps.layer2.forward(x)?,
-            Self::T2r(map) => activation::relu(map.layer.forward(x)?),
+            Self::T2r(map) => map.layer.activated(x, Activation::Relu)?,
             Self::Hedgehog(map) => {
                 let dtype = x.dtype();
                 let y = map.layer.forward(x)?.cast(DType::F32).mul_scalar(2.0);

@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor};
-use burn_fla_ops as ops;
+use burn_fla_ops::{self as ops, Activation, Epilogue};
 
 use crate::{Init, NnError, ParamScope};
 
@@ -44,6 +44,18 @@ impl Linear {
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Result<Tensor<D>, NnError> {
         let (weight, bias) = self.for_input(x.dtype());
         Ok(ops::linear(x, weight, bias)?)
+    }
+
+    /// act(x Wᵀ + b), which on a Hopper GPU is one kernel.
+    ///
+    /// # Shapes
+    /// As [`Linear::forward`].
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn activated<const D: usize>(&self, x: Tensor<D>, activation: Activation) -> Result<Tensor<D>, NnError> {
+        let (weight, bias) = self.for_input(x.dtype());
+        Ok(ops::linear_with(x, weight, Epilogue { bias, activation, residual: None })?)
     }
 
     /// W and b as they stand beside an input of `dtype`: with bf16 they stay f32, and W is rounded once for both directions.

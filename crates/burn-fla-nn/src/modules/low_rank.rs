@@ -1,7 +1,8 @@
 //! A map through a few features.
 
 use burn::module::Module;
-use burn::tensor::{Tensor, activation};
+use burn::tensor::Tensor;
+use burn_fla_ops::Activation;
 
 use super::Linear;
 use crate::{Init, NnError, ParamScope};
@@ -62,11 +63,11 @@ impl LowRank {
     /// # Errors
     /// Shapes that do not fit.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Result<Tensor<D>, NnError> {
-        let low = self.lora._0.forward(x)?;
-        self.lora._2.forward(match self.between {
-            Between::Nothing => low,
-            Between::Tanh => low.tanh(),
-            Between::Sigmoid => activation::sigmoid(low),
-        })
+        let between = match self.between {
+            Between::Nothing => Activation::Identity,
+            Between::Tanh => Activation::Tanh,
+            Between::Sigmoid => Activation::Sigmoid,
+        };
+        self.lora._2.forward(self.lora._0.activated(x, between)?)
     }
 }

@@ -37,7 +37,7 @@ pub(super) fn squares<N: Size>(
             }
         }
     }
-    let total = row_sum::<Const<1>>(Vector::new(sum.vector_sum()), &mut shared, plan);
+    let total = row_sum::<Const<1>>(Vector::new(sum.vector_sum()), &mut shared, 0usize, plan);
     if UNIT_POS == 0 {
         let at = first as usize + CUBE_POS_Y as usize * CUBE_COUNT_X as usize + CUBE_POS_X as usize;
         partial[at] = total.extract(0usize);
@@ -68,7 +68,7 @@ pub(super) fn factors(
         sum += partial[at];
         at += comptime!(UNITS);
     }
-    let total = row_sum::<Const<1>>(Vector::new(sum), &mut shared, plan).extract(0usize);
+    let total = row_sum::<Const<1>>(Vector::new(sum), &mut shared, 0usize, plan).extract(0usize);
     if UNIT_POS == 0 {
         let n = total.sqrt();
         norm[0] = n;

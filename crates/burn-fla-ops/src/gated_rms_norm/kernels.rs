@@ -7,19 +7,23 @@ use cubecl::prelude::*;
 
 use super::GateActivation;
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, storage};
-use crate::rows::{RowPlan, UNITS, address, grid, pair, row_sum, sigmoid, store_partial, sum_rows, unused};
+use crate::rms_norm::kernels::{gradient_factors, inverse_rms};
+use crate::rows::{
+    RowPlan, SHARED, UNITS, address, first_row, grid, group, load, row_stride, sigmoid, store, store_partial, sum_rows,
+    unused, widen, zeros,
+};
 
 /// `act(g)`.
 #[cube]
-fn open<N: Size>(gate: Vector<f32, N>, #[comptime] act: GateActivation) -> Vector<f32, N> {
-    let s = sigmoid::<N>(gate);
+fn open<N: Size>(gate: Vector<f32, N>, #[comptime] act: GateActivation, #[comptime] plan: RowPlan) -> Vector<f32, N> {
+    let s = sigmoid::<N>(gate, plan.approximate);
     if comptime!(act == GateActivation::Silu) { gate * s } else { s }
 }
 
 /// `act'(g)`.
 #[cube]
-fn slope<N: Size>(gate: Vector<f32, N>, #[comptime] act: GateActivation) -> Vector<f32, N> {
-    let s = sigmoid::<N>(gate);
+fn slope<N: Size>(gate: Vector<f32, N>, #[comptime] act: GateActivation, #[comptime] plan: RowPlan) -> Vector<f32, N> {
+    let s = sigmoid::<N>(gate, plan.approximate);
     let one = Vector::<f32, N>::new(1.0f32);
     if comptime!(act == GateActivation::Silu) { s * (one + gate * (one - s)) } else { s * (one - s) }
 }
@@ -37,38 +41,25 @@ fn forward_kernel<E: Float, N: Size>(
     #[comptime] act: GateActivation,
     #[define(E)] _element: ElemType,
 ) {
-    let mut shared = Shared::<[Vector<f32, Const<1>>]>::new_slice(comptime!(UNITS));
-    let lane = UNIT_POS as usize % comptime!(plan.lanes);
-    let group = UNIT_POS as usize / comptime!(plan.lanes);
-    let mut first = CUBE_POS_X as usize * comptime!(plan.groups());
-    while first < rows as usize {
-        let row = first + group;
-        let live = row < rows as usize;
-        let start = row * comptime!(plan.width);
-        let mut kept = Array::<Vector<f32, N>>::new(comptime!(plan.steps));
-        let mut squares = Vector::<f32, N>::new(0.0f32);
+    let mut shared = Shared::<[Vector<f32, Const<1>>]>::new_slice(comptime!(SHARED));
+    let rows = rows as usize;
+    let mut turn = 0usize;
+    let mut first = first_row(plan);
+    while first < rows {
+        let row = first + group(plan);
+        let x_row = load::<E, N>(x, row, rows, plan);
+        let gates = load::<E, N>(gate, row, rows, plan);
+        let weights = load::<f32, N>(weight, 0usize, 1usize, plan);
+        let mut values = widen::<E, N>(&x_row, plan);
+        let gates = widen::<E, N>(&gates, plan);
+        let rstd = inverse_rms::<N>(&values, &mut shared, turn, eps, plan, dim);
         #[unroll]
         for step in 0..comptime!(plan.steps) {
-            let column = lane + step * comptime!(plan.lanes);
-            kept[step] = Vector::<f32, N>::new(0.0f32);
-            if live && column < comptime!(plan.width) {
-                let value = Vector::<f32, N>::cast_from(x[start + column]);
-                kept[step] = value;
-                squares += value * value;
-            }
+            values[step] = values[step] * Vector::new(rstd) * weights[step] * open::<N>(gates[step], act, plan);
         }
-        let total = row_sum::<Const<1>>(Vector::new(squares.vector_sum()), &mut shared, plan);
-        let rstd = f32::inverse_sqrt(total.extract(0usize) / comptime!(dim as f32) + eps);
-        #[unroll]
-        for step in 0..comptime!(plan.steps) {
-            let column = lane + step * comptime!(plan.lanes);
-            if live && column < comptime!(plan.width) {
-                let at = start + column;
-                let open = open::<N>(Vector::cast_from(gate[at]), act);
-                y[at] = Vector::cast_from(kept[step] * Vector::new(rstd) * weight[column] * open);
-            }
-        }
-        first += CUBE_COUNT_X as usize * comptime!(plan.groups());
+        store::<E, N>(&values, y, row, rows, plan);
+        turn = 1 - turn;
+        first += row_stride(plan);
     }
 }
 
@@ -89,63 +80,43 @@ fn backward_kernel<E: Float, N: Size>(
     #[comptime] weight_grad: bool,
     #[define(E)] _element: ElemType,
 ) {
-    let mut shared = Shared::<[Vector<f32, Const<2>>]>::new_slice(comptime!(UNITS));
-    let lane = UNIT_POS as usize % comptime!(plan.lanes);
-    let group = UNIT_POS as usize / comptime!(plan.lanes);
-    let mut dw = Array::<Vector<f32, N>>::new(comptime!(plan.steps));
-    #[unroll]
-    for step in 0..comptime!(plan.steps) {
-        dw[step] = Vector::<f32, N>::new(0.0f32);
-    }
-    let mut first = CUBE_POS_X as usize * comptime!(plan.groups());
-    while first < rows as usize {
-        let row = first + group;
-        let live = row < rows as usize;
-        let start = row * comptime!(plan.width);
-        let mut kept = Array::<Vector<f32, N>>::new(comptime!(plan.steps));
-        let mut grads = Array::<Vector<f32, N>>::new(comptime!(plan.steps));
-        let mut squares = Vector::<f32, N>::new(0.0f32);
-        let mut products = Vector::<f32, N>::new(0.0f32);
+    let mut shared = Shared::<[Vector<f32, Const<2>>]>::new_slice(comptime!(SHARED));
+    let rows = rows as usize;
+    let weights = load::<f32, N>(weight, 0usize, 1usize, plan);
+    let mut dw = zeros::<N>(plan);
+    let mut turn = 0usize;
+    let mut first = first_row(plan);
+    while first < rows {
+        let row = first + group(plan);
+        let x_row = load::<E, N>(x, row, rows, plan);
+        let gate_row = load::<E, N>(gate, row, rows, plan);
+        let dy_row = load::<E, N>(dy, row, rows, plan);
+        let values = widen::<E, N>(&x_row, plan);
+        let mut slopes = widen::<E, N>(&gate_row, plan);
+        let mut grads = widen::<E, N>(&dy_row, plan);
+        // What the sums over the row do not change: dg but for rstd, and m = dy ∘ act(g).
         #[unroll]
         for step in 0..comptime!(plan.steps) {
-            let column = lane + step * comptime!(plan.lanes);
-            kept[step] = Vector::<f32, N>::new(0.0f32);
-            grads[step] = Vector::<f32, N>::new(0.0f32);
-            if live && column < comptime!(plan.width) {
-                let at = start + column;
-                let value = Vector::<f32, N>::cast_from(x[at]);
-                let grad = Vector::<f32, N>::cast_from(dy[at]);
-                let open = open::<N>(Vector::cast_from(gate[at]), act);
-                kept[step] = value;
-                grads[step] = grad;
-                squares += value * value;
-                products += value * grad * open * weight[column];
-            }
+            let gate = slopes[step];
+            slopes[step] = grads[step] * values[step] * weights[step] * slope::<N>(gate, act, plan);
+            grads[step] *= open::<N>(gate, act, plan);
         }
-        let sums = pair(squares.vector_sum(), products.vector_sum());
-        let sums = row_sum::<Const<2>>(sums, &mut shared, plan);
-        let rstd = f32::inverse_sqrt(sums.extract(0usize) / comptime!(dim as f32) + eps);
-        let along = rstd * rstd * sums.extract(1usize) / comptime!(dim as f32);
+        let live = row < rows;
+        let factors = gradient_factors::<N>(&values, &grads, &weights, &mut shared, turn, live, eps, plan, dim);
+        let rstd = Vector::<f32, N>::new(factors.extract(0usize));
+        let along = Vector::<f32, N>::new(factors.extract(1usize));
         #[unroll]
         for step in 0..comptime!(plan.steps) {
-            let column = lane + step * comptime!(plan.lanes);
-            if live && column < comptime!(plan.width) {
-                let at = start + column;
-                let value = kept[step];
-                let grad = grads[step];
-                let scaled = weight[column];
-                let door = Vector::<f32, N>::cast_from(gate[at]);
-                let normed = value * Vector::new(rstd);
-                let through = grad * open::<N>(door, act);
-                let inner = through * scaled - value * Vector::new(along);
-                dx[at] = Vector::cast_from(inner * Vector::new(rstd));
-                dg[at] = Vector::cast_from(grad * normed * scaled * slope::<N>(door, act));
-                if comptime!(weight_grad) {
-                    dw[step] += through * normed;
-                }
+            if comptime!(weight_grad) {
+                dw[step] += grads[step] * (values[step] * rstd);
             }
+            grads[step] = (grads[step] * weights[step] - values[step] * along) * rstd;
+            slopes[step] *= rstd;
         }
-        first += CUBE_COUNT_X as usize * comptime!(plan.groups());
+        store::<E, N>(&grads, dx, row, rows, plan);
+        store::<E, N>(&slopes, dg, row, rows, plan);
+        turn = 1 - turn;
+        first += row_stride(plan);
     }
     if comptime!(weight_grad) {
         store_partial::<N>(&dw, partial, plan);
@@ -207,7 +178,7 @@ impl Operator for GatedRmsNorm {
         let dy = contiguous(grads.into_iter().flatten().next().expect("the gradient of the output"));
         let [rows, dim] = x.meta.shape().dims();
         let (plan, vector) = RowPlan::new(&x, dim);
-        let cubes = plan.partials(rows);
+        let cubes = plan.partials(&x, rows, true);
         let dx = alloc(&x, [rows, dim], x.dtype);
         let dg = alloc(&x, [rows, dim], x.dtype);
         let partial = if wanted[2] { alloc(&x, [cubes, dim], DType::F32) } else { unused(&x, vector) };

@@ -4,7 +4,10 @@ use burn::tensor::DType;
 use cubecl::prelude::*;
 
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, storage};
-use crate::rows::{RowPlan, UNITS, address, grid, sigmoid, store_partial, sum_rows, unused};
+use crate::rows::{
+    RowPlan, UNITS, address, first_row, grid, group, load, row_stride, sigmoid, store, store_partial, sum_rows, unused,
+    widen, zeros,
+};
 
 #[cube(launch, address_type = "dynamic")]
 fn forward_kernel<E: Float, N: Size>(
@@ -18,24 +21,24 @@ fn forward_kernel<E: Float, N: Size>(
     #[define(E)] _element: ElemType,
 ) {
     let zero = Vector::<f32, N>::new(0.0f32);
-    let lane = UNIT_POS as usize % comptime!(plan.lanes);
-    let group = UNIT_POS as usize / comptime!(plan.lanes);
-    let mut row = CUBE_POS_X as usize * comptime!(plan.groups()) + group;
-    while row < rows as usize {
-        #[unroll]
-        for step in 0..comptime!(plan.steps) {
-            let column = lane + step * comptime!(plan.lanes);
-            if column < comptime!(plan.width) {
-                let at = row * comptime!(plan.width) + column;
-                let mut x = Vector::<f32, N>::cast_from(a[at]);
-                if comptime!(has_bias) {
-                    x += bias[column];
-                }
-                let tail = (zero - x.abs()).exp().log1p();
-                g[at] = (min(x, zero) - tail) * Vector::new(factor);
+    let rows = rows as usize;
+    let mut row = first_row(plan) + group(plan);
+    while row < rows {
+        let mut values = widen::<E, N>(&load::<E, N>(a, row, rows, plan), plan);
+        if comptime!(has_bias) {
+            let biases = load::<f32, N>(bias, 0usize, 1usize, plan);
+            #[unroll]
+            for step in 0..comptime!(plan.steps) {
+                values[step] += biases[step];
             }
         }
-        row += CUBE_COUNT_X as usize * comptime!(plan.groups());
+        #[unroll]
+        for step in 0..comptime!(plan.steps) {
+            let tail = (zero - values[step].abs()).exp().log1p();
+            values[step] = (min(values[step], zero) - tail) * Vector::new(factor);
+        }
+        store::<f32, N>(&values, g, row, rows, plan);
+        row += row_stride(plan);
     }
 }
 
@@ -54,32 +57,26 @@ fn backward_kernel<E: Float, N: Size>(
     #[define(E)] _element: ElemType,
 ) {
     let zero = Vector::<f32, N>::new(0.0f32);
-    let lane = UNIT_POS as usize % comptime!(plan.lanes);
-    let group = UNIT_POS as usize / comptime!(plan.lanes);
-    let mut sums = Array::<Vector<f32, N>>::new(comptime!(plan.steps));
-    #[unroll]
-    for step in 0..comptime!(plan.steps) {
-        sums[step] = zero;
+    let rows = rows as usize;
+    let mut biases = zeros::<N>(plan);
+    if comptime!(has_bias) {
+        biases = load::<f32, N>(bias, 0usize, 1usize, plan);
     }
-    let mut row = CUBE_POS_X as usize * comptime!(plan.groups()) + group;
-    while row < rows as usize {
+    let mut sums = zeros::<N>(plan);
+    let mut row = first_row(plan) + group(plan);
+    while row < rows {
+        let a_row = load::<E, N>(a, row, rows, plan);
+        let mut grads = widen::<f32, N>(&load::<f32, N>(dg, row, rows, plan), plan);
+        let values = widen::<E, N>(&a_row, plan);
         #[unroll]
         for step in 0..comptime!(plan.steps) {
-            let column = lane + step * comptime!(plan.lanes);
-            if column < comptime!(plan.width) {
-                let at = row * comptime!(plan.width) + column;
-                let mut x = Vector::<f32, N>::cast_from(a[at]);
-                if comptime!(has_bias) {
-                    x += bias[column];
-                }
-                let grad = dg[at] * sigmoid::<N>(zero - x) * Vector::new(factor);
-                da[at] = Vector::cast_from(grad);
-                if comptime!(bias_grad) {
-                    sums[step] += grad;
-                }
+            grads[step] *= sigmoid::<N>(zero - (values[step] + biases[step]), plan.approximate) * Vector::new(factor);
+            if comptime!(bias_grad) {
+                sums[step] += grads[step];
             }
         }
-        row += CUBE_COUNT_X as usize * comptime!(plan.groups());
+        store::<E, N>(&grads, da, row, rows, plan);
+        row += row_stride(plan);
     }
     if comptime!(bias_grad) {
         store_partial::<N>(&sums, partial, plan);
@@ -153,7 +150,7 @@ impl Operator for LogGate {
         let [rows, dim] = a.meta.shape().dims();
         let (plan, vector) = RowPlan::new(&a, dim);
         let bias_grad = wanted.get(1).copied().unwrap_or(false);
-        let cubes = plan.partials(rows);
+        let cubes = plan.partials(&a, rows, false);
         let da = alloc(&a, [rows, dim], a.dtype);
         let partial = if bias_grad { alloc(&a, [cubes, dim], DType::F32) } else { unused(&a, vector) };
         backward_kernel::launch(

@@ -41,24 +41,7 @@ impl Operator for ColumnSums {
     }
 
     fn forward(&self, inputs: Vec<CubeTensor>, _: Vec<CubeTensor>, _: bool) -> Vec<CubeTensor> {
-        let x = contiguous(inputs.into_iter().next().expect("an input"));
-        let [rows, dim] = x.meta.shape().dims();
-        let (plan, vector) = RowPlan::new(&x, dim);
-        let cubes = plan.partials(rows);
-        let partial = alloc(&x, [cubes, dim], DType::F32);
-        kernel::column_sums::launch(
-            &x.client.clone(),
-            grid(cubes),
-            CubeDim::new_1d(UNITS as u32),
-            address(&[&x]),
-            vector,
-            x.clone().into_tensor_arg(),
-            partial.clone().into_tensor_arg(),
-            rows as u32,
-            plan,
-            storage(x.dtype),
-        );
-        vec![sum_rows(&partial, 0, [dim])]
+        vec![column_sums(inputs.into_iter().next().expect("an input"))]
     }
 
     fn backward(
@@ -73,10 +56,32 @@ impl Operator for ColumnSums {
     }
 }
 
+/// The sum of the rows of a matrix, f32.
+pub(super) fn column_sums(x: CubeTensor) -> CubeTensor {
+    let x = contiguous(x);
+    let [rows, dim] = x.meta.shape().dims();
+    let (plan, vector) = RowPlan::new(&x, dim);
+    let cubes = plan.partials(&x, rows, false);
+    let partial = alloc(&x, [cubes, dim], DType::F32);
+    kernel::column_sums::launch(
+        &x.client.clone(),
+        grid(cubes),
+        CubeDim::new_1d(UNITS as u32),
+        address(&[&x]),
+        vector,
+        x.clone().into_tensor_arg(),
+        partial.clone().into_tensor_arg(),
+        rows as u32,
+        plan,
+        storage(x.dtype),
+    );
+    sum_rows(&partial, 0, [dim])
+}
+
 mod kernel {
     use cubecl::prelude::*;
 
-    use crate::rows::{RowPlan, store_partial};
+    use crate::rows::{RowPlan, first_row, group, load, row_stride, store_partial, widen, zeros};
 
     #[cube(launch, address_type = "dynamic")]
     pub(super) fn column_sums<E: Float, N: Size>(
@@ -86,23 +91,16 @@ mod kernel {
         #[comptime] plan: RowPlan,
         #[define(E)] _element: ElemType,
     ) {
-        let lane = UNIT_POS as usize % comptime!(plan.lanes);
-        let group = UNIT_POS as usize / comptime!(plan.lanes);
-        let mut sums = Array::<Vector<f32, N>>::new(comptime!(plan.steps));
-        #[unroll]
-        for step in 0..comptime!(plan.steps) {
-            sums[step] = Vector::<f32, N>::new(0.0f32);
-        }
-        let mut row = CUBE_POS_X as usize * comptime!(plan.groups()) + group;
-        while row < rows as usize {
+        let rows = rows as usize;
+        let mut sums = zeros::<N>(plan);
+        let mut row = first_row(plan) + group(plan);
+        while row < rows {
+            let values = widen::<E, N>(&load::<E, N>(x, row, rows, plan), plan);
             #[unroll]
             for step in 0..comptime!(plan.steps) {
-                let column = lane + step * comptime!(plan.lanes);
-                if column < comptime!(plan.width) {
-                    sums[step] += Vector::<f32, N>::cast_from(x[row * comptime!(plan.width) + column]);
-                }
+                sums[step] += values[step];
             }
-            row += CUBE_COUNT_X as usize * comptime!(plan.groups());
+            row += row_stride(plan);
         }
         store_partial::<N>(&sums, partial, plan);
     }

@@ -4,6 +4,7 @@
 //! product runs on the plain cores there, and Burn's everywhere else. bf16 takes the kernels of [`hopper`] on a Hopper
 //! GPU; all else takes Burn's.
 
+mod activation;
 #[cfg(feature = "cube")]
 mod bias;
 #[cfg(feature = "cube")]
@@ -12,6 +13,8 @@ mod exact;
 pub mod hopper;
 #[cfg(feature = "cube")]
 pub(crate) mod raw;
+
+pub use activation::Activation;
 
 use burn::tensor::{DType, Tensor};
 
@@ -54,16 +57,71 @@ pub(crate) fn product<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> Tensor<D> {
 /// # Errors
 /// [`OpError`] where shapes, dtypes or devices do not fit together.
 pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Result<Tensor<D>, OpError> {
+    linear_with(x, weight, Epilogue { bias, ..Default::default() })
+}
+
+/// What follows the product of a linear layer, see [`linear_with`].
+#[derive(Clone, Debug, Default)]
+pub struct Epilogue<const D: usize> {
+    /// b, `[out]`; `None` is zero.
+    pub bias: Option<Tensor<1>>,
+    /// act.
+    pub activation: Activation,
+    /// r, of the output's shape and the dtype of `x`; `None` is zero.
+    pub residual: Option<Tensor<D>>,
+}
+
+/// A linear layer and what follows it, `y = act(x Wᵀ + b) + r`.
+///
+/// On a Hopper GPU in bf16 the f32 sums of the product are finished before they are rounded, once; elsewhere each of the
+/// three steps rounds to the dtype of `x`.
+///
+/// # Shapes
+/// As [`linear`]; `epilogue.residual`: `[…, out]` in the dtype of `x`.
+///
+/// # Gradients
+/// With respect to `x`, `weight`, the bias and the residual.
+///
+/// # Errors
+/// [`OpError`] where shapes, dtypes or devices do not fit together.
+pub fn linear_with<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<2>,
+    epilogue: Epilogue<D>,
+) -> Result<Tensor<D>, OpError> {
+    let Epilogue { bias, activation, residual } = epilogue;
     let mut dims = x.dims();
     let (rows, inner) = (dims[..D - 1].iter().product::<usize>(), dims[D - 1]);
     let out = weight.dims()[0];
     check(&x, &weight, bias.as_ref())?;
-    // One product over all rows: its weight gradient is one product too.
-    let y = rows_times_weight(x.reshape([rows, inner]), weight)?;
     dims[D - 1] = out;
-    let y = y.reshape(dims);
-    Ok(match bias {
+    if let Some(residual) = &residual {
+        crate::bridge::same_shape("linear", "residual", residual, dims, "the shape of the output")?;
+        same_dtype("linear", "residual", residual, x.dtype())?;
+        same_device("linear", "residual", residual, &x.device())?;
+    }
+    // One product over all rows: its weight gradient is one product too.
+    let x = x.reshape([rows, inner]);
+    #[cfg(feature = "cuda")]
+    if hopper::takes(&x, &weight) && crate::rows::fits(out) {
+        let plain = bias.is_none() && residual.is_none() && activation == Activation::Identity;
+        let y = if plain {
+            hopper::product(x, weight, false, false, DType::BF16)
+        } else {
+            let residual = residual.map(|residual| residual.reshape([rows, out]));
+            hopper::linear(x, weight, bias.map(|bias| bias.cast(DType::F32)), residual, activation)
+        };
+        return Ok(y.reshape(dims));
+    }
+    let weight = weight.cast(x.dtype());
+    let y = matmul(x, weight.transpose())?.reshape(dims);
+    let y = match bias {
         Some(bias) => add_bias(y, bias),
+        None => y,
+    };
+    let y = activation.apply(y);
+    Ok(match residual {
+        Some(residual) => y + residual,
         None => y,
     })
 }
@@ -101,7 +159,17 @@ pub fn linears<const D: usize>(
         let few = (2..=hopper::MOST_LINEARS).contains(&layers.len());
         if few && layers.iter().all(|(weight, _)| hopper::takes(&flat, weight)) {
             let (weights, biases): (Vec<_>, Vec<_>) = layers.into_iter().unzip();
-            let shaped = hopper::linears(flat, weights).into_iter().zip(biases).map(|(y, bias)| {
+            // Where each layer has a bias and the inputs are not too many, the kernel adds them.
+            let wide = weights.iter().all(|weight| crate::rows::fits(weight.dims()[0]));
+            let within = wide && biases.iter().all(Option::is_some) && 2 * weights.len() <= hopper::MOST_LINEARS;
+            let (inside, after) = if within {
+                let biases: Vec<_> = biases.into_iter().flatten().map(|bias| bias.cast(DType::F32)).collect();
+                let after = vec![None; biases.len()];
+                (biases, after)
+            } else {
+                (Vec::new(), biases)
+            };
+            let shaped = hopper::linears(flat, weights, inside).into_iter().zip(after).map(|(y, bias)| {
                 dims[D - 1] = y.dims()[1];
                 let y = y.reshape(dims);
                 match bias {
@@ -136,14 +204,4 @@ pub(crate) fn check<const D: usize>(
         same_device("linear", "bias", bias, &x.device())?;
     }
     Ok(())
-}
-
-/// `x Wᵀ` of two matrices.
-fn rows_times_weight(x: Tensor<2>, weight: Tensor<2>) -> Result<Tensor<2>, OpError> {
-    #[cfg(feature = "cuda")]
-    if hopper::takes(&x, &weight) {
-        return Ok(hopper::product(x, weight, false, false, DType::BF16));
-    }
-    let weight = weight.cast(x.dtype());
-    matmul(x, weight.transpose())
 }

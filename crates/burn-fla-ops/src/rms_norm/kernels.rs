@@ -7,7 +7,55 @@ use burn::tensor::DType;
 use cubecl::prelude::*;
 
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, storage};
-use crate::rows::{RowPlan, UNITS, address, grid, pair, row_sum, store_partial, sum_rows, unused};
+use crate::rows::{
+    RowPlan, SHARED, UNITS, address, first_row, grid, group, load, pair, row_stride, row_sum, store, store_partial,
+    sum_rows, unused, widen, zeros,
+};
+
+/// `(mean(x²) + eps)^(−1/2)` of the row that these units hold.
+#[cube]
+pub(crate) fn inverse_rms<N: Size>(
+    values: &Array<Vector<f32, N>>,
+    shared: &mut Shared<[Vector<f32, Const<1>>]>,
+    turn: usize,
+    eps: f32,
+    #[comptime] plan: RowPlan,
+    #[comptime] dim: usize,
+) -> f32 {
+    let mut squares = Vector::<f32, N>::new(0.0f32);
+    #[unroll]
+    for step in 0..comptime!(plan.steps) {
+        squares += values[step] * values[step];
+    }
+    let total = row_sum::<Const<1>>(Vector::new(squares.vector_sum()), shared, turn, plan);
+    f32::inverse_sqrt(total.extract(0usize) / comptime!(dim as f32) + eps)
+}
+
+/// `rstd` and `rstd² · Σ(x ∘ w ∘ m) / D`, where m is the gradient of `x · rstd ∘ w`. Of a row that there is not, zeros.
+#[cube]
+pub(crate) fn gradient_factors<N: Size>(
+    values: &Array<Vector<f32, N>>,
+    grads: &Array<Vector<f32, N>>,
+    weights: &Array<Vector<f32, N>>,
+    shared: &mut Shared<[Vector<f32, Const<2>>]>,
+    turn: usize,
+    live: bool,
+    eps: f32,
+    #[comptime] plan: RowPlan,
+    #[comptime] dim: usize,
+) -> Vector<f32, Const<2>> {
+    let mut squares = Vector::<f32, N>::new(0.0f32);
+    let mut products = Vector::<f32, N>::new(0.0f32);
+    #[unroll]
+    for step in 0..comptime!(plan.steps) {
+        squares += values[step] * values[step];
+        products += values[step] * (grads[step] * weights[step]);
+    }
+    let sums = row_sum::<Const<2>>(pair(squares.vector_sum(), products.vector_sum()), shared, turn, plan);
+    let rstd = f32::inverse_sqrt(sums.extract(0usize) / comptime!(dim as f32) + eps);
+    let rstd = select(live, rstd, 0.0f32);
+    pair(rstd, rstd * rstd * sums.extract(1usize) / comptime!(dim as f32))
+}
 
 #[cube(launch, address_type = "dynamic")]
 fn forward_kernel<E: Float, N: Size>(
@@ -20,36 +68,22 @@ fn forward_kernel<E: Float, N: Size>(
     #[comptime] dim: usize,
     #[define(E)] _element: ElemType,
 ) {
-    let mut shared = Shared::<[Vector<f32, Const<1>>]>::new_slice(comptime!(UNITS));
-    let lane = UNIT_POS as usize % comptime!(plan.lanes);
-    let group = UNIT_POS as usize / comptime!(plan.lanes);
-    let mut first = CUBE_POS_X as usize * comptime!(plan.groups());
-    while first < rows as usize {
-        let row = first + group;
-        let live = row < rows as usize;
-        let start = row * comptime!(plan.width);
-        let mut kept = Array::<Vector<f32, N>>::new(comptime!(plan.steps));
-        let mut squares = Vector::<f32, N>::new(0.0f32);
+    let mut shared = Shared::<[Vector<f32, Const<1>>]>::new_slice(comptime!(SHARED));
+    let rows = rows as usize;
+    let mut turn = 0usize;
+    let mut first = first_row(plan);
+    while first < rows {
+        let row = first + group(plan);
+        let mut values = widen::<E, N>(&load::<E, N>(x, row, rows, plan), plan);
+        let weights = load::<f32, N>(weight, 0usize, 1usize, plan);
+        let rstd = inverse_rms::<N>(&values, &mut shared, turn, eps, plan, dim);
         #[unroll]
         for step in 0..comptime!(plan.steps) {
-            let column = lane + step * comptime!(plan.lanes);
-            kept[step] = Vector::<f32, N>::new(0.0f32);
-            if live && column < comptime!(plan.width) {
-                let value = Vector::<f32, N>::cast_from(x[start + column]);
-                kept[step] = value;
-                squares += value * value;
-            }
+            values[step] = values[step] * Vector::new(rstd) * weights[step];
         }
-        let total = row_sum::<Const<1>>(Vector::new(squares.vector_sum()), &mut shared, plan);
-        let rstd = f32::inverse_sqrt(total.extract(0usize) / comptime!(dim as f32) + eps);
-        #[unroll]
-        for step in 0..comptime!(plan.steps) {
-            let column = lane + step * comptime!(plan.lanes);
-            if live && column < comptime!(plan.width) {
-                y[start + column] = Vector::cast_from(kept[step] * Vector::new(rstd) * weight[column]);
-            }
-        }
-        first += CUBE_COUNT_X as usize * comptime!(plan.groups());
+        store::<E, N>(&values, y, row, rows, plan);
+        turn = 1 - turn;
+        first += row_stride(plan);
     }
 }
 
@@ -67,55 +101,32 @@ fn backward_kernel<E: Float, N: Size>(
     #[comptime] weight_grad: bool,
     #[define(E)] _element: ElemType,
 ) {
-    let mut shared = Shared::<[Vector<f32, Const<2>>]>::new_slice(comptime!(UNITS));
-    let lane = UNIT_POS as usize % comptime!(plan.lanes);
-    let group = UNIT_POS as usize / comptime!(plan.lanes);
-    let mut dw = Array::<Vector<f32, N>>::new(comptime!(plan.steps));
-    #[unroll]
-    for step in 0..comptime!(plan.steps) {
-        dw[step] = Vector::<f32, N>::new(0.0f32);
-    }
-    let mut first = CUBE_POS_X as usize * comptime!(plan.groups());
-    while first < rows as usize {
-        let row = first + group;
-        let live = row < rows as usize;
-        let start = row * comptime!(plan.width);
-        let mut kept = Array::<Vector<f32, N>>::new(comptime!(plan.steps));
-        let mut grads = Array::<Vector<f32, N>>::new(comptime!(plan.steps));
-        let mut squares = Vector::<f32, N>::new(0.0f32);
-        let mut products = Vector::<f32, N>::new(0.0f32);
+    let mut shared = Shared::<[Vector<f32, Const<2>>]>::new_slice(comptime!(SHARED));
+    let rows = rows as usize;
+    let weights = load::<f32, N>(weight, 0usize, 1usize, plan);
+    let mut dw = zeros::<N>(plan);
+    let mut turn = 0usize;
+    let mut first = first_row(plan);
+    while first < rows {
+        let row = first + group(plan);
+        let x_row = load::<E, N>(x, row, rows, plan);
+        let dy_row = load::<E, N>(dy, row, rows, plan);
+        let values = widen::<E, N>(&x_row, plan);
+        let mut grads = widen::<E, N>(&dy_row, plan);
+        let live = row < rows;
+        let factors = gradient_factors::<N>(&values, &grads, &weights, &mut shared, turn, live, eps, plan, dim);
+        let rstd = Vector::<f32, N>::new(factors.extract(0usize));
+        let along = Vector::<f32, N>::new(factors.extract(1usize));
         #[unroll]
         for step in 0..comptime!(plan.steps) {
-            let column = lane + step * comptime!(plan.lanes);
-            kept[step] = Vector::<f32, N>::new(0.0f32);
-            grads[step] = Vector::<f32, N>::new(0.0f32);
-            if live && column < comptime!(plan.width) {
-                let value = Vector::<f32, N>::cast_from(x[start + column]);
-                let grad = Vector::<f32, N>::cast_from(dy[start + column]);
-                kept[step] = value;
-                grads[step] = grad;
-                squares += value * value;
-                products += value * grad * weight[column];
+            if comptime!(weight_grad) {
+                dw[step] += grads[step] * (values[step] * rstd);
             }
+            grads[step] = (grads[step] * weights[step] - values[step] * along) * rstd;
         }
-        let sums = pair(squares.vector_sum(), products.vector_sum());
-        let sums = row_sum::<Const<2>>(sums, &mut shared, plan);
-        let rstd = f32::inverse_sqrt(sums.extract(0usize) / comptime!(dim as f32) + eps);
-        let along = rstd * rstd * sums.extract(1usize) / comptime!(dim as f32);
-        #[unroll]
-        for step in 0..comptime!(plan.steps) {
-            let column = lane + step * comptime!(plan.lanes);
-            if live && column < comptime!(plan.width) {
-                let value = kept[step];
-                let grad = grads[step];
-                let inner = grad * weight[column] - value * Vector::new(along);
-                dx[start + column] = Vector::cast_from(inner * Vector::new(rstd));
-                if comptime!(weight_grad) {
-                    dw[step] += grad * value * Vector::new(rstd);
-                }
-            }
-        }
-        first += CUBE_COUNT_X as usize * comptime!(plan.groups());
+        store::<E, N>(&grads, dx, row, rows, plan);
+        turn = 1 - turn;
+        first += row_stride(plan);
     }
     if comptime!(weight_grad) {
         store_partial::<N>(&dw, partial, plan);
@@ -174,7 +185,7 @@ impl Operator for RmsNorm {
         let dy = contiguous(grads.into_iter().flatten().next().expect("the gradient of the output"));
         let [rows, dim] = x.meta.shape().dims();
         let (plan, vector) = RowPlan::new(&x, dim);
-        let cubes = plan.partials(rows);
+        let cubes = plan.partials(&x, rows, true);
         let dx = alloc(&x, [rows, dim], x.dtype);
         let partial = if wanted[1] { alloc(&x, [cubes, dim], DType::F32) } else { unused(&x, vector) };
         backward_kernel::launch(

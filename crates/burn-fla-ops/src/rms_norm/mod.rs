@@ -9,7 +9,7 @@
 //! Zhang, Sennrich: *Root Mean Square Layer Normalization* (2019).
 
 #[cfg(feature = "cube")]
-mod kernels;
+pub(crate) mod kernels;
 pub mod reference;
 #[cfg(feature = "cube")]
 mod residual;

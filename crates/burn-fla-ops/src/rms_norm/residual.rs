@@ -6,8 +6,12 @@
 use burn::tensor::DType;
 use cubecl::prelude::*;
 
-use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, storage, zeros};
-use crate::rows::{RowPlan, UNITS, address, grid, pair, row_sum, store_partial, sum_rows, unused};
+use super::kernels::{gradient_factors, inverse_rms};
+use crate::bridge::{self, CubeTensor, Operator, TensorSpec, alloc, contiguous, storage};
+use crate::rows::{
+    RowPlan, SHARED, UNITS, address, first_row, grid, group, load, row_stride, store, store_partial, sum_rows, unused,
+    widen, zeros,
+};
 
 #[cube(launch, address_type = "dynamic")]
 fn forward_kernel<E: Float, R: Float, N: Size>(
@@ -22,38 +26,28 @@ fn forward_kernel<E: Float, R: Float, N: Size>(
     #[comptime] dim: usize,
     #[define(E, R)] _elements: [ElemType; 2],
 ) {
-    let mut shared = Shared::<[Vector<f32, Const<1>>]>::new_slice(comptime!(UNITS));
-    let lane = UNIT_POS as usize % comptime!(plan.lanes);
-    let group = UNIT_POS as usize / comptime!(plan.lanes);
-    let mut first = CUBE_POS_X as usize * comptime!(plan.groups());
-    while first < rows as usize {
-        let row = first + group;
-        let live = row < rows as usize;
-        let start = row * comptime!(plan.width);
-        let mut kept = Array::<Vector<f32, N>>::new(comptime!(plan.steps));
-        let mut squares = Vector::<f32, N>::new(0.0f32);
+    let mut shared = Shared::<[Vector<f32, Const<1>>]>::new_slice(comptime!(SHARED));
+    let rows = rows as usize;
+    let mut turn = 0usize;
+    let mut first = first_row(plan);
+    while first < rows {
+        let row = first + group(plan);
+        let mut values = widen::<E, N>(&load::<E, N>(x, row, rows, plan), plan);
+        let others = widen::<R, N>(&load::<R, N>(residual, row, rows, plan), plan);
+        let weights = load::<f32, N>(weight, 0usize, 1usize, plan);
         #[unroll]
         for step in 0..comptime!(plan.steps) {
-            let column = lane + step * comptime!(plan.lanes);
-            kept[step] = Vector::<f32, N>::new(0.0f32);
-            if live && column < comptime!(plan.width) {
-                let at = start + column;
-                let value = Vector::<f32, N>::cast_from(x[at]) + Vector::<f32, N>::cast_from(residual[at]);
-                kept[step] = value;
-                squares += value * value;
-                sum[at] = Vector::cast_from(value);
-            }
+            values[step] += others[step];
         }
-        let total = row_sum::<Const<1>>(Vector::new(squares.vector_sum()), &mut shared, plan);
-        let rstd = f32::inverse_sqrt(total.extract(0usize) / comptime!(dim as f32) + eps);
+        store::<R, N>(&values, sum, row, rows, plan);
+        let rstd = inverse_rms::<N>(&values, &mut shared, turn, eps, plan, dim);
         #[unroll]
         for step in 0..comptime!(plan.steps) {
-            let column = lane + step * comptime!(plan.lanes);
-            if live && column < comptime!(plan.width) {
-                y[start + column] = Vector::cast_from(kept[step] * Vector::new(rstd) * weight[column]);
-            }
+            values[step] = values[step] * Vector::new(rstd) * weights[step];
         }
-        first += CUBE_COUNT_X as usize * comptime!(plan.groups());
+        store::<E, N>(&values, y, row, rows, plan);
+        turn = 1 - turn;
+        first += row_stride(plan);
     }
 }
 
@@ -70,64 +64,44 @@ fn backward_kernel<E: Float, R: Float, N: Size>(
     eps: f32,
     #[comptime] plan: RowPlan,
     #[comptime] dim: usize,
+    #[comptime] with_ds: bool,
     #[comptime] both: bool,
     #[comptime] weight_grad: bool,
     #[define(E, R)] _elements: [ElemType; 2],
 ) {
-    let mut shared = Shared::<[Vector<f32, Const<2>>]>::new_slice(comptime!(UNITS));
-    let lane = UNIT_POS as usize % comptime!(plan.lanes);
-    let group = UNIT_POS as usize / comptime!(plan.lanes);
-    let mut dw = Array::<Vector<f32, N>>::new(comptime!(plan.steps));
-    #[unroll]
-    for step in 0..comptime!(plan.steps) {
-        dw[step] = Vector::<f32, N>::new(0.0f32);
-    }
-    let mut first = CUBE_POS_X as usize * comptime!(plan.groups());
-    while first < rows as usize {
-        let row = first + group;
-        let live = row < rows as usize;
-        let start = row * comptime!(plan.width);
-        let mut kept = Array::<Vector<f32, N>>::new(comptime!(plan.steps));
-        let mut grads = Array::<Vector<f32, N>>::new(comptime!(plan.steps));
-        let mut squares = Vector::<f32, N>::new(0.0f32);
-        let mut products = Vector::<f32, N>::new(0.0f32);
+    let mut shared = Shared::<[Vector<f32, Const<2>>]>::new_slice(comptime!(SHARED));
+    let rows = rows as usize;
+    let weights = load::<f32, N>(weight, 0usize, 1usize, plan);
+    let mut dw = zeros::<N>(plan);
+    let mut turn = 0usize;
+    let mut first = first_row(plan);
+    while first < rows {
+        let row = first + group(plan);
+        let sum_row = load::<R, N>(sum, row, rows, plan);
+        let dy_row = load::<E, N>(dy, row, rows, plan);
+        let values = widen::<R, N>(&sum_row, plan);
+        let mut grads = widen::<E, N>(&dy_row, plan);
+        let mut added = zeros::<N>(plan);
+        if comptime!(with_ds) {
+            added = widen::<R, N>(&load::<R, N>(ds, row, rows, plan), plan);
+        }
+        let live = row < rows;
+        let factors = gradient_factors::<N>(&values, &grads, &weights, &mut shared, turn, live, eps, plan, dim);
+        let rstd = Vector::<f32, N>::new(factors.extract(0usize));
+        let along = Vector::<f32, N>::new(factors.extract(1usize));
         #[unroll]
         for step in 0..comptime!(plan.steps) {
-            let column = lane + step * comptime!(plan.lanes);
-            kept[step] = Vector::<f32, N>::new(0.0f32);
-            grads[step] = Vector::<f32, N>::new(0.0f32);
-            if live && column < comptime!(plan.width) {
-                let value = Vector::<f32, N>::cast_from(sum[start + column]);
-                let grad = Vector::<f32, N>::cast_from(dy[start + column]);
-                kept[step] = value;
-                grads[step] = grad;
-                squares += value * value;
-                products += value * grad * weight[column];
+            if comptime!(weight_grad) {
+                dw[step] += grads[step] * (values[step] * rstd);
             }
+            grads[step] = (grads[step] * weights[step] - values[step] * along) * rstd + added[step];
         }
-        let sums = pair(squares.vector_sum(), products.vector_sum());
-        let sums = row_sum::<Const<2>>(sums, &mut shared, plan);
-        let rstd = f32::inverse_sqrt(sums.extract(0usize) / comptime!(dim as f32) + eps);
-        let along = rstd * rstd * sums.extract(1usize) / comptime!(dim as f32);
-        #[unroll]
-        for step in 0..comptime!(plan.steps) {
-            let column = lane + step * comptime!(plan.lanes);
-            if live && column < comptime!(plan.width) {
-                let at = start + column;
-                let value = kept[step];
-                let grad = grads[step];
-                let inner = grad * weight[column] - value * Vector::new(along);
-                let total = inner * Vector::new(rstd) + Vector::<f32, N>::cast_from(ds[at]);
-                dr[at] = Vector::cast_from(total);
-                if comptime!(both) {
-                    dx[at] = Vector::cast_from(total);
-                }
-                if comptime!(weight_grad) {
-                    dw[step] += grad * value * Vector::new(rstd);
-                }
-            }
+        store::<R, N>(&grads, dr, row, rows, plan);
+        if comptime!(both) {
+            store::<E, N>(&grads, dx, row, rows, plan);
         }
-        first += CUBE_COUNT_X as usize * comptime!(plan.groups());
+        turn = 1 - turn;
+        first += row_stride(plan);
     }
     if comptime!(weight_grad) {
         store_partial::<N>(&dw, partial, plan);
@@ -197,13 +171,13 @@ impl Operator for AddRmsNorm {
         let [dy, ds] = grads.try_into().expect("two gradients");
         let (sum, weight) = (contiguous(sum), contiguous(weight));
         let [rows, dim] = sum.meta.shape().dims();
-        let or_zeros = |grad: Option<CubeTensor>, dtype| match grad {
-            Some(grad) => contiguous(grad),
-            None => zeros(&sum, [rows, dim], dtype),
-        };
-        let (dy, ds) = (or_zeros(dy, x.dtype), or_zeros(ds, sum.dtype));
         let (plan, vector) = RowPlan::new(&sum, dim);
-        let cubes = plan.partials(rows);
+        // Where the loss uses the sum alone, the norm's part of the gradient is none.
+        let dy = dy.map_or_else(|| bridge::zeros(&sum, [rows, dim], x.dtype), contiguous);
+        // Where it uses the norm alone, a small buffer stands for the gradient of the sum, which is not read.
+        let with_ds = ds.is_some();
+        let ds = ds.map_or_else(|| alloc(&sum, [vector], sum.dtype), contiguous);
+        let cubes = plan.partials(&sum, rows, true);
         // One buffer is the gradient of both where both are of one dtype.
         let both = x.dtype != sum.dtype;
         let dr = alloc(&sum, [rows, dim], sum.dtype);
@@ -226,6 +200,7 @@ impl Operator for AddRmsNorm {
             self.eps as f32,
             plan,
             dim,
+            with_ds,
             both,
             wanted[2],
             [storage(x.dtype), storage(sum.dtype)],

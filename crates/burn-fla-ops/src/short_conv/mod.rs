@@ -13,6 +13,8 @@ mod kernels;
 #[cfg(feature = "cube")]
 mod operator;
 pub mod reference;
+#[cfg(feature = "cube")]
+mod step;
 
 use burn::tensor::Tensor;
 

@@ -4,17 +4,28 @@ use burn::tensor::{DType, Int, Shape, Tensor, TensorData};
 use cubecl::prelude::{CubeCount, CubeDim};
 
 use super::kernels::{self, ConvPlan, RUN_WORDS};
+use super::step::Step;
 use crate::CuSeqlens;
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous, storage, zeros};
-use crate::rows::{MAX_CUBES, UNITS, address, grid, sum_rows, unused, vector_size};
+use crate::rows::{MAX_CUBES, UNITS, address, approximates, grid, resident, sum_rows, unused, vector_size};
 
 type Tensor2 = burn::tensor::Tensor<2>;
 
-/// Tokens of a run: a tenth of the reads are done twice (W = 4), and [32768, 2048] gives half a million units. Measured on
-/// an H100 at that size: 1.7 TB/s forward in bf16, 2.4 in f32.
-const RUN: usize = 32;
-/// The most partial sums of the weight's gradient.
-const MAX_PARTIALS: usize = 512;
+/// Tokens of a run, the longest first: `W − 1` of them are read twice, and in backward as many more again. The longest is
+/// taken that gives a large GPU enough units.
+const RUNS: [usize; 4] = [128, 64, 32, 16];
+/// Units that are enough: as many as an H100 runs at a time.
+const ENOUGH: usize = 1 << 17;
+/// Tokens that a unit loads at once.
+const BATCH: [usize; 2] = [8, 4];
+/// Cubes of the backward pass that a processor runs at a time: it has 126 registers a unit.
+const RESIDENT: usize = 2;
+
+/// How many tokens of `d` channels a run has, where there are `tokens`.
+fn run_length(tokens: usize, d: usize) -> usize {
+    let units = |run: &usize| tokens.div_ceil(*run) * (d / vector_size(d));
+    RUNS.into_iter().find(|run| units(run) >= ENOUGH).unwrap_or(RUNS[RUNS.len() - 1])
+}
 
 /// A convolution from zero histories. Inputs: `x` `[tokens, D]`, `weight` f32 `[D, W]`, with `bias` also f32 `[D]`; with
 /// `packed` the table of runs. Outputs: `y` as `x` and the cache `[N, W, D]`.
@@ -25,16 +36,29 @@ struct ShortConv {
     packed: bool,
     sequences: usize,
     runs: usize,
+    /// Tokens of a run.
+    run: usize,
     /// Tokens of a sequence, where it is not packed.
     tokens: usize,
 }
 
 impl ShortConv {
-    fn plan(&self, x: &CubeTensor, weight: &CubeTensor) -> ConvPlan {
+    fn plan(&self, x: &CubeTensor, weight: &CubeTensor, batch: usize) -> ConvPlan {
         let [_, dim] = x.meta.shape().dims();
         let [_, taps] = weight.meta.shape().dims();
         let vector = vector_size(dim);
-        ConvPlan { vector, width: dim / vector, taps, run: RUN, silu: self.silu, bias: self.bias, packed: self.packed }
+        let (silu, bias, packed) = (self.silu, self.bias, self.packed);
+        ConvPlan {
+            vector,
+            width: dim / vector,
+            taps,
+            run: self.run,
+            batch,
+            silu,
+            bias,
+            packed,
+            approximate: approximates(x),
+        }
     }
 
     fn flat(&self, plan: &ConvPlan) -> CubeCount {
@@ -71,7 +95,7 @@ impl Operator for ShortConv {
         let (x, weight, bias) = inputs_of(inputs);
         let table = table_of(ints, &x);
         let [tokens, dim] = x.meta.shape().dims();
-        let plan = self.plan(&x, &weight);
+        let plan = self.plan(&x, &weight, BATCH[0]);
         let y = alloc(&x, [tokens, dim], x.dtype);
         let cache = alloc(&x, [self.sequences, plan.taps, dim], x.dtype);
         kernels::forward_kernel::launch(
@@ -80,6 +104,7 @@ impl Operator for ShortConv {
             CubeDim::new_1d(UNITS as u32),
             address(&[&x, &cache]),
             plan.vector,
+            plan.word(),
             x.clone().into_tensor_arg(),
             weight.into_tensor_arg(),
             bias.into_tensor_arg(),
@@ -106,10 +131,10 @@ impl Operator for ShortConv {
         let table = table_of(ints, &x);
         let [dy, dcache] = grads.try_into().expect("two gradients");
         let [tokens, dim] = x.meta.shape().dims();
-        let plan = self.plan(&x, &weight);
+        let plan = self.plan(&x, &weight, BATCH[1]);
         let dy = dy.map_or_else(|| zeros(&x, [tokens, dim], x.dtype), contiguous);
         let dx = alloc(&x, [tokens, dim], x.dtype);
-        let partials = self.runs.min(MAX_PARTIALS).min(MAX_CUBES * UNITS / plan.width);
+        let partials = (resident(&x, RESIDENT) * UNITS / plan.width).clamp(1, self.runs);
         let weight_grad = wanted[1..].contains(&true);
         let columns = dim * (plan.taps + usize::from(self.bias));
         let partial = if weight_grad { alloc(&x, [partials, columns], DType::F32) } else { unused(&x, 1) };
@@ -119,6 +144,7 @@ impl Operator for ShortConv {
             CubeDim::new_1d(UNITS as u32),
             address(&[&x, &partial]),
             plan.vector,
+            plan.word(),
             x.clone().into_tensor_arg(),
             weight.into_tensor_arg(),
             bias.into_tensor_arg(),
@@ -156,65 +182,6 @@ impl Operator for ShortConv {
             found.push(wanted[2].then(|| sum_rows(&partial, dim * plan.taps, [dim])));
         }
         found
-    }
-}
-
-/// One token of each sequence, without gradients. Inputs: `x` `[N, D]`, `weight` `[D, W]`, the history `[N, D, W]`, with
-/// `bias` also `[D]`. Outputs: `y` as `x`, the cache as the history.
-#[derive(Clone, Debug)]
-struct Step {
-    silu: bool,
-    bias: bool,
-}
-
-impl Operator for Step {
-    fn name(&self) -> &'static str {
-        "short_conv_step"
-    }
-
-    fn outputs(&self, inputs: &[TensorSpec]) -> Vec<TensorSpec> {
-        vec![inputs[0].clone(), inputs[2].clone()]
-    }
-
-    fn forward(&self, inputs: Vec<CubeTensor>, _: Vec<CubeTensor>, _: bool) -> Vec<CubeTensor> {
-        let mut inputs = inputs.into_iter().map(contiguous);
-        let mut next = || inputs.next().expect("three inputs");
-        let (x, weight, history) = (next(), next(), next());
-        let bias = inputs.next().unwrap_or_else(|| unused(&x, 1));
-        let [sequences, dim] = x.meta.shape().dims();
-        let [_, taps] = weight.meta.shape().dims();
-        let y = alloc(&x, [sequences, dim], x.dtype);
-        let cache = alloc(&x, [sequences, dim, taps], x.dtype);
-        kernels::step_kernel::launch(
-            &x.client.clone(),
-            grid((sequences * dim).div_ceil(UNITS)),
-            CubeDim::new_1d(UNITS as u32),
-            address(&[&x, &cache]),
-            x.clone().into_tensor_arg(),
-            weight.into_tensor_arg(),
-            bias.into_tensor_arg(),
-            history.into_tensor_arg(),
-            y.clone().into_tensor_arg(),
-            cache.clone().into_tensor_arg(),
-            (sequences * dim) as u32,
-            dim,
-            taps,
-            self.silu,
-            self.bias,
-            storage(x.dtype),
-        );
-        vec![y, cache]
-    }
-
-    fn backward(
-        &self,
-        _: Vec<CubeTensor>,
-        _: Vec<CubeTensor>,
-        _: Vec<CubeTensor>,
-        _: Vec<Option<CubeTensor>>,
-        _: &[bool],
-    ) -> Vec<Option<CubeTensor>> {
-        unreachable!("the step takes untracked tensors only")
     }
 }
 
@@ -281,14 +248,14 @@ fn extend(packed: &CuSeqlens, width: usize) -> (CuSeqlens, Vec<i32>, Vec<i32>) {
 
 /// The table of runs of packed sequences, and how many there are. A sequence without tokens has one empty run, which
 /// writes its cache.
-fn runs_of(packed: &CuSeqlens) -> (Vec<i32>, usize) {
+fn runs_of(packed: &CuSeqlens, run: usize) -> (Vec<i32>, usize) {
     let mut table = Vec::new();
     for (sequence, window) in packed.offsets().windows(2).enumerate() {
         let (start, end) = (window[0], window[1]);
         let mut first = start;
         loop {
             table.extend([sequence, start, first, end].map(|n| n as i32));
-            first += RUN;
+            first += run;
             if first >= end {
                 break;
             }
@@ -306,17 +273,19 @@ fn from_zero(
     packed: Option<&CuSeqlens>,
 ) -> (Tensor<3>, Tensor<3>) {
     let [b, t, d] = x.dims();
+    let run = run_length(b * t, d);
     let mut operator = ShortConv {
         silu,
         bias: bias.is_some(),
         packed: packed.is_some(),
         sequences: b,
-        runs: b * t.div_ceil(RUN),
+        runs: b * t.div_ceil(run),
+        run,
         tokens: t,
     };
     let mut ints = Vec::new();
     if let Some(packed) = packed {
-        let (table, runs) = runs_of(packed);
+        let (table, runs) = runs_of(packed, run);
         operator.sequences = packed.num_sequences();
         operator.runs = runs;
         let data = TensorData::new(table, [runs * RUN_WORDS]);
@@ -337,7 +306,7 @@ mod tests {
     #[test]
     fn every_sequence_has_a_run() {
         let packed = CuSeqlens::new(vec![0, 0, 33, 34]).unwrap();
-        let (table, runs) = runs_of(&packed);
+        let (table, runs) = runs_of(&packed, 32);
         assert_eq!(runs, 4);
         assert_eq!(table, [0, 0, 0, 0, 1, 0, 0, 33, 1, 0, 32, 33, 2, 33, 33, 34]);
     }

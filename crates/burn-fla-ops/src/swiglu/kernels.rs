@@ -16,7 +16,7 @@ fn forward_kernel<E: Float, N: Size>(
     while at < y.len() {
         let g = Vector::<f32, N>::cast_from(gate[at]);
         let u = Vector::<f32, N>::cast_from(up[at]);
-        y[at] = Vector::cast_from(g * sigmoid::<N>(g) * u);
+        y[at] = Vector::cast_from(g * sigmoid::<N>(g, false) * u);
         at += CUBE_COUNT_X as usize * comptime!(UNITS);
     }
 }
@@ -38,7 +38,7 @@ fn backward_kernel<E: Float, N: Size>(
         let g = Vector::<f32, N>::cast_from(gate[at]);
         let u = Vector::<f32, N>::cast_from(up[at]);
         let grad = Vector::<f32, N>::cast_from(dy[at]);
-        let s = sigmoid::<N>(g);
+        let s = sigmoid::<N>(g, false);
         dgate[at] = Vector::cast_from(grad * u * s * (one + g * (one - s)));
         dup[at] = Vector::cast_from(grad * g * s);
         if comptime!(with_output) {

@@ -33,12 +33,9 @@ pub(super) fn audit(
         ));
     }
     let norm = |grad: &Tensor<1>| (grad.clone() * grad.clone()).sum().sqrt();
-    let present: Vec<Tensor<1>> = gradient.grads.iter().flatten().map(norm).collect();
-    let mut norms = match present.is_empty() {
-        true => Vec::new(),
-        false => read(Tensor::cat(present, 0))?,
-    }
-    .into_iter();
+    // One after the other: as one tensor they would be one kernel of as many inputs, which takes seconds to compile.
+    let norms = gradient.grads.iter().flatten().map(|grad| Ok(read(norm(grad))?[0]));
+    let mut norms = norms.collect::<Result<Vec<f32>, TrainError>>()?.into_iter();
     let (mut absent, mut zero, mut not_finite) = (Vec::new(), Vec::new(), Vec::new());
     for (entry, grad) in table.entries().iter().zip(&gradient.grads) {
         let name = entry.name.as_str();

@@ -1,6 +1,6 @@
 //! Times what has kernels for Hopper, and refuses to print a time for a wrong answer.
 //!
-//! `bench-hopper support`, `bench-hopper linear TOKENS,… N×K,…` and `bench-hopper OPERATOR B×T×H×K×V,…`, with `retention`,
+//! `bench-hopper support [OPERATOR,…]`, `bench-hopper linear TOKENS,… N×K,…` and `bench-hopper OPERATOR B×T×H×K×V,…`, with `retention`,
 //! `simple_gla`, `gla` (with `:mma` on the kernels for any NVIDIA GPU since Ampere), or one whose kernels are the portable ones: `delta_rule`, `gated_delta_rule`, `kda`, `rwkv7`; see `scripts/bench-hopper.sh`.
 
 mod delta;
@@ -22,7 +22,8 @@ fn main() -> ExitCode {
     }
     let right = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["linear", tokens, shapes] => linear::run(&device, &numbers(tokens), &sizes(shapes)),
-        ["support"] => support::run(&device),
+        ["support"] => support::run(&device, None),
+        ["support", operators] => support::run(&device, Some(operators)),
         [operator @ ("retention" | "simple_gla" | "gla" | "retention:mma" | "simple_gla:mma" | "gla:mma"), shapes] => {
             recurrence::run(&device, operator, &sizes(shapes))
         }
@@ -30,7 +31,7 @@ fn main() -> ExitCode {
         _ => {
             let operators = delta::OPERATORS.join("|");
             eprintln!(
-                "usage: bench-hopper support | bench-hopper linear TOKENS,… NxK,… | bench-hopper retention[:mma]|simple_gla[:mma]|gla[:mma]|{operators} BxTxHxKxV,…"
+                "usage: bench-hopper support [OPERATOR,…] | bench-hopper linear TOKENS,… NxK,… | bench-hopper retention[:mma]|simple_gla[:mma]|gla[:mma]|{operators} BxTxHxKxV,…"
             );
             false
         }

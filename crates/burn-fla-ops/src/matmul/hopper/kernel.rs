@@ -4,7 +4,9 @@ use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
 use half::bf16;
 
+use super::epilogue::{activate_columns, activate_vector, add_bias, add_residual};
 use super::plan::{DEPTH, Plan, ROWS, STAGING};
+use crate::matmul::Activation;
 use crate::tile::hopper::{
     Acc, Ring, add_3d, barrier_expect, barrier_fence, commit, commit_stores, declare, fence, fence_shared,
     give_registers, k_major, load_2d, mma_shared, mn_major, pack_pair, read, row_of, store_3d, store_f32_pair,
@@ -96,12 +98,16 @@ fn item_at(index: u32, sizes: &Sizes, #[comptime] plan: Plan) -> Item {
 ///
 /// The producer fills a ring of stages; each consumer warpgroup multiplies 64 rows and writes them through shared memory
 /// by asynchronous stores, which go on while the next tile is multiplied. The two warpgroups wait for each other nowhere,
-/// so one multiplies while the other writes.
+/// so one multiplies while the other writes. The epilogue changes the accumulators before they are written; with
+/// `residuals` and `kept` there is one pair, `biases` has one for each.
 #[cube(launch_unchecked)]
 pub(super) fn product<E: Float>(
     a: &Sequence<TensorMap<bf16, Tiled>>,
     b: &Sequence<TensorMap<bf16, Tiled>>,
     c: &Sequence<TensorMap<E, Tiled>>,
+    kept: &Sequence<TensorMap<E, Tiled>>,
+    biases: &Sequence<OwnedTensor<Vector<f32, Const<2>>>>,
+    residuals: &Sequence<OwnedTensor<Vector<bf16, Const<2>>>>,
     sizes: &Sizes,
     #[comptime] plan: Plan,
     #[define(E)] _out: ElemType,
@@ -213,19 +219,43 @@ pub(super) fn product<E: Float>(
             }
             let first_row = item.tile_m * comptime!(ROWS as u32) + warpgroup * 64u32;
             let width = comptime!(plan.panel_columns());
+            let epilogue = comptime!(plan.tile_epilogue());
+            let matrices = comptime!(if epilogue.keeps { 2usize } else { 1usize });
             #[unroll]
             for panel in 0..comptime!(columns / width) {
-                let to = out + comptime!((panel % 2 * BLOCK) as u32);
-                // The store of two panels ago has left the buffer.
-                if elected {
-                    wait_stores_read(1u32);
+                let first = comptime!(panel * width);
+                if comptime!(epilogue.bias) {
+                    let column = item.tile_n * comptime!(columns as u32) + comptime!(first as u32);
+                    #[unroll]
+                    for pair in 0..comptime!(plan.results()) {
+                        if item.pair == comptime!(pair as u32) {
+                            add_bias(acc, first, width, biases.index(pair), column, lane);
+                        }
+                    }
                 }
-                sync_warpgroup(warpgroup + 1u32, 128u32);
-                write_panel(acc, comptime!(panel * width), to, row, lane, plan.f32_out);
-                fence_shared();
-                sync_warpgroup(warpgroup + 1u32, 128u32);
+                if comptime!(epilogue.keeps) {
+                    if comptime!(epilogue.activates(true)) {
+                        activate_columns(acc, first, width, epilogue.activation);
+                    }
+                    let to = out + comptime!((panel * matrices % 2 * BLOCK) as u32);
+                    stage_panel(acc, first, to, row, lane, elected, warpgroup, plan.f32_out);
+                    if elected {
+                        let column = item.tile_n * comptime!(columns as u32) + comptime!(first as u32);
+                        store_3d(to, tensor_map_address(kept.index(0usize)), column, first_row, item.split);
+                        commit_stores();
+                    }
+                }
+                if comptime!(epilogue.activates(false)) {
+                    activate_columns(acc, first, width, epilogue.activation);
+                }
+                if comptime!(epilogue.residual) {
+                    let column = item.tile_n * comptime!(columns as u32) + comptime!(first as u32);
+                    add_residual(acc, first, width, residuals.index(0usize), first_row + row, column, lane);
+                }
+                let to = out + comptime!(((panel * matrices + matrices - 1) % 2 * BLOCK) as u32);
+                stage_panel(acc, first, to, row, lane, elected, warpgroup, plan.f32_out);
                 if elected {
-                    let column = item.tile_n * comptime!(columns as u32) + comptime!((panel * width) as u32);
+                    let column = item.tile_n * comptime!(columns as u32) + comptime!(first as u32);
                     if comptime!(plan.adds_tiles()) {
                         add_3d(to, map_c, column, first_row, item.split);
                     } else {
@@ -263,6 +293,28 @@ fn load_operand(
     }
 }
 
+/// Brings a panel of an accumulator to shared memory, ready for a store.
+#[cube]
+fn stage_panel(
+    #[comptime] acc: Acc,
+    #[comptime] first: usize,
+    to: u32,
+    row: u32,
+    lane: u32,
+    elected: bool,
+    warpgroup: u32,
+    #[comptime] f32_out: bool,
+) {
+    // The store of two panels ago has left the buffer.
+    if elected {
+        wait_stores_read(1u32);
+    }
+    sync_warpgroup(warpgroup + 1u32, 128u32);
+    write_panel(acc, first, to, row, lane, f32_out);
+    fence_shared();
+    sync_warpgroup(warpgroup + 1u32, 128u32);
+}
+
 /// Writes 128 bytes of each of 64 rows of an accumulator, from column `first` on, into a swizzled panel.
 #[cube]
 fn write_panel(
@@ -298,40 +350,52 @@ fn write_panel(
     }
 }
 
-/// Adds up the results of split contractions, in their order; with `add` to what is there. `CUBE_POS_Y` is the result.
+/// Adds up the results of split contractions, in their order; with `add` to what is there. `CUBE_POS_Y` is the result. What
+/// follows a product follows its sum.
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn sum_splits<E: Float, N: Size>(
     parts: &Sequence<OwnedTensor<Vector<f32, N>>>,
     out: &mut Sequence<OwnedTensor<Vector<E, N>>>,
+    kept: &mut Sequence<OwnedTensor<Vector<E, N>>>,
+    biases: &Sequence<OwnedTensor<Vector<f32, N>>>,
+    residuals: &Sequence<OwnedTensor<Vector<E, N>>>,
     #[comptime] plan: Plan,
-    #[define(E)] _out: ElemType,
+    #[define(E)] _element: ElemType,
 ) {
     let at = CUBE_POS_X as usize * CUBE_DIM as usize + UNIT_POS as usize;
+    let epilogue = comptime!(plan.epilogue);
     #[unroll]
     for pair in 0..comptime!(plan.results()) {
         if CUBE_POS_Y == comptime!(pair as u32) {
-            sum_splits_of::<E, N>(parts.index(pair), out.index_mut(pair), at, plan);
+            let out = out.index_mut(pair);
+            if at < out.len() {
+                let parts = parts.index(pair);
+                let mut sum = parts[at];
+                #[unroll]
+                for split in 1..comptime!(plan.splits) {
+                    sum += parts[at + split * out.len()];
+                }
+                if comptime!(plan.add) {
+                    sum += Vector::cast_from(out[at]);
+                }
+                if comptime!(epilogue.bias) {
+                    let bias = biases.index(pair);
+                    sum += bias[at % bias.len()];
+                }
+                if comptime!(epilogue.keeps_z()) {
+                    kept.index_mut(0usize)[at] = Vector::cast_from(sum);
+                }
+                if comptime!(epilogue.activation != Activation::Identity) {
+                    sum = activate_vector::<N>(sum, epilogue.activation);
+                }
+                if comptime!(epilogue.keeps && !epilogue.keeps_z()) {
+                    kept.index_mut(0usize)[at] = Vector::cast_from(sum);
+                }
+                if comptime!(epilogue.residual) {
+                    sum += Vector::cast_from(residuals.index(0usize)[at]);
+                }
+                out[at] = Vector::cast_from(sum);
+            }
         }
-    }
-}
-
-#[cube]
-fn sum_splits_of<E: Float, N: Size>(
-    parts: &OwnedTensor<Vector<f32, N>>,
-    out: &mut OwnedTensor<Vector<E, N>>,
-    at: usize,
-    #[comptime] plan: Plan,
-) {
-    let count = out.len();
-    if at < count {
-        let mut sum = parts[at];
-        #[unroll]
-        for split in 1..comptime!(plan.splits) {
-            sum += parts[at + split * count];
-        }
-        if comptime!(plan.add) {
-            sum += Vector::cast_from(out[at]);
-        }
-        out[at] = Vector::cast_from(sum);
     }
 }

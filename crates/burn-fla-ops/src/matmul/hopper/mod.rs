@@ -5,13 +5,16 @@
 //! last bit. Nothing is tuned at run time: [`plan`] counts clocks.
 //!
 //! One launch takes several pairs of operands, for several results or for their sum: layers that share their input
-//! ([`linears`]).
+//! ([`linears`]). What follows a linear layer is done before its sums are rounded ([`epilogue`]); a product without
+//! anything after it has the same PTX as before there was a place for it.
 //!
 //! Measured on an H100 with one pair (`benches/results/60-hopper-linear.json`): 0.99 of cuBLAS's speed in geometric mean
 //! over 72 products, the least 0.85 (weight gradients of 1024 × 2816 over 8192 tokens, and 65,536 × 1024 × 1024; the former
 //! are split in three). Not tried yet: clusters with multicast, and adding split parts through distributed shared memory.
 
+mod epilogue;
 mod kernel;
+mod layer;
 mod linears;
 mod plan;
 
@@ -20,9 +23,11 @@ use cubecl::prelude::{CubeCount, CubeDim, SequenceArg};
 
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous, owned, storage};
 use crate::tile::hopper::panel_map;
+use epilogue::Epilogue;
 use kernel::{SizesLaunch, UNITS};
+pub(crate) use layer::linear;
 pub(crate) use linears::{MOST as MOST_LINEARS, linears};
-use plan::{DEPTH, Plan, ROWS};
+use plan::{DEPTH, Plan, ROWS, VECTOR};
 
 /// Units of a cube of the kernel that adds up.
 const SUM_UNITS: usize = 256;
@@ -182,9 +187,27 @@ enum Joined {
     Yes,
 }
 
+/// What an epilogue reads: a bias for each product or none, f32 `[n]`, and for a single product a residual, bf16 `[m, n]`.
+#[derive(Default)]
+struct Extras<'a> {
+    biases: &'a [CubeTensor],
+    residual: Option<&'a CubeTensor>,
+    epilogue: Epilogue,
+}
+
 /// The products of pairs of operands, which are all stored in one way, by one kernel; or, joined, their sum. With a sum to
 /// add to there is one result.
 fn launch_pairs(pairs: &[(Operand<'_>, Operand<'_>)], joined: Joined, into: Target) -> Vec<CubeTensor> {
+    launch_with(pairs, joined, into, &Extras::default())
+}
+
+/// [`launch_pairs`] with an epilogue; the second result of one that keeps what backward needs comes last.
+fn launch_with(
+    pairs: &[(Operand<'_>, Operand<'_>)],
+    joined: Joined,
+    into: Target,
+    extras: &Extras<'_>,
+) -> Vec<CubeTensor> {
     let (first_a, first_b) = &pairs[0];
     let rows = [first_a.rows, first_b.rows];
     debug_assert!(pairs.iter().all(|(a, b)| [a.rows, b.rows] == rows), "one kernel reads all pairs alike");
@@ -199,7 +222,13 @@ fn launch_pairs(pairs: &[(Operand<'_>, Operand<'_>)], joined: Joined, into: Targ
     let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
     let depth = if joined == Joined::Yes { steps.iter().sum() } else { steps.iter().copied().min().unwrap_or(1) };
     let plan = Plan::choose(&sizes, depth, rows, dtype == DType::F32, processors);
-    let plan = Plan { add: sum_of.is_some(), pairs: pairs.len(), joined: joined == Joined::Yes, ..plan };
+    let plan = Plan {
+        add: sum_of.is_some(),
+        pairs: pairs.len(),
+        joined: joined == Joined::Yes,
+        epilogue: extras.epilogue,
+        ..plan
+    };
     let tile_dtype = if plan.f32_out { DType::F32 } else { DType::BF16 };
     let tiles: Vec<CubeTensor> = match &sum_of {
         Some(sum) if plan.adds_tiles() => vec![sum.clone()],
@@ -218,7 +247,18 @@ fn launch_pairs(pairs: &[(Operand<'_>, Operand<'_>)], joined: Joined, into: Targ
     let out_map = |(tiles, [m, n]): (&CubeTensor, &[usize; 2])| {
         panel_map(tiles, [plan.splits, *m, *n], [m * n, *n, 1], [1, 64, plan.panel_columns()])
     };
-    // SAFETY: the kernel touches device memory through tensor maps alone, and these clip what is outside.
+    let in_tiles = plan.tile_epilogue();
+    let kept: Vec<CubeTensor> = extras
+        .epilogue
+        .keeps
+        .then(|| alloc(first_a.tensor, [1, sizes[0][0], sizes[0][1]], dtype))
+        .into_iter()
+        .collect();
+    let biases = if in_tiles.bias { extras.biases } else { &[] };
+    let residual = extras.residual.filter(|_| in_tiles.residual);
+    let argument = |tensor: &CubeTensor| tensor.clone().into_tensor_arg();
+    // SAFETY: the kernel touches device memory through tensor maps, and these clip what is outside; of what an epilogue
+    // reads it holds the places inside.
     unsafe {
         kernel::product::launch_unchecked(
             &client,
@@ -227,25 +267,30 @@ fn launch_pairs(pairs: &[(Operand<'_>, Operand<'_>)], joined: Joined, into: Targ
             pairs.iter().map(|(a, _)| map(a, ROWS)).collect(),
             pairs.iter().map(|(_, b)| map(b, plan.columns)).collect(),
             tiles.iter().zip(&sizes).map(out_map).collect(),
+            kept.iter().filter(|_| in_tiles.keeps).zip(&sizes).map(out_map).collect(),
+            biases.iter().map(argument).collect(),
+            residual.into_iter().map(argument).collect(),
             SizesLaunch::new(numbers(&tiles_m), numbers(&tiles_n), numbers(&steps)),
             plan,
             storage(tile_dtype),
         );
     }
+    let kept = kept.into_iter().map(|kept| reshaped(kept, sizes[0]));
     if plan.splits == 1 {
-        return tiles.into_iter().zip(sizes).map(|(tiles, shape)| reshaped(tiles, shape)).collect();
+        return tiles.into_iter().zip(&sizes).map(|(tiles, shape)| reshaped(tiles, *shape)).chain(kept).collect();
     }
     let out: Vec<CubeTensor> = match sum_of {
         Some(sum) => vec![reshaped(sum, sizes[0])],
         None => sizes.iter().map(|shape| alloc(first_a.tensor, *shape, dtype)).collect(),
     };
-    sum(tiles, &out, plan);
-    out
+    let kept: Vec<CubeTensor> = kept.collect();
+    sum(tiles, &out, &kept, extras, plan);
+    out.into_iter().chain(kept).collect()
 }
 
 /// Adds up the parts of split contractions into `out`.
-fn sum(parts: Vec<CubeTensor>, out: &[CubeTensor], plan: Plan) {
-    const VECTOR: usize = 4;
+fn sum(parts: Vec<CubeTensor>, out: &[CubeTensor], kept: &[CubeTensor], extras: &Extras<'_>, plan: Plan) {
+    let argument = |tensor: &CubeTensor| tensor.clone().into_tensor_arg();
     let most = out.iter().map(|out| out.meta.shape().num_elements()).max().unwrap_or(0) / VECTOR;
     kernel::sum_splits::launch(
         &out[0].client,
@@ -254,7 +299,10 @@ fn sum(parts: Vec<CubeTensor>, out: &[CubeTensor], plan: Plan) {
         crate::rows::address(&parts.iter().collect::<Vec<_>>()),
         VECTOR,
         parts.into_iter().map(|parts| parts.into_tensor_arg()).collect(),
-        out.iter().map(|out| out.clone().into_tensor_arg()).collect(),
+        out.iter().map(argument).collect(),
+        kept.iter().map(argument).collect(),
+        extras.biases.iter().map(argument).collect(),
+        extras.residual.into_iter().map(argument).collect(),
         plan,
         storage(out[0].dtype),
     );

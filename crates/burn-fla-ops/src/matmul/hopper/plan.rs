@@ -1,9 +1,13 @@
 //! What a product is specialised on, and how it is chosen: no tuning at run time, no shape that waits.
 
+use super::epilogue::Epilogue;
+
 /// Rows of a tile: 64 for each of two warpgroups.
 pub(super) const ROWS: usize = 128;
 /// Contraction of a stage.
 pub(super) const DEPTH: usize = 64;
+/// Elements of a vector of the kernel that adds up.
+pub(super) const VECTOR: usize = 4;
 /// Bytes of a panel row, which is the width of the swizzle.
 const PANEL: usize = 128;
 /// Bytes in which one warpgroup stages its outputs: two panels of 64 rows.
@@ -30,6 +34,8 @@ pub(super) struct Plan {
     pub(super) pairs: usize,
     /// Whether the products of all pairs are added up, as one contraction over all of them; else each is a result.
     pub(super) joined: bool,
+    /// What is done to a product before it is rounded.
+    pub(super) epilogue: Epilogue,
 }
 
 impl Plan {
@@ -56,6 +62,11 @@ impl Plan {
     /// Whether tiles are added to the result: split contractions are added up elsewhere, in their order.
     pub(super) fn adds_tiles(&self) -> bool {
         self.add && self.splits == 1
+    }
+
+    /// What is done to a tile before it is written: with a split contraction, what adds the parts up does it.
+    pub(super) fn tile_epilogue(&self) -> Epilogue {
+        if self.splits == 1 { self.epilogue } else { Epilogue::default() }
     }
 
     /// The plan that takes the least time by a count of clocks, for results of `sizes` that contract `steps` stages each.
@@ -90,6 +101,7 @@ impl Plan {
             add: false,
             pairs: sizes.len(),
             joined: false,
+            epilogue: Epilogue::default(),
         }
     }
 }
