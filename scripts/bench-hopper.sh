@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Times the kernels for Hopper beside PyTorch's cuBLAS on a machine with a GPU and no Rust.
 # usage: bench-hopper.sh FOLDER support [OPERATOR,…] | bench-hopper.sh FOLDER linear TOKENS,… NxK,… | bench-hopper.sh FOLDER OPERATOR BxTxHxKxV,…
-#   OPERATOR is retention, simple_gla or gla (with :mma on the kernels for any NVIDIA GPU since Ampere), or of those with portable kernels delta_rule, gated_delta_rule, kda or rwkv7.
+#   OPERATOR is retention, simple_gla or gla (with :mma on the kernels for any NVIDIA GPU since Ampere), or of those with portable kernels gsa, rwkv6, ssd, delta_rule, gated_delta_rule, kda or rwkv7.
 #   FOLDER holds bench-hopper.xz: `cargo build --release -p burn-fla-tests --features cuda --bin bench-hopper`, stripped.
 set -uo pipefail
 folder=$1

@@ -1,6 +1,6 @@
 """Times operators of flash-linear-attention and PyTorch's flash attention: peer.py OPERATOR,... BxTxHxKxV,...
 
-OPERATOR is retention, simple_gla, gla, delta_rule, gated_delta_rule, kda, rwkv7 or attention. The problems are those of
+OPERATOR is retention, simple_gla, gla, gsa (64 slots), rwkv6, ssd (Mamba2), delta_rule, gated_delta_rule, kda, rwkv7 or attention. The problems are those of
 bench-hopper: bf16, log decays log sigmoid(x) of normal numbers. Medians of groups of calls with one wait each, as bench-hopper takes them; what is added into a tensor's
 gradient is not timed. Needs a GPU, PyTorch and flash-linear-attention.
 """
@@ -49,6 +49,32 @@ def problem(name, b, t, h, dk, dv):
 
         g = leaf(F.logsigmoid(torch.randn(b, t, h, dk, device="cuda")).bfloat16())
         return lambda: chunk_gla(q, k, v, g)[0], (q, k, v, g)
+    if name == "gsa":
+        from fla.ops.gsa import chunk_gsa
+
+        s = leaf(torch.randn(b, t, h, 64, device="cuda").softmax(-1).bfloat16())
+        g = leaf(F.logsigmoid(torch.randn(b, t, h, 64, device="cuda")))
+        return lambda: chunk_gsa(q, k, v, s, g)[0], (q, k, v, s, g)
+    if name == "rwkv6":
+        from fla.ops.rwkv6 import chunk_rwkv6
+
+        w = leaf(F.logsigmoid(torch.randn(b, t, h, dk, device="cuda")).bfloat16())
+        u = leaf(torch.randn(h, dk, device="cuda"))
+        return lambda: chunk_rwkv6(q, k, v, w, u, scale=1.0)[0], (q, k, v, w, u)
+    if name == "ssd":
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        # One group of B and C, which the peer's operator takes repeated for every head, and the D term.
+        q, k = (leaf(torch.randn(b, t, 1, dk, device="cuda").bfloat16()) for _ in range(2))
+        delta = leaf(F.softplus(torch.randn(b, t, h, device="cuda")))
+        a, d = leaf(-F.softplus(torch.randn(h, device="cuda"))), leaf(torch.randn(h, device="cuda"))
+
+        def mamba2():
+            keys, queries = (x.expand(b, t, h, dk) for x in (k, q))
+            o = chunk_simple_gla(queries, keys, (v * delta[..., None]).bfloat16(), delta * a, scale=1.0)[0]
+            return (o + d[:, None] * v).bfloat16()
+
+        return mamba2, (q, k, v, delta, a, d)
     if name in ("delta_rule", "gated_delta_rule", "kda"):
         k = leaf(F.normalize(k.detach().float(), dim=-1).bfloat16())
         beta = leaf(torch.rand(b, t, h, device="cuda"))

@@ -2,6 +2,8 @@
 
 #[path = "ops/delta_walk.rs"]
 mod delta_walk;
+#[path = "ops/family.rs"]
+mod family;
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_fla_ops::cases::{RecurrenceCase, recurrence_cases};

@@ -6,10 +6,11 @@ use burn::tensor::{DType, Tensor};
 use crate::arguments::{self, query_key_value};
 use crate::bridge::{has_kernels, same_device, same_shape};
 use crate::sequences::{by_sequence, each_sequence};
+use crate::ssd::HeadGroups;
 use crate::{CuSeqlens, Engine, OpError, SequenceOptions};
 
 /// Tokens a chunk of the reference with a decay by key: its factored scores hold further in a short chunk.
-pub(crate) const REFERENCE_CHUNK_KEY: usize = 32;
+const REFERENCE_CHUNK_KEY: usize = 32;
 /// Tokens a chunk of the reference with a scalar decay.
 const REFERENCE_CHUNK_SCALAR: usize = 64;
 
@@ -59,6 +60,8 @@ pub(crate) enum Decay {
     Token(Tensor<3>),
     /// `[B, T, H, K]`.
     Key(Tensor<4>),
+    /// `[B, T, H, V]`: `S_t = S_{t−1} diag(e^{g_t}) + k_t v_tᵀ`.
+    Value(Tensor<4>),
 }
 
 /// A checked problem: `S_t = e^{g_t} ∘ S_{t−1} + k_t v_tᵀ`, `o_t = scale · S_tᵀ q_t`.
@@ -66,10 +69,14 @@ pub(crate) struct Problem {
     /// Its name, for the kernels.
     #[cfg_attr(not(feature = "cube"), expect(dead_code))]
     pub(crate) op: &'static str,
+    /// Queries and keys may have fewer heads than values: see [`HeadGroups`].
     pub(crate) q: Tensor<4>,
     pub(crate) k: Tensor<4>,
     pub(crate) v: Tensor<4>,
+    pub(crate) groups: HeadGroups,
     pub(crate) decay: Decay,
+    /// `u`, `[H, K]`, beside a decay by key: the state is read before the token, `o_t = scale · (S_{t−1} + (u ∘ k_t) v_tᵀ)ᵀ q_t`.
+    pub(crate) bonus: Option<Tensor<2>>,
     pub(crate) scale: f64,
     pub(crate) state: Option<Tensor<4>>,
     pub(crate) sequences: CuSeqlens,
@@ -88,8 +95,19 @@ impl Problem {
         options: SequenceOptions,
     ) -> Result<Self, OpError> {
         query_key_value(op, &q, &k, &v)?;
-        let [b, t, h, dk] = q.dims();
-        let dv = v.dims()[3];
+        Self::grouped(op, [q, k, v], HeadGroups::Contiguous, decay, options)
+    }
+
+    /// A problem whose q, k and v were checked, with groups of heads that share q and k.
+    pub(crate) fn grouped(
+        op: &'static str,
+        [q, k, v]: [Tensor<4>; 3],
+        groups: HeadGroups,
+        decay: Decay,
+        options: SequenceOptions,
+    ) -> Result<Self, OpError> {
+        let [b, t, h, dv] = v.dims();
+        let dk = q.dims()[3];
         let device = q.device();
         match &decay {
             Decay::None => {}
@@ -103,6 +121,10 @@ impl Problem {
             }
             Decay::Key(g) => {
                 same_shape(op, "log_decay", g, [b, t, h, dk], "[B, T, H, K]")?;
+                same_device(op, "log_decay", g, &device)?;
+            }
+            Decay::Value(g) => {
+                same_shape(op, "log_decay", g, [b, t, h, dv], "[B, T, H, V]")?;
                 same_device(op, "log_decay", g, &device)?;
             }
         }
@@ -120,7 +142,9 @@ impl Problem {
             q,
             k,
             v,
+            groups,
             decay,
+            bonus: None,
             scale,
             state: options.initial_state,
             sequences,
@@ -130,16 +154,35 @@ impl Problem {
         })
     }
 
+    /// The same with queries and keys repeated in memory, where heads share them.
+    pub(crate) fn with_own_heads(self) -> Self {
+        let heads = self.v.dims()[2];
+        let each = |x: Tensor<4>| {
+            let [b, t, g, d] = x.dims();
+            let repeat = heads / g;
+            if repeat == 1 {
+                return x;
+            }
+            let x: Tensor<5> = match self.groups {
+                HeadGroups::Contiguous => x.reshape([b, t, g, 1, d]).expand([b, t, g, repeat, d]),
+                HeadGroups::Tiled => x.reshape([b, t, 1, g, d]).expand([b, t, repeat, g, d]),
+            };
+            x.reshape([b, t, heads, d])
+        };
+        let (q, k) = (each(self.q), each(self.k));
+        Self { q, k, ..self }
+    }
+
     /// Runs on the engine that the device and the options choose.
     pub(crate) fn run(self) -> Result<(Tensor<4>, Tensor<4>), OpError> {
         Ok(match Implementation::choose(&self) {
-            Implementation::Reference => self.reference(),
+            Implementation::Reference => self.with_own_heads().reference(),
             #[cfg(feature = "cube")]
-            Implementation::Portable => crate::linear_walk::run(self),
+            Implementation::Portable => crate::linear_walk::run(self.with_own_heads()),
             #[cfg(feature = "cuda")]
-            Implementation::Hopper => crate::hopper_walk::run(self, crate::hopper_walk::Cores::Hopper),
+            Implementation::Hopper => crate::hopper_walk::run(self.with_own_heads(), crate::hopper_walk::Cores::Hopper),
             #[cfg(feature = "cuda")]
-            Implementation::Mma => crate::hopper_walk::run(self, crate::hopper_walk::Cores::Mma),
+            Implementation::Mma => crate::hopper_walk::run(self.with_own_heads(), crate::hopper_walk::Cores::Mma),
         })
     }
 
@@ -189,6 +232,7 @@ impl Problem {
                 Decay::Head(g) => Decay::Head(g.clone()),
                 Decay::Token(g) => Decay::Token(piece.tokens(g)),
                 Decay::Key(g) => Decay::Key(piece.tokens(g)),
+                Decay::Value(g) => Decay::Value(piece.tokens(g)),
             };
             let [q, k, v] = [&self.q, &self.k, &self.v].map(|x| piece.tokens(x));
             let (o, end) = self.reference_dense(q, k, v, decay, state);
@@ -221,7 +265,20 @@ impl Problem {
             Decay::Token(g) => scalar(g),
             Decay::Key(g) => {
                 let c = chunk(REFERENCE_CHUNK_KEY);
-                crate::gla::reference::chunked(q, k, v, g, self.scale, state, c)
+                match &self.bonus {
+                    None => crate::gla::reference::chunked(q, k, v, g, self.scale, state, c),
+                    Some(bonus) if t == 1 => {
+                        crate::rwkv6::reference::recurrent([q, k, v, g], bonus.clone(), self.scale, state)
+                    }
+                    Some(bonus) => crate::rwkv6::reference::chunked([q, k, v, g], bonus.clone(), self.scale, state, c),
+                }
+            }
+            Decay::Value(g) => {
+                let c = chunk(REFERENCE_CHUNK_KEY);
+                let (out, dtype) = (v.dtype(), crate::chunked::compute_dtype(v.dtype()));
+                let [q, k, v, g] = [q, k, v, g].map(|x| x.cast(dtype));
+                let (o, state) = crate::gsa::reference::read_slots(q, k, v, g, self.scale, state, c);
+                (o.cast(out), state)
             }
         }
     }

@@ -96,7 +96,7 @@ pub fn abc(
         engine: options.engine,
         chunk: options.chunk,
     };
-    let (o, state) = gsa::run(OP, [q, k, v, by_slot(weights), by_slot(log_decay)], sequences, options)?;
+    let (o, state) = gsa::run(OP, [q, k, v, by_slot(weights), by_slot(log_decay)], options)?;
     let GsaState { keys, values } = state;
     Ok((o, AbcState { keys, values, normaliser: normaliser.reshape([n, h, m]) }))
 }

@@ -7,21 +7,22 @@
 //! o_t  = Hv_tᵀ p_t
 //! ```
 //!
-//! The second recurrence is gated linear attention with queries p, keys s and a decay for each key. The first has the
-//! state of one too (transposed, with keys s and values k), but it is read along the other side.
+//! The second recurrence is gated linear attention with queries p, keys s and a decay for each key. The first is linear
+//! attention too, with queries q, keys k and values s, and a decay for each *value*.
 //!
 //! Zhang et al.: *Gated Slot Attention for Efficient Linear-Time Sequence Modeling* (2024).
 
+#[cfg(feature = "cube")]
+mod kernels;
 pub mod reference;
 
 use burn::tensor::activation::softmax;
 use burn::tensor::{Device, Tensor};
 
-use crate::arguments::activation;
+use crate::arguments::{activation, on_kernels};
 use crate::bridge::{same_device, same_dtype, same_shape};
 use crate::chunked::compute_dtype;
-use crate::recurrence::{Decay, Problem, REFERENCE_CHUNK_KEY};
-use crate::sequences::by_sequence;
+use crate::recurrence::{Decay, Problem};
 use crate::{CuSeqlens, Engine, OpError, SequenceOptions};
 
 /// What [`gsa`](crate::gsa()) keeps of the tokens seen.
@@ -80,7 +81,7 @@ pub fn gsa(
         check_state(OP, state, &q, &v, &slots, sequences.num_sequences())?;
     }
     check_chunk(OP, options.chunk)?;
-    run(OP, [q, k, v, slots, log_decay], sequences, options)
+    run(OP, [q, k, v, slots, log_decay], options)
 }
 
 /// The checks of what ABC and GSA share. Returns the sequences.
@@ -150,48 +151,39 @@ pub(crate) fn check_chunk(op: &'static str, chunk: Option<usize>) -> Result<(), 
     }
 }
 
-/// Both passes over checked arguments (q, k, v, s, g), in the dtype of computation.
+/// The softmax over the slots, in f32 and rounded to the dtype of the scores.
+fn probabilities(scores: Tensor<4>, engine: Engine) -> Tensor<4> {
+    #[cfg(feature = "cube")]
+    if on_kernels(&scores, engine) && scores.shape().num_elements() > 0 {
+        let mut outputs = crate::bridge::apply(kernels::Softmax, vec![scores.into_dispatch()], Vec::new());
+        return Tensor::from_dispatch(outputs.remove(0));
+    }
+    let _ = on_kernels(&scores, engine);
+    let dtype = scores.dtype();
+    softmax(scores.cast(compute_dtype(dtype)), 3).cast(dtype)
+}
+
+/// Both passes over checked arguments (q, k, v, s, g), in the dtype of computation: two problems with a softmax between
+/// them. The first decays by value, with the slots as values; the second by key, with the slots as keys.
 pub(crate) fn run(
     op: &'static str,
     arguments: [Tensor<4>; 5],
-    sequences: CuSeqlens,
     options: GsaOptions,
 ) -> Result<(Tensor<4>, GsaState), OpError> {
     let out = arguments[0].dtype();
     let dtype = compute_dtype(out);
     let [q, k, v, slots, g] = arguments.map(|x| x.cast(dtype));
-    let [_, t, h, dk] = q.dims();
-    let m = slots.dims()[3];
-    let scale = options.scale.unwrap_or_else(|| (dk as f64).powf(-0.5));
-    let chunk = options.chunk.unwrap_or_else(|| REFERENCE_CHUNK_KEY.min(t.next_power_of_two()));
-    let (keys, values) = match options.initial_state {
-        Some(state) => (state.keys.cast(dtype), Some(state.values)),
-        None => (Tensor::zeros([sequences.num_sequences(), h, dk, m], (&q.device(), dtype)), None),
-    };
-    let read = |q, k, slots, g, keys| reference::read_slots(q, k, slots, g, scale, keys, chunk);
-    let (scores, keys) = if options.cu_seqlens.is_some() {
-        let (scores, keys) = by_sequence(&sequences, |piece| {
-            let keys = piece.state(&keys);
-            if piece.length == 0 {
-                return (None, keys);
-            }
-            let [q, k, slots, g] = [&q, &k, &slots, &g].map(|x| piece.tokens(x));
-            let (scores, keys) = read(q, k, slots, g, keys);
-            (Some(scores), keys)
-        });
-        (scores.unwrap_or_else(|| slots.clone()), Tensor::cat(keys, 0))
-    } else if t == 0 {
-        (slots.clone(), keys)
-    } else {
-        read(q, k, slots.clone(), g.clone(), keys)
-    };
-    let second = SequenceOptions {
-        scale: Some(1.0),
-        initial_state: values,
-        cu_seqlens: options.cu_seqlens,
+    let (keys, values) = options.initial_state.map(|state| (state.keys, state.values)).unzip();
+    let pass = |scale: Option<f64>, initial_state: Option<Tensor<4>>| SequenceOptions {
+        scale,
+        initial_state,
+        cu_seqlens: options.cu_seqlens.clone(),
         engine: options.engine,
         chunk: options.chunk,
     };
-    let (o, values) = Problem::new(op, softmax(scores, 3), slots, v, Decay::Key(g), second)?.run()?;
+    let first = Problem::new(op, q, k, slots.clone(), Decay::Value(g.clone()), pass(options.scale, keys))?;
+    let (scores, keys) = first.run()?;
+    let p = probabilities(scores, options.engine);
+    let (o, values) = Problem::new(op, p, slots, v, Decay::Key(g), pass(Some(1.0), values))?.run()?;
     Ok((o.cast(out), GsaState { keys, values }))
 }

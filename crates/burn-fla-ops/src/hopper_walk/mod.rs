@@ -80,6 +80,7 @@ pub(crate) fn takes_with_mma(problem: &Problem) -> bool {
         Decay::Key(_) => Axis::Key,
         Decay::Token(_) => Axis::Token,
         Decay::Head(_) | Decay::None => Axis::Head,
+        Decay::Value(_) => return false,
     };
     let (keys, values) = (problem.q.dims()[3], problem.v.dims()[3]);
     // As `run` divides them.
@@ -87,11 +88,13 @@ pub(crate) fn takes_with_mma(problem: &Problem) -> bool {
     Engine::on(&device, Cores::Mma).takes(keys, values, axis)
 }
 
-/// bf16, chunks of the engine's own choice, key channels in multiples of 16 up to 256 and value channels up to 512, and
+/// bf16, no decay by value and no bonus, chunks of the engine's own choice, key channels in multiples of 16 up to 256 and value channels up to 512, and
 /// some sequence of more than one token.
 fn takes_size(problem: &Problem) -> bool {
     let (keys, values) = (problem.q.dims()[3], problem.v.dims()[3]);
     problem.q.dtype() == DType::BF16
+        && problem.bonus.is_none()
+        && !matches!(problem.decay, Decay::Value(_))
         && problem.chunk.is_none()
         && problem.scale.abs() > f64::from(f32::MIN_POSITIVE)
         && problem.sequences.lengths().any(|n| n > 1)
@@ -119,6 +122,7 @@ pub(crate) fn run(problem: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>) {
         Decay::Head(g) => Decay::Head(g.unsqueeze_dim::<2>(1).repeat_dim(1, 2).reshape([2 * h])),
         Decay::Token(g) => Decay::Token(g.unsqueeze_dim::<4>(3).repeat_dim(3, 2).reshape([b, t, 2 * h])),
         Decay::Key(g) => Decay::Key(twice(g)),
+        Decay::Value(_) => unreachable!("`takes` does not accept it"),
     };
     // The second half may end with channels of zeros.
     let even = |x: Tensor<4>| {
@@ -152,6 +156,7 @@ fn run_whole(problem: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>) {
     let device = q.device().inner();
     let (axis, g) = match decay {
         Decay::Key(g) => (Axis::Key, g.into_dispatch()),
+        Decay::Value(_) => unreachable!("`takes` does not accept it"),
         Decay::Token(g) => (Axis::Token, g.into_dispatch()),
         Decay::Head(g) => (Axis::Head, g.detach().into_dispatch()),
         Decay::None => (Axis::Head, Tensor::<1>::zeros([h], (&device, DType::F32)).into_dispatch()),

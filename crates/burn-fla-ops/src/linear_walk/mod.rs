@@ -22,9 +22,16 @@
 //! so steps 2 to 4 with other roles are the whole backward. The decay's gradient needs no product of its own: inside a
 //! chunk `dg_t = ⟨S_e, Z_e⟩ + Σ_{s ≥ t} (q_s ∘ dq_s − k_s ∘ dk_s)`, with `S_e`, `Z_e` at the chunk's end.
 //!
+//! A decay by value, `S_t = S_{t−1} diag(e^{g_t}) + k_t v_tᵀ`, is the same with keys and values exchanged: its gradient is
+//! `⟨S_e, Z_e⟩ + Σ_{s ≥ t} (do_s ∘ o_s − v_s ∘ dv_s)`, with the outputs walked once more.
+//!
+//! With a bonus u for the token's own key, the state is read before the token: `o_t = scale · (S_{t−1} + (u ∘ k_t) v_tᵀ)ᵀ q_t`.
+//! In a walk, reading then comes first in both directions of time.
+//!
 //! Saved between forward and backward, besides the inputs: the states at the chunk borders, `4 H K V / 64` bytes a token.
 
 pub(crate) mod gate;
+mod launch;
 mod operator;
 pub(crate) mod plan;
 mod states;
@@ -36,12 +43,12 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::bridge::apply;
 use crate::recurrence::{Decay, Problem};
-use operator::LinearWalk;
+use launch::LinearWalk;
 use plan::DecayKind;
 
 /// Runs a checked problem on the kernels.
 pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
-    let Problem { op, q, k, v, decay, scale, state, sequences, .. } = problem;
+    let Problem { op, q, k, v, decay, bonus, scale, state, sequences, .. } = problem;
     let [b, t, h, dk] = q.dims();
     let dv = v.dims()[3];
     let device = q.device().inner();
@@ -50,6 +57,7 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
         Decay::Head(g) => (DecayKind::Head, g.detach().into_dispatch()),
         Decay::Token(g) => (DecayKind::Token, g.into_dispatch()),
         Decay::Key(g) => (DecayKind::Key, g.into_dispatch()),
+        Decay::Value(g) => (DecayKind::Value, g.into_dispatch()),
     };
     let longest = sequences.lengths().max().unwrap_or(0);
     let chunk = problem.chunk.unwrap_or(plan::CHUNK).min(longest.next_power_of_two());
@@ -58,6 +66,7 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
         name: op,
         decay: kind,
         has_state: state.is_some(),
+        has_bonus: bonus.is_some(),
         scale: scale as f32,
         tokens: b * t,
         heads: h,
@@ -72,6 +81,9 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
     let mut floats = vec![q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), g];
     if let Some(state) = state {
         floats.push(state.cast(DType::F32).into_dispatch());
+    }
+    if let Some(bonus) = bonus {
+        floats.push(bonus.cast(DType::F32).into_dispatch());
     }
     let mut outputs = apply(operator, floats, vec![table.into_dispatch()]).into_iter();
     let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and a state"));

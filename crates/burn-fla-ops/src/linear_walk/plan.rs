@@ -23,6 +23,8 @@ pub(super) enum DecayKind {
     Token,
     /// A number for each token, head and key channel.
     Key,
+    /// A number for each token, head and value channel.
+    Value,
 }
 
 /// Where a decay acts on the walked state `X[row, inner]`.
@@ -49,6 +51,8 @@ pub(super) struct WalkPlan {
     pub(super) rows_are_values: bool,
     /// Against time: add, read out, then decay. Otherwise decay, add, then read out.
     pub(super) against_time: bool,
+    /// Read out before decaying and adding, with a bonus for what is added.
+    pub(super) exclusive: bool,
     pub(super) axis: DecayAxis,
     /// Rows a cube.
     pub(super) tile: usize,
@@ -67,14 +71,16 @@ impl WalkPlan {
             DecayKind::Head => DecayAxis::Head,
             DecayKind::Token => DecayAxis::Token,
             DecayKind::Key if rows_are_values => DecayAxis::Inner,
-            DecayKind::Key => DecayAxis::Row,
+            DecayKind::Value if !rows_are_values => DecayAxis::Inner,
+            DecayKind::Key | DecayKind::Value => DecayAxis::Row,
         };
         let parts = inner.div_ceil(PER_UNIT).min(MAX_UNITS);
         let per_unit = inner.div_ceil(parts);
         let tile = rows.min(MAX_UNITS / parts).clamp(1, 128);
         let stride = parts * per_unit;
         let block = SHARED_FLOATS / (3 * stride + parts * tile);
-        Self { rows, inner, rows_are_values, against_time, axis, tile, parts, per_unit, block: block.clamp(1, 32) }
+        let (block, exclusive) = (block.clamp(1, 32), false);
+        Self { rows, inner, rows_are_values, against_time, exclusive, axis, tile, parts, per_unit, block }
     }
 
     /// Distance of two tokens' inner vectors in shared memory: filled up so that every unit has `per_unit` channels.

@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::plan::DecayKind;
 use super::table::{CHUNK_WORDS, SEQUENCE_WORDS};
 
-/// The sum of log decays of each chunk, `[chunks, H]` or `[chunks, H, K]`: one unit an element.
+/// The sum of log decays of each chunk, `[chunks, H]`, `[chunks, H, K]` or `[chunks, H, V]`: one unit an element.
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn totals(
     g: &[f32],
@@ -51,6 +51,7 @@ pub(super) fn pass_states(
     count: usize,
     #[comptime] keys: usize,
     #[comptime] values: usize,
+    #[comptime] kind: DecayKind,
     #[comptime] channels: usize,
     #[comptime] against_time: bool,
 ) {
@@ -61,7 +62,13 @@ pub(super) fn pass_states(
     let element = ABSOLUTE_POS % size;
     let head = (ABSOLUTE_POS / size) % heads;
     let sequence = ABSOLUTE_POS / size / heads;
-    let channel = if comptime!(channels > 1) { element / values } else { 0usize.runtime() };
+    let channel = if comptime!(kind == DecayKind::Key) {
+        element / values
+    } else if comptime!(kind == DecayKind::Value) {
+        element % values
+    } else {
+        0usize.runtime()
+    };
     let at = chunks * comptime!(CHUNK_WORDS) + sequence * comptime!(SEQUENCE_WORDS);
     let first_chunk = table[at] as usize;
     let chunk_count = table[at + 1] as usize;

@@ -4,7 +4,8 @@ use cubecl::prelude::*;
 
 use super::plan::DecayKind;
 
-/// `S' = e^g ∘ S + k vᵀ`, `o = scale · S'ᵀ q`: one unit a value channel, which walks down the key channels.
+/// `S' = e^g ∘ S + k vᵀ`, `o = scale · S'ᵀ q`, or with `exclusive` `o = scale · (S + (u ∘ k) vᵀ)ᵀ q`: one unit a value
+/// channel, which walks down the key channels.
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn step<E: Float>(
     q: &[E],
@@ -12,6 +13,7 @@ pub(super) fn step<E: Float>(
     v: &[E],
     g: &[f32],
     state: &[f32],
+    bonus: &[f32],
     o: &mut [E],
     next: &mut [f32],
     heads: usize,
@@ -20,6 +22,7 @@ pub(super) fn step<E: Float>(
     #[comptime] kind: DecayKind,
     #[comptime] keys: usize,
     #[comptime] values: usize,
+    #[comptime] exclusive: bool,
     #[define(E)] _dtype: ElemType,
 ) {
     if ABSOLUTE_POS >= count {
@@ -36,6 +39,9 @@ pub(super) fn step<E: Float>(
     if comptime!(kind == DecayKind::Token) {
         decay = f32::exp(g[row]);
     }
+    if comptime!(kind == DecayKind::Value) {
+        decay = f32::exp(g[ABSOLUTE_POS]);
+    }
     let mut sum = f32::new(0.0);
     for c in 0..keys {
         let channel = row * keys + c;
@@ -43,9 +49,15 @@ pub(super) fn step<E: Float>(
         if comptime!(kind == DecayKind::Key) {
             decay = f32::exp(g[channel]);
         }
-        let updated = state[at] * decay + f32::cast_from(k[channel]) * added;
+        let before = state[at];
+        let own = f32::cast_from(k[channel]) * added;
+        let updated = before * decay + own;
         next[at] = updated;
-        sum += f32::cast_from(q[channel]) * updated;
+        if comptime!(exclusive) {
+            sum += f32::cast_from(q[channel]) * (before + own * bonus[head * keys + c]);
+        } else {
+            sum += f32::cast_from(q[channel]) * updated;
+        }
     }
     o[ABSOLUTE_POS] = E::cast_from(sum * scale);
 }

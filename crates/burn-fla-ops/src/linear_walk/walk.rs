@@ -166,7 +166,7 @@ pub(super) fn local_state<E: Float>(
                 #[unroll]
                 for i in 0..per_unit {
                     let d = if comptime!(plan.axis == DecayAxis::Inner) { shared_g[at + i] } else { decay };
-                    if comptime!(plan.against_time) {
+                    if comptime!(plan.against_time && !plan.exclusive) {
                         x[i] = (x[i] + value * shared_b[at + i]) * d;
                     } else {
                         x[i] = x[i] * d + value * shared_b[at + i];
@@ -188,6 +188,9 @@ pub(super) fn local_state<E: Float>(
 }
 
 /// Each chunk's outputs `y_t = out_scale · X_t c_t`, walked from the state at its start (against time: at its end).
+///
+/// With `plan.exclusive` they are read before the token, `y_t = out_scale · (X + in_scale a_t (u ∘ b_t)ᵀ) c_t`, and then with
+/// time and against it `X ← decay ∘ X + in_scale a_t b_tᵀ`. `bonus`, u, is that of each key channel, on whichever side it is.
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn read_out<E: Float, Y: Float>(
     a: &[E],
@@ -196,6 +199,7 @@ pub(super) fn read_out<E: Float, Y: Float>(
     g: &[f32],
     table: &[i32],
     states: &[f32],
+    bonus: &[f32],
     y: &mut [Y],
     heads: usize,
     cubes: usize,
@@ -225,6 +229,18 @@ pub(super) fn read_out<E: Float, Y: Float>(
     let mut shared_y =
         Shared::<[f32]>::new_slice(comptime!(if plan.parts > 1 { plan.block * plan.parts * plan.tile } else { 1 }));
 
+    let mut own = Array::<f32>::new(comptime!(if plan.exclusive { plan.per_unit } else { 1 }));
+    if comptime!(plan.exclusive) {
+        let keys = comptime!(if plan.rows_are_values { plan.inner } else { plan.rows });
+        #[unroll]
+        for i in 0..per_unit {
+            let mut channel = p.row;
+            if comptime!(plan.rows_are_values) {
+                channel = p.part * per_unit + i;
+            }
+            own[i] = if channel < keys { bonus[p.head * keys + channel] } else { f32::new(0.0) };
+        }
+    }
     let mut x = Array::<f32>::new(per_unit);
     let slot = p.chunk + p.sequence + comptime!(if plan.against_time { 1usize } else { 0 });
     #[unroll]
@@ -260,7 +276,11 @@ pub(super) fn read_out<E: Float, Y: Float>(
                 #[unroll]
                 for i in 0..per_unit {
                     let d = if comptime!(plan.axis == DecayAxis::Inner) { shared_g[at + i] } else { decay };
-                    if comptime!(plan.against_time) {
+                    if comptime!(plan.exclusive) {
+                        let added = value * shared_b[at + i];
+                        sum += (x[i] + own[i] * added) * shared_c[at + i];
+                        x[i] = x[i] * d + added;
+                    } else if comptime!(plan.against_time) {
                         let next = x[i] + value * shared_b[at + i];
                         sum += next * shared_c[at + i];
                         x[i] = next * d;

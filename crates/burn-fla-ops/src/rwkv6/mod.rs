@@ -44,10 +44,6 @@ pub fn rwkv6(
 ) -> Result<(Tensor<4>, Tensor<4>), OpError> {
     let [_, _, h, dk] = r.dims();
     parameter(OP, "bonus", &bonus, [h, dk], "[H, K]", &r.device())?;
-    let problem = Problem::new(OP, r, k, v, Decay::Key(log_decay.clone()), options)?;
-    let inputs = [&problem.q, &problem.k, &problem.v, &log_decay].map(Clone::clone);
-    Ok(problem.each_sequence(inputs, |inputs, state, chunk| match inputs[0].dims()[1] {
-        1 => reference::recurrent(inputs, bonus.clone(), problem.scale, state),
-        _ => reference::chunked(inputs, bonus.clone(), problem.scale, state, chunk),
-    }))
+    let problem = Problem::new(OP, r, k, v, Decay::Key(log_decay), options)?;
+    Problem { bonus: Some(bonus), ..problem }.run()
 }

@@ -6,19 +6,23 @@
 //! y_t = S_tᵀ C_t + D ∘ x_t                          D where it is given
 //! ```
 //!
-//! This is [`simple_gla`] with queries `C`, keys `B`, values `Δ x`, log decay `Δ A` and scale 1, and runs on it.
+//! This is [`simple_gla`](crate::simple_gla()) with queries `C`, keys `B`, values `Δ x`, log decay `Δ A` and scale 1, and runs on
+//! its kernels, with `B` and `C` repeated for each head.
 //!
 //! Dao, Gu: *Transformers are SSMs* (2024).
 
+#[cfg(feature = "cube")]
+mod kernels;
 pub mod reference;
 
 use burn::tensor::{DType, Tensor};
 
-use crate::arguments::{activation, parameter};
+use crate::arguments::{activation, on_kernels, parameter};
 use crate::bridge::{same_device, same_dtype, same_shape};
 use crate::chunked::compute_dtype;
+use crate::recurrence::{Decay, Problem};
 use crate::selective_scan::wide;
-use crate::{CuSeqlens, Engine, OpError, ScalarDecay, SequenceOptions, simple_gla};
+use crate::{CuSeqlens, Engine, OpError, SequenceOptions};
 
 const OP: &str = "ssd";
 
@@ -73,12 +77,11 @@ pub fn ssd(
     options: SsdOptions,
 ) -> Result<(Tensor<4>, Tensor<4>), OpError> {
     check(&x, &delta, &a, &b, &c, &options)?;
-    let (out, dtype) = (x.dtype(), compute_dtype(x.dtype()));
-    let [batch, tokens, heads, _] = x.dims();
+    let dtype = compute_dtype(x.dtype());
     let delta = delta.cast(dtype);
     let decay = delta.clone() * a.cast(dtype).unsqueeze::<3>();
-    let wide = x.cast(dtype);
-    let v = (wide.clone() * delta.reshape([batch, tokens, heads, 1])).cast(out);
+    let engine = options.engine;
+    let v = scaled(x.clone(), delta, engine);
     let sequence = SequenceOptions {
         scale: Some(1.0),
         initial_state: options.initial_state,
@@ -86,28 +89,38 @@ pub fn ssd(
         engine: options.engine,
         chunk: options.chunk,
     };
-    let q = by_head(c, heads, options.groups);
-    let k = by_head(b, heads, options.groups);
-    let (y, state) = simple_gla(q, k, v, ScalarDecay::PerToken(decay), sequence)?;
+    let (y, state) = Problem::grouped(OP, [c, b, v], options.groups, Decay::Token(decay), sequence)?.run()?;
     let y = match options.skip {
-        Some(skip) => (y.cast(dtype) + reference::skip(wide, skip.cast(dtype))).cast(out),
+        Some(weight) => skipped(y, x, weight.cast(dtype), engine),
         None => y,
     };
     Ok((y, state))
 }
 
-/// `[B, T, G, N_s]` as `[B, T, H, N_s]`: each head its group.
-fn by_head(x: Tensor<4>, heads: usize, groups: HeadGroups) -> Tensor<4> {
-    let [b, t, g, n] = x.dims();
-    let repeat = heads / g;
-    if repeat == 1 {
-        return x;
+/// `Δ x`, in the dtype of `x`.
+fn scaled(x: Tensor<4>, delta: Tensor<3>, engine: Engine) -> Tensor<4> {
+    #[cfg(feature = "cube")]
+    if on_kernels(&x, engine) && x.shape().num_elements() > 0 {
+        let inputs = vec![x.into_dispatch(), delta.into_dispatch()];
+        return Tensor::from_dispatch(crate::bridge::apply(kernels::Scaled, inputs, Vec::new()).remove(0));
     }
-    let x: Tensor<5> = match groups {
-        HeadGroups::Contiguous => x.reshape([b, t, g, 1, n]).expand([b, t, g, repeat, n]),
-        HeadGroups::Tiled => x.reshape([b, t, 1, g, n]).expand([b, t, repeat, g, n]),
-    };
-    x.reshape([b, t, heads, n])
+    let _ = on_kernels(&x, engine);
+    let dtype = x.dtype();
+    (x.cast(delta.dtype()) * delta.unsqueeze_dim::<4>(3)).cast(dtype)
+}
+
+/// `y + D ∘ x`, in the dtype of `x`.
+fn skipped(y: Tensor<4>, x: Tensor<4>, weight: Tensor<1>, engine: Engine) -> Tensor<4> {
+    #[cfg(feature = "cube")]
+    if on_kernels(&x, engine) && x.shape().num_elements() > 0 {
+        let [_, _, heads, width] = x.dims();
+        let weight = weight.reshape([heads as i32, -1]).expand([heads, width]);
+        let inputs = vec![y.into_dispatch(), x.into_dispatch(), weight.into_dispatch()];
+        return Tensor::from_dispatch(crate::bridge::apply(kernels::Skipped, inputs, Vec::new()).remove(0));
+    }
+    let _ = on_kernels(&x, engine);
+    let (out, wide) = (x.dtype(), weight.dtype());
+    (y.cast(wide) + reference::skip(x.cast(wide), weight)).cast(out)
 }
 
 fn check(

@@ -1,9 +1,10 @@
 //! Times what has kernels for Hopper, and refuses to print a time for a wrong answer.
 //!
 //! `bench-hopper support [OPERATOR,…]`, `bench-hopper linear TOKENS,… N×K,…` and `bench-hopper OPERATOR B×T×H×K×V,…`, with `retention`,
-//! `simple_gla`, `gla` (with `:mma` on the kernels for any NVIDIA GPU since Ampere), or one whose kernels are the portable ones: `delta_rule`, `gated_delta_rule`, `kda`, `rwkv7`; see `scripts/bench-hopper.sh`.
+//! `simple_gla`, `gla` (with `:mma` on the kernels for any NVIDIA GPU since Ampere), or one whose kernels are the portable ones: `gsa`, `rwkv6`, `ssd`, `delta_rule`, `gated_delta_rule`, `kda`, `rwkv7`; see `scripts/bench-hopper.sh`.
 
 mod delta;
+mod family;
 mod linear;
 mod recurrence;
 mod support;
@@ -27,9 +28,10 @@ fn main() -> ExitCode {
         [operator @ ("retention" | "simple_gla" | "gla" | "retention:mma" | "simple_gla:mma" | "gla:mma"), shapes] => {
             recurrence::run(&device, operator, &sizes(shapes))
         }
+        [operator, shapes] if family::OPERATORS.contains(&operator) => family::run(&device, operator, &sizes(shapes)),
         [operator, shapes] if delta::OPERATORS.contains(&operator) => delta::run(&device, operator, &sizes(shapes)),
         _ => {
-            let operators = delta::OPERATORS.join("|");
+            let operators = [&family::OPERATORS[..], &delta::OPERATORS[..]].concat().join("|");
             eprintln!(
                 "usage: bench-hopper support [OPERATOR,…] | bench-hopper linear TOKENS,… NxK,… | bench-hopper retention[:mma]|simple_gla[:mma]|gla[:mma]|{operators} BxTxHxKxV,…"
             );

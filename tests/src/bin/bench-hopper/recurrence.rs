@@ -99,12 +99,11 @@ fn one(plain: &Device, operator: &str, [b, t, h, dk, dv]: [usize; 5]) -> bool {
         let cut = |x: &Tensor<4>| numbers(x.clone().inner().narrow(0, row, 1).narrow(2, head, 1));
         let cut_plain = |x: &Tensor<4>| numbers(x.clone().narrow(0, row, 1).narrow(2, head, 1));
         let gates = |x: Tensor<4>| numbers(x.narrow(0, row, 1).narrow(2, head, 1));
-        let exact = exact(
-            [cut(&q), cut(&k), cut(&v), cut(&grad)],
-            &gates(if by_head { as_tokens() } else { g.clone().inner() }),
-            dk,
-            dv,
-        );
+        let [q, k, v, grad] = [&q, &k, &v, &grad].map(cut);
+        let g = gates(if by_head { as_tokens() } else { g.clone().inner() });
+        let scale = (dk as f64).powf(-0.5);
+        let pass = Pass { q: &q, k: &k, v: &v, grad: &grad, g: &g, keys: dk, values: dv, scale };
+        let exact = pass.run();
         for (i, x) in found.iter().enumerate() {
             errors[i] = errors[i].max(ratio(&cut_plain(x), &exact[i]));
         }
@@ -130,52 +129,66 @@ fn one(plain: &Device, operator: &str, [b, t, h, dk, dv]: [usize; 5]) -> bool {
     true
 }
 
-/// o, dq, dk, dv, dg of one head by the recurrence; `g` has one number a token, or one a token and key.
-fn exact([q, k, v, grad]: [Vec<f64>; 4], g: &[f64], dk: usize, dv: usize) -> [Vec<f64>; 5] {
-    let t = q.len() / dk;
-    let across = g.len() / t;
-    let decay_at = |i: usize, a: usize| g[i * across + a % across].exp();
-    let scale = (dk as f64).powf(-0.5);
-    let mut state = vec![0.0; dk * dv];
-    let (mut o, mut dq) = (vec![0.0; t * dv], vec![0.0; t * dk]);
-    for i in 0..t {
-        for a in 0..dk {
-            let decay = decay_at(i, a);
-            let (ka, qa) = (k[i * dk + a], q[i * dk + a] * scale);
-            let mut sum = 0.0;
-            for c in 0..dv {
-                let s = &mut state[a * dv + c];
-                *s = *s * decay + ka * v[i * dv + c];
-                o[i * dv + c] += qa * *s;
-                sum += grad[i * dv + c] * *s;
+/// One head of gated linear attention; `g` has one number a token, or one a token and key.
+pub(super) struct Pass<'a> {
+    pub(super) q: &'a [f64],
+    pub(super) k: &'a [f64],
+    pub(super) v: &'a [f64],
+    pub(super) grad: &'a [f64],
+    pub(super) g: &'a [f64],
+    pub(super) keys: usize,
+    pub(super) values: usize,
+    pub(super) scale: f64,
+}
+
+impl Pass<'_> {
+    /// o, dq, dk, dv, dg by the recurrence.
+    pub(super) fn run(&self) -> [Vec<f64>; 5] {
+        let &Self { q, k, v, grad, g, keys: dk, values: dv, scale } = self;
+        let t = q.len() / dk;
+        let across = g.len() / t;
+        let decay_at = |i: usize, a: usize| g[i * across + a % across].exp();
+        let mut state = vec![0.0; dk * dv];
+        let (mut o, mut dq) = (vec![0.0; t * dv], vec![0.0; t * dk]);
+        for i in 0..t {
+            for a in 0..dk {
+                let decay = decay_at(i, a);
+                let (ka, qa) = (k[i * dk + a], q[i * dk + a] * scale);
+                let mut sum = 0.0;
+                for c in 0..dv {
+                    let s = &mut state[a * dv + c];
+                    *s = *s * decay + ka * v[i * dv + c];
+                    o[i * dv + c] += qa * *s;
+                    sum += grad[i * dv + c] * *s;
+                }
+                dq[i * dk + a] = sum * scale;
             }
-            dq[i * dk + a] = sum * scale;
         }
-    }
-    let mut state = vec![0.0; dk * dv];
-    let (mut dkey, mut dvalue) = (vec![0.0; t * dk], vec![0.0; t * dv]);
-    for i in (0..t).rev() {
-        for a in 0..dk {
-            let decay = if i + 1 < t { decay_at(i + 1, a) } else { 1.0 };
-            let (ka, qa) = (k[i * dk + a], q[i * dk + a] * scale);
-            let mut sum = 0.0;
-            for c in 0..dv {
-                let z = &mut state[a * dv + c];
-                *z = *z * decay + qa * grad[i * dv + c];
-                dvalue[i * dv + c] += ka * *z;
-                sum += v[i * dv + c] * *z;
+        let mut state = vec![0.0; dk * dv];
+        let (mut dkey, mut dvalue) = (vec![0.0; t * dk], vec![0.0; t * dv]);
+        for i in (0..t).rev() {
+            for a in 0..dk {
+                let decay = if i + 1 < t { decay_at(i + 1, a) } else { 1.0 };
+                let (ka, qa) = (k[i * dk + a], q[i * dk + a] * scale);
+                let mut sum = 0.0;
+                for c in 0..dv {
+                    let z = &mut state[a * dv + c];
+                    *z = *z * decay + qa * grad[i * dv + c];
+                    dvalue[i * dv + c] += ka * *z;
+                    sum += v[i * dv + c] * *z;
+                }
+                dkey[i * dk + a] = sum;
             }
-            dkey[i * dk + a] = sum;
         }
-    }
-    let mut dg = vec![0.0; t * across];
-    let mut sums = vec![0.0; across];
-    for i in (0..t).rev() {
-        for a in 0..dk {
-            let at = i * dk + a;
-            sums[a % across] += q[at] * dq[at] - k[at] * dkey[at];
+        let mut dg = vec![0.0; t * across];
+        let mut sums = vec![0.0; across];
+        for i in (0..t).rev() {
+            for a in 0..dk {
+                let at = i * dk + a;
+                sums[a % across] += q[at] * dq[at] - k[at] * dkey[at];
+            }
+            dg[i * across..(i + 1) * across].copy_from_slice(&sums);
         }
-        dg[i * across..(i + 1) * across].copy_from_slice(&sums);
+        [o, dq, dkey, dvalue, dg]
     }
-    [o, dq, dkey, dvalue, dg]
 }

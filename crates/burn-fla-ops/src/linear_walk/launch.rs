@@ -1,0 +1,341 @@
+//! One launch of each kernel, with the buffers and sizes of a problem.
+
+use burn::tensor::DType;
+use cubecl::prelude::{AddressType, CubeDim};
+
+use super::plan::{DecayKind, FLAT_UNITS, WalkPlan, flat, grid};
+use super::{gate, states, step, walk};
+use crate::bridge::{CubeTensor, alloc, contiguous, storage};
+use crate::rows::sum_rows;
+
+/// A decayed linear recurrence on the portable engine. Inputs: q, k, v, g, with `has_state` the initial state and with
+/// `has_bonus` the bonus, `[H, K]`.
+#[derive(Debug)]
+pub(super) struct LinearWalk {
+    pub(super) name: &'static str,
+    pub(super) decay: DecayKind,
+    pub(super) has_state: bool,
+    pub(super) has_bonus: bool,
+    pub(super) scale: f32,
+    pub(super) tokens: usize,
+    pub(super) heads: usize,
+    pub(super) keys: usize,
+    pub(super) values: usize,
+    pub(super) chunks: usize,
+    pub(super) sequences: usize,
+    /// Every sequence has one token: without gradients the step kernel does it in one launch.
+    pub(super) single_step: bool,
+}
+
+/// What a walk adds, reads and decays by.
+pub(super) struct Roles<'a> {
+    /// Value of the row.
+    pub(super) a: &'a CubeTensor,
+    /// Added along the inner channels.
+    pub(super) b: &'a CubeTensor,
+    pub(super) rows_are_values: bool,
+    pub(super) against_time: bool,
+    pub(super) in_scale: f32,
+}
+
+impl LinearWalk {
+    /// Channels of the log decay: one, or one for each key or value channel.
+    fn channels(&self) -> usize {
+        match self.decay {
+            DecayKind::Head | DecayKind::Token => 1,
+            DecayKind::Key => self.keys,
+            DecayKind::Value => self.values,
+        }
+    }
+
+    fn slots(&self) -> usize {
+        self.chunks + self.sequences
+    }
+
+    pub(super) fn state_shape(&self) -> [usize; 4] {
+        [self.sequences, self.heads, self.keys, self.values]
+    }
+
+    pub(super) fn slots_shape(&self) -> [usize; 4] {
+        [self.slots(), self.heads, self.keys, self.values]
+    }
+
+    pub(super) fn totals_shape(&self) -> [usize; 3] {
+        [self.chunks, self.heads, self.channels()]
+    }
+
+    fn address(&self) -> AddressType {
+        let states = self.slots() * self.heads * self.keys * self.values;
+        let tokens = self.tokens * self.heads * self.keys.max(self.values);
+        AddressType::from_len(states.max(tokens))
+    }
+
+    fn plan(&self, roles: &Roles<'_>) -> WalkPlan {
+        let plan = WalkPlan::new(self.decay, self.keys, self.values, roles.rows_are_values, roles.against_time);
+        WalkPlan { exclusive: self.has_bonus, ..plan }
+    }
+
+    /// The bonus among the inputs, or another buffer that is not read.
+    pub(super) fn bonus(&self, inputs: &[CubeTensor], other: &CubeTensor) -> CubeTensor {
+        let at = 4 + usize::from(self.has_state);
+        if self.has_bonus { contiguous(inputs[at].clone()) } else { other.clone() }
+    }
+
+    pub(super) fn totals(&self, g: &CubeTensor, table: &CubeTensor) -> CubeTensor {
+        let out = alloc(g, self.totals_shape(), DType::F32);
+        let count = self.chunks * self.heads * self.channels();
+        states::totals::launch(
+            &g.client,
+            flat(count),
+            CubeDim::new_1d(FLAT_UNITS),
+            self.address(),
+            g.clone().into_buffer_arg(),
+            table.clone().into_buffer_arg(),
+            out.clone().into_buffer_arg(),
+            self.heads,
+            count,
+            self.decay,
+            self.channels(),
+        );
+        out
+    }
+
+    /// The states at all chunk borders, and the one that the walk arrives at.
+    pub(super) fn border_states(
+        &self,
+        roles: &Roles<'_>,
+        g: &CubeTensor,
+        table: &CubeTensor,
+        totals: &CubeTensor,
+        first: CubeTensor,
+    ) -> (CubeTensor, CubeTensor) {
+        let plan = self.plan(roles);
+        let slots = alloc(g, self.slots_shape(), DType::F32);
+        let cubes = self.chunks * self.heads * plan.row_tiles();
+        walk::local_state::launch(
+            &g.client,
+            grid(cubes),
+            CubeDim::new_1d(plan.units() as u32),
+            self.address(),
+            roles.a.clone().into_buffer_arg(),
+            roles.b.clone().into_buffer_arg(),
+            g.clone().into_buffer_arg(),
+            table.clone().into_buffer_arg(),
+            slots.clone().into_buffer_arg(),
+            self.heads,
+            cubes,
+            roles.in_scale,
+            plan,
+            storage(roles.a.dtype),
+        );
+        let last = alloc(g, self.state_shape(), DType::F32);
+        let count = self.state_shape().iter().product();
+        states::pass_states::launch(
+            &g.client,
+            flat(count),
+            CubeDim::new_1d(FLAT_UNITS),
+            self.address(),
+            slots.clone().into_buffer_arg(),
+            totals.clone().into_buffer_arg(),
+            first.into_buffer_arg(),
+            table.clone().into_buffer_arg(),
+            last.clone().into_buffer_arg(),
+            self.heads,
+            self.chunks,
+            count,
+            self.keys,
+            self.values,
+            self.decay,
+            self.channels(),
+            roles.against_time,
+        );
+        (slots, last)
+    }
+
+    pub(super) fn read_out(
+        &self,
+        roles: &Roles<'_>,
+        c: &CubeTensor,
+        g: &CubeTensor,
+        table: &CubeTensor,
+        [states, bonus]: [&CubeTensor; 2],
+        out_scale: f32,
+        dtype: DType,
+    ) -> CubeTensor {
+        let plan = self.plan(roles);
+        let shape = roles.a.meta.shape().dims::<4>();
+        let y = alloc(g, shape, dtype);
+        let cubes = self.chunks * self.heads * plan.row_tiles();
+        walk::read_out::launch(
+            &g.client,
+            grid(cubes),
+            CubeDim::new_1d(plan.units() as u32),
+            self.address(),
+            roles.a.clone().into_buffer_arg(),
+            roles.b.clone().into_buffer_arg(),
+            c.clone().into_buffer_arg(),
+            g.clone().into_buffer_arg(),
+            table.clone().into_buffer_arg(),
+            states.clone().into_buffer_arg(),
+            bonus.clone().into_buffer_arg(),
+            y.clone().into_buffer_arg(),
+            self.heads,
+            cubes,
+            roles.in_scale,
+            out_scale,
+            plan,
+            [storage(roles.a.dtype), storage(dtype)],
+        );
+        y
+    }
+
+    pub(super) fn step(&self, [q, k, v, g]: [CubeTensor; 4], state: CubeTensor, bonus: CubeTensor) -> Vec<CubeTensor> {
+        let o = alloc(&v, v.meta.shape().dims::<4>(), v.dtype);
+        let next = alloc(&v, self.state_shape(), DType::F32);
+        let count = self.tokens * self.heads * self.values;
+        let dtype = storage(v.dtype);
+        step::step::launch(
+            &q.client.clone(),
+            flat(count),
+            CubeDim::new_1d(FLAT_UNITS),
+            self.address(),
+            q.into_buffer_arg(),
+            k.into_buffer_arg(),
+            v.into_buffer_arg(),
+            g.into_buffer_arg(),
+            state.into_buffer_arg(),
+            bonus.into_buffer_arg(),
+            o.clone().into_buffer_arg(),
+            next.clone().into_buffer_arg(),
+            self.heads,
+            count,
+            self.scale,
+            self.decay,
+            self.keys,
+            self.values,
+            self.has_bonus,
+            dtype,
+        );
+        vec![o, next]
+    }
+
+    /// The gradient of the log decay, in the shape and dtype of `like`; what q and k stand for with a decay by value,
+    /// [`gate::gate_gradient`] says.
+    pub(super) fn gate_gradient(
+        &self,
+        [q, k, dq, dk]: [&CubeTensor; 4],
+        [forward, backward]: [&CubeTensor; 2],
+        table: &CubeTensor,
+        like: &CubeTensor,
+        own: Option<CubeTensor>,
+    ) -> CubeTensor {
+        let client = &q.client;
+        let by_value = self.decay == DecayKind::Value;
+        let channels = if by_value { self.values } else { self.keys };
+        let count = self.chunks * self.heads * channels;
+        let ends = alloc(q, [self.chunks, self.heads, channels], DType::F32);
+        gate::end_products::launch(
+            client,
+            flat(count),
+            CubeDim::new_1d(FLAT_UNITS),
+            self.address(),
+            forward.clone().into_buffer_arg(),
+            backward.clone().into_buffer_arg(),
+            table.clone().into_buffer_arg(),
+            ends.clone().into_buffer_arg(),
+            self.heads,
+            count,
+            self.keys,
+            self.values,
+            by_value,
+        );
+        let exclusive = own.is_some();
+        let by_channel = own.unwrap_or_else(|| alloc(q, q.meta.shape().dims::<4>(), DType::F32));
+        gate::gate_gradient::launch(
+            client,
+            flat(count),
+            CubeDim::new_1d(FLAT_UNITS),
+            self.address(),
+            q.clone().into_buffer_arg(),
+            k.clone().into_buffer_arg(),
+            dq.clone().into_buffer_arg(),
+            dk.clone().into_buffer_arg(),
+            ends.into_buffer_arg(),
+            table.clone().into_buffer_arg(),
+            by_channel.clone().into_buffer_arg(),
+            self.heads,
+            count,
+            channels,
+            exclusive,
+            storage(q.dtype),
+        );
+        if matches!(self.decay, DecayKind::Key | DecayKind::Value) {
+            return cast(by_channel, like.dtype);
+        }
+        let summed = alloc(q, like.meta.shape().dims::<3>(), DType::F32);
+        let count = self.tokens * self.heads;
+        gate::sum_channels::launch(
+            client,
+            flat(count),
+            CubeDim::new_1d(FLAT_UNITS),
+            self.address(),
+            by_channel.into_buffer_arg(),
+            summed.clone().into_buffer_arg(),
+            count,
+            self.keys,
+        );
+        cast(summed, like.dtype)
+    }
+}
+
+/// What [`gate::own_parts`] says.
+pub(super) struct Own {
+    pub(super) parts: CubeTensor,
+    /// The gradient of the bonus.
+    pub(super) grad: CubeTensor,
+}
+
+impl LinearWalk {
+    pub(super) fn own(&self, [q, k, v, grad_o]: [&CubeTensor; 4], bonus: &CubeTensor, table: &CubeTensor) -> Own {
+        let weights = alloc(q, [self.tokens, self.heads], DType::F32);
+        let count = self.tokens * self.heads;
+        gate::own_weights::launch(
+            &q.client,
+            flat(count),
+            CubeDim::new_1d(FLAT_UNITS),
+            self.address(),
+            grad_o.clone().into_buffer_arg(),
+            v.clone().into_buffer_arg(),
+            weights.clone().into_buffer_arg(),
+            count,
+            self.scale,
+            self.values,
+            storage(v.dtype),
+        );
+        let parts = alloc(q, q.meta.shape().dims::<4>(), DType::F32);
+        let sums = alloc(q, [self.chunks, self.heads * self.keys], DType::F32);
+        let count = self.chunks * self.heads * self.keys;
+        gate::own_parts::launch(
+            &q.client,
+            flat(count),
+            CubeDim::new_1d(FLAT_UNITS),
+            self.address(),
+            q.clone().into_buffer_arg(),
+            k.clone().into_buffer_arg(),
+            weights.into_buffer_arg(),
+            bonus.clone().into_buffer_arg(),
+            table.clone().into_buffer_arg(),
+            parts.clone().into_buffer_arg(),
+            sums.clone().into_buffer_arg(),
+            self.heads,
+            count,
+            self.keys,
+            storage(q.dtype),
+        );
+        Own { parts, grad: sum_rows(&sums, 0, [self.heads, self.keys]) }
+    }
+}
+
+pub(super) fn cast(x: CubeTensor, dtype: DType) -> CubeTensor {
+    burn_cubecl::kernel::cast(x, dtype)
+}
