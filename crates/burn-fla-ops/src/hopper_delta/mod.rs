@@ -35,6 +35,7 @@
 //! is summed up at the end.
 
 mod chain;
+mod gradient_parts;
 mod gradients;
 mod groups;
 mod operator;

@@ -88,8 +88,8 @@ pub(crate) fn takes_with_mma(problem: &Problem) -> bool {
     Engine::on(&device, Cores::Mma).takes(keys, values, axis)
 }
 
-/// bf16, no decay by value and no bonus, chunks of the engine's own choice, key channels in multiples of 16 up to 256 and value channels up to 512, and
-/// some sequence of more than one token.
+/// bf16, no decay by value and no bonus, chunks of the engine's own choice, key channels in multiples of 16 up to 256 and
+/// value channels up to 512, and some sequence of more than one token.
 fn takes_size(problem: &Problem) -> bool {
     let (keys, values) = (problem.q.dims()[3], problem.v.dims()[3]);
     problem.q.dtype() == DType::BF16
