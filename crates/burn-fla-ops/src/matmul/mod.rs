@@ -103,18 +103,15 @@ pub fn linear_with<const D: usize>(
     // One product over all rows: its weight gradient is one product too.
     let x = x.reshape([rows, inner]);
     #[cfg(feature = "cuda")]
-    if hopper::takes(&x, &weight) && crate::rows::fits(out) {
-        let plain = bias.is_none() && residual.is_none() && activation == Activation::Identity;
-        let y = if plain {
-            hopper::product(x, weight, false, false, DType::BF16)
-        } else {
-            let residual = residual.map(|residual| residual.reshape([rows, out]));
-            hopper::linear(x, weight, bias.map(|bias| bias.cast(DType::F32)), residual, activation)
-        };
+    if hopper::takes(&x, &weight)
+        && crate::rows::fits(out)
+        && (bias.is_some() || residual.is_some() || activation != Activation::Identity)
+    {
+        let residual = residual.map(|residual| residual.reshape([rows, out]));
+        let y = hopper::linear(x, weight, bias.map(|bias| bias.cast(DType::F32)), residual, activation);
         return Ok(y.reshape(dims));
     }
-    let weight = weight.cast(x.dtype());
-    let y = matmul(x, weight.transpose())?.reshape(dims);
+    let y = rows_times_weight(x, weight)?.reshape(dims);
     let y = match bias {
         Some(bias) => add_bias(y, bias),
         None => y,
@@ -124,6 +121,16 @@ pub fn linear_with<const D: usize>(
         Some(residual) => y + residual,
         None => y,
     })
+}
+
+/// `x Wᵀ` of checked operands.
+fn rows_times_weight(x: Tensor<2>, weight: Tensor<2>) -> Result<Tensor<2>, OpError> {
+    #[cfg(feature = "cuda")]
+    if hopper::takes(&x, &weight) {
+        return Ok(hopper::product(x, weight, false, false, DType::BF16));
+    }
+    let weight = weight.cast(x.dtype());
+    matmul(x, weight.transpose())
 }
 
 /// `y + bias`, in the dtype of `y`.
