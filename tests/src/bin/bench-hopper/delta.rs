@@ -182,10 +182,10 @@ fn exact(operator: &str, x: &[Vec<f64>], grad: &[f64], dk: usize, dv: usize) -> 
             }
             for r in 0..dk {
                 let at = i * dk + r;
-                for c in 0..dv {
-                    let (e, back) = (r * dv + c, a[at] * du[c]);
+                for (c, du) in du.iter().enumerate() {
+                    let (e, back) = (r * dv + c, a[at] * du);
                     let from = if removal { 1.0 } else { decay[at] };
-                    da[at] += du[c] * from * before[e];
+                    da[at] += du * from * before[e];
                     let inner = if removal { z[e] } else { z[e] + back };
                     dg[at] += inner * decay[at] * before[e];
                     z[e] = decay[at] * inner + if removal { back } else { 0.0 };

@@ -106,6 +106,8 @@ impl Operator for Accumulate {
 }
 
 /// What a product becomes.
+// One is made for a launch: its size does not matter.
+#[allow(clippy::large_enum_variant)]
 pub(crate) enum Target {
     /// A matrix of its own.
     New(DType),
@@ -115,6 +117,7 @@ pub(crate) enum Target {
 
 /// The product of two matrices, each as it is stored or transposed, where these kernels take it: bf16 on a Hopper GPU,
 /// with rows of whole 16 bytes. Gives `into` back where they do not.
+#[allow(clippy::result_large_err)]
 pub(crate) fn try_multiply(
     (a, a_transposed): (&CubeTensor, bool),
     (b, b_transposed): (&CubeTensor, bool),
