@@ -1,4 +1,5 @@
-//! The linear recurrences on the tensor cores, by every engine that the device has, against the recurrence in f64 over the same bf16 inputs.
+//! The linear recurrences on the tensor cores, by every engine that the device has, against the recurrence in f64 over the
+//! same bf16 inputs.
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_fla_ops::{CuSeqlens, Engine, ScalarDecay, SequenceOptions, bridge, gla, simple_gla};

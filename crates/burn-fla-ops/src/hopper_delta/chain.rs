@@ -17,10 +17,11 @@ use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
 use half::bf16;
 
 use super::parts::{
-    Decays, Place, chunk_at, copy_rows, load_state, load_tile, pack_all, pack_columns, pack_missing, pack_transposed,
-    place, publish, publish_transposed, put_transposed, scale_columns, store_state, write_scores,
+    Decays, Place, chunk_at, copy_rows, load_state, pack_all, pack_columns, pack_missing, pack_transposed, place,
+    publish_transposed, put_transposed, scale_columns, store_state, write_scores,
 };
 use super::plan::{CHUNK, ChainPlan, DECAYED, DECAYS, OUT, PANEL, READ, TOKENS, Task, WRITTEN};
+use crate::hopper_walk::parts::{load_tile, publish};
 use crate::tile::hopper::{
     Ring, barrier_arrive, barrier_expect, barrier_fence, commit, commit_stores, declare, declare_fragment, exp2, fence,
     fence_shared, give_registers, k_major, mma_registers, mma_shared, mn_major, row_of, scale, store_3d,

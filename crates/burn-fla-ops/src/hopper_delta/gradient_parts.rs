@@ -38,6 +38,18 @@ pub(super) fn chunk_of(index: u32, table: &[i32], table_at: u32, heads: u32) -> 
     Chunk { head: index % heads, start: table[at] as u32, length: table[at + 1] as u32 }
 }
 
+/// `acc (+)= A B` over the 64 channels of a slice, from zero at the first one. A is tokens × channels; B too, transposed, or
+/// with `state` channels × key channels.
+#[cube]
+fn multiply_panels(#[comptime] acc: Acc, a: u32, b: u32, slice: u32, #[comptime] state: bool) {
+    #[unroll]
+    for n in 0..4usize {
+        let keep = slice + comptime!(n as u32);
+        let right = if comptime!(state) { mn_major(b, 64usize, n) } else { k_major(b, CHUNK, n) };
+        mma_shared(acc, k_major(a, CHUNK, n), right, keep, false, state);
+    }
+}
+
 /// What tokens read with, over all value channels: products between tokens, `do Sᵀ` and `dv Sᵀ`.
 #[cube]
 pub(super) fn read_slices(t: &Tiles, ring: &Ring, first: u32, #[comptime] plan: GradientPlan) {
@@ -51,26 +63,10 @@ pub(super) fn read_slices(t: &Tiles, ring: &Ring, first: u32, #[comptime] plan: 
         let dv0 = w0 + comptime!(2 * PANEL as u32);
         let s0 = w0 + comptime!(3 * PANEL as u32);
         fence();
-        #[unroll]
-        for n in 0..4usize {
-            let keep = slice + comptime!(n as u32);
-            mma_shared(OUTER, k_major(do0, CHUNK, n), k_major(w0, CHUNK, n), keep, false, false);
-        }
-        #[unroll]
-        for n in 0..4usize {
-            let keep = slice + comptime!(n as u32);
-            mma_shared(INNER, k_major(dv0, CHUNK, n), k_major(w0, CHUNK, n), keep, false, false);
-        }
-        #[unroll]
-        for n in 0..4usize {
-            let keep = slice + comptime!(n as u32);
-            mma_shared(of_queries, k_major(do0, CHUNK, n), mn_major(s0, 64usize, n), keep, false, true);
-        }
-        #[unroll]
-        for n in 0..4usize {
-            let keep = slice + comptime!(n as u32);
-            mma_shared(of_keys, k_major(dv0, CHUNK, n), mn_major(s0, 64usize, n), keep, false, true);
-        }
+        multiply_panels(OUTER, do0, w0, slice, false);
+        multiply_panels(INNER, dv0, w0, slice, false);
+        multiply_panels(of_queries, do0, s0, slice, true);
+        multiply_panels(of_keys, dv0, s0, slice, true);
         commit();
         wait(0u32);
         if UNIT_POS % 128u32 == 0u32 {
@@ -91,21 +87,9 @@ pub(super) fn write_slices(t: &Tiles, ring: &Ring, first: u32, #[comptime] plan:
         let dv0 = w0 + comptime!(2 * PANEL as u32);
         let z0 = w0 + comptime!(((3 + plan.panels()) * PANEL) as u32);
         fence();
-        #[unroll]
-        for n in 0..4usize {
-            let keep = slice + comptime!(n as u32);
-            mma_shared(OUTER, k_major(w0, CHUNK, n), k_major(do0, CHUNK, n), keep, false, false);
-        }
-        #[unroll]
-        for n in 0..4usize {
-            let keep = slice + comptime!(n as u32);
-            mma_shared(INNER, k_major(w0, CHUNK, n), k_major(dv0, CHUNK, n), keep, false, false);
-        }
-        #[unroll]
-        for n in 0..4usize {
-            let keep = slice + comptime!(n as u32);
-            mma_shared(of_keys, k_major(w0, CHUNK, n), mn_major(z0, 64usize, n), keep, false, true);
-        }
+        multiply_panels(OUTER, w0, do0, slice, false);
+        multiply_panels(INNER, w0, dv0, slice, false);
+        multiply_panels(of_keys, w0, z0, slice, true);
         commit();
         wait(0u32);
         if UNIT_POS % 128u32 == 0u32 {

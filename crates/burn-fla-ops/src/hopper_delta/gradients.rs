@@ -23,8 +23,9 @@ use half::bf16;
 use super::gradient_parts::{
     INNER, OUTER, SUMS, Tiles, chunk_of, finish_gate, read_slices, reader, store_panels, write_slices, writer,
 };
-use super::parts::{Decays, load_tile, publish, strength};
+use super::parts::{Decays, strength};
 use super::plan::{CHUNK, DECAYED, DECAYS, GRADIENT_STAGES, GradientPlan, PANEL, SLICE, TOKENS};
+use crate::hopper_walk::parts::{load_tile, publish};
 use crate::tile::hopper::{
     Ring, arrive, barrier_arrive, barrier_expect, barrier_fence, bf16_high, bf16_low, declare, declare_fragment, exp2,
     give_registers, load_3d, load_f32, load_u32, read, row_of, store_f32, sync_warpgroup, take_registers,

@@ -2,15 +2,14 @@
 
 use cubecl::prelude::*;
 
-use super::plan::{CHUNK, ChainPlan, PANEL};
+use super::plan::{CHUNK, ChainPlan};
+use crate::hopper_walk::parts::LOG2_E;
 use crate::hopper_walk::table::ITEM_WORDS;
 use crate::tile::hopper::{
-    Acc, Frag, bf16_high, bf16_low, column_of, exp2, load_3d, load_transposed, load_u32, pack, pack_pair, put, read,
+    Acc, Frag, bf16_high, bf16_low, column_of, exp2, load_transposed, load_u32, pack, pack_pair, put, read,
     store_transposed, store_u32, swizzled, write, zero,
 };
 
-/// `1 / ln 2`: decays are kept as powers of two.
-const LOG2_E: f32 = core::f32::consts::LOG2_E;
 /// The least writing strength in size: one of zero counts as this much, which is nothing beside what it writes to, and lets
 /// its gradient be divided by it.
 const LEAST: f32 = 1.0e-12;
@@ -106,16 +105,6 @@ pub(super) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: Cha
 #[cube]
 pub(super) fn chunk_at(i: u32, chunks: u32, #[comptime] plan: ChainPlan) -> u32 {
     if comptime!(plan.against_time()) { chunks - 1u32 - i } else { i + 0u32 }
-}
-
-/// Loads `panels` panels of 64 tokens, from channel `channel` of a head on.
-#[cube]
-pub(super) fn load_tile(to: u32, map: u64, channel: u32, head: u32, token: u32, full: u32, #[comptime] panels: usize) {
-    #[unroll]
-    for panel in 0..panels {
-        let x = channel + comptime!(64 * panel as u32);
-        load_3d(to + comptime!((panel * PANEL) as u32), map, x, head, token, full);
-    }
 }
 
 /// An accumulator, rounded, as a left operand.
@@ -301,20 +290,6 @@ fn decayed(
         value *= exp2(g[at + row as usize] - g[at + column as usize]);
     }
     select(column <= row && row < count, value, 0.0f32)
-}
-
-/// Writes an accumulator of 64 rows, rounded, as panels.
-#[cube]
-pub(super) fn publish(tile: u32, #[comptime] acc: Acc, row: u32, lane: u32) {
-    let base = swizzled(tile, row, (lane % 4u32) * 4u32);
-    #[unroll]
-    for j in 0..comptime!(acc.columns() / 8) {
-        #[unroll]
-        for half in 0..2usize {
-            let to = (base ^ comptime!((j % 8 * 16) as u32)) + comptime!((j / 8 * PANEL + half * 1024) as u32);
-            store_u32(to, pack_pair(acc, comptime!(4 * j + 2 * half)));
-        }
-    }
 }
 
 /// Writes an accumulator `[channels, tokens]` as a panel `[tokens, channels]`.

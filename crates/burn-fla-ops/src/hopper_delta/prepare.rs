@@ -11,8 +11,9 @@ use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
 use half::bf16;
 
-use super::parts::{Decays, load_tile, strength};
+use super::parts::{Decays, strength};
 use super::plan::{CHUNK, PANEL, SCORES};
+use crate::hopper_walk::parts::load_tile;
 use crate::hopper_walk::table::CHUNK_WORDS;
 use crate::tile::hopper::{
     TRIANGLE_COLUMN, barrier_expect, barrier_fence, barrier_init, barrier_wait, column_of, commit, declare, exp2,

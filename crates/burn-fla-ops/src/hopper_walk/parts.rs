@@ -10,7 +10,7 @@ use crate::tile::hopper::{
 };
 
 /// `1 / ln 2`: decays are kept as powers of two.
-pub(super) const LOG2_E: f32 = core::f32::consts::LOG2_E;
+pub(crate) const LOG2_E: f32 = core::f32::consts::LOG2_E;
 
 /// Where a cube works: a segment of a sequence, a head, a slice of its outer channels.
 #[derive(CubeType, Clone, Copy)]
@@ -97,7 +97,7 @@ pub(crate) fn span_at(place: &Place, chunk: u32, n: u32, parts: u32, spans: u32,
 
 /// Loads `panels` panels of 64 tokens, from channel `channel` of a head on.
 #[cube]
-pub(super) fn load_tile(to: u32, map: u64, channel: u32, head: u32, token: u32, full: u32, #[comptime] panels: usize) {
+pub(crate) fn load_tile(to: u32, map: u64, channel: u32, head: u32, token: u32, full: u32, #[comptime] panels: usize) {
     #[unroll]
     for panel in 0..panels {
         let x = channel + comptime!(64 * panel as u32);
@@ -219,32 +219,16 @@ fn token_factor(token: u32, g: f32, g_last: f32, count: u32, #[comptime] plan: W
     select(token < count, exp2(exponent), 0.0f32)
 }
 
-/// Writes the state, rounded to bf16, as an operand of 64 rows.
+/// Writes an accumulator of 64 rows, rounded to bf16, as panels.
 #[cube]
-pub(super) fn publish_state(tile: u32, row: u32, lane: u32, #[comptime] plan: WalkPlan) {
-    let state = comptime!(plan.state());
+pub(crate) fn publish(tile: u32, #[comptime] acc: Acc, row: u32, lane: u32) {
     let base = swizzled(tile, row, (lane % 4u32) * 4u32);
     #[unroll]
-    for j in 0..comptime!(8 * plan.panels()) {
+    for j in 0..comptime!(acc.columns() / 8) {
         #[unroll]
         for half in 0..2usize {
             let to = (base ^ comptime!((j % 8 * 16) as u32)) + comptime!((j / 8 * PANEL + half * 1024) as u32);
-            store_u32(to, pack_pair(state, comptime!(4 * j + 2 * half)));
-        }
-    }
-}
-
-/// Writes the outputs of a whole chunk as a panel.
-#[cube]
-pub(super) fn write_tile(tile: u32, row: u32, lane: u32, #[comptime] plan: WalkPlan) {
-    let out = comptime!(plan.out());
-    let base = swizzled(tile, row, (lane % 4u32) * 4u32);
-    #[unroll]
-    for j in 0..8usize {
-        #[unroll]
-        for half in 0..2usize {
-            let to = (base ^ comptime!((j * 16) as u32)) + comptime!((half * 1024) as u32);
-            store_u32(to, pack_pair(out, comptime!(4 * j + 2 * half)));
+            store_u32(to, pack_pair(acc, comptime!(4 * j + 2 * half)));
         }
     }
 }

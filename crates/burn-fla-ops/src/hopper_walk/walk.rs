@@ -27,7 +27,7 @@ use super::key::{
 };
 use super::parts::{
     border_at, chunk_at, decayed_scores, decayed_values, decays_of_chunk, load_state, load_tile, multiply_border,
-    parts_of, place, publish_state, row_products, span_at, spans_of, store_state, write_border, write_rows, write_tile,
+    parts_of, place, publish, row_products, span_at, spans_of, store_state, write_border, write_rows,
 };
 use super::plan::{Borders, CHUNK, DECAYED, OUT, PANEL, SCORES, VALUES, WalkPlan};
 use crate::tile::hopper::{
@@ -280,7 +280,7 @@ pub(super) fn walk(
                         }
                         scale_state(&shared_g, g0, panel, row, lane, plan);
                     }
-                    publish_state(s0, row, lane, plan);
+                    publish(s0, state, row, lane);
                     if elected {
                         wait_stores_read(0u32);
                     }
@@ -412,7 +412,7 @@ pub(super) fn walk(
                                 plan,
                             );
                         } else {
-                            write_tile(o0, row, lane, plan);
+                            publish(o0, out, row, lane);
                         }
                         fence_shared();
                         sync_warpgroup(id, 128u32);
