@@ -2,6 +2,16 @@
 
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+
+/// Numbers that one thread draws at a time; even, since they are drawn in pairs.
+const RUN: usize = 1 << 16;
+/// Words of 32 bits that a pair of normal numbers takes from the stream.
+const PAIR_WORDS: usize = 4;
+/// Numbers of a vector that one thread changes at a time.
+const SLICE: usize = 64;
+/// Multiply-adds below which threads cost more than they save.
+const WORTH_THREADS: usize = 1 << 16;
 
 /// How a parameter starts. The fans of a matrix `[out, in]` are its sizes, as in PyTorch.
 #[derive(Clone, Copy)]
@@ -44,15 +54,26 @@ impl Draws {
         ((self.0.next_u64() >> 11) + 1) as f64 / (1u64 << 53) as f64
     }
 
-    /// `count` draws of N(0, std²), by the Box–Muller transform.
-    fn normals(&mut self, count: usize, std: f64) -> Vec<f64> {
+    /// `count` draws of N(0, std²), by the Box–Muller transform. Threads draw from places of the one stream that they count
+    /// out, so that the numbers do not depend on how many there are.
+    fn normals<T: Send>(&mut self, count: usize, std: f64, number: impl Fn(f64) -> T + Sync) -> Vec<T> {
+        let start = self.0.get_word_pos();
+        let run = |at: usize| {
+            let mut draws = Self(self.0.clone());
+            draws.0.set_word_pos(start + (at * RUN / 2 * PAIR_WORDS) as u128);
+            let mut values = Vec::with_capacity(RUN);
+            for _ in 0..(count - at * RUN).min(RUN).div_ceil(2) {
+                let radius = std * (-2.0 * draws.uniform().ln()).sqrt();
+                let (sin, cos) = (std::f64::consts::TAU * draws.uniform()).sin_cos();
+                values.push(number(radius * cos));
+                values.push(number(radius * sin));
+            }
+            values
+        };
+        let runs: Vec<Vec<T>> = (0..count.div_ceil(RUN)).into_par_iter().map(run).collect();
+        self.0.set_word_pos(start + (count.div_ceil(2) * PAIR_WORDS) as u128);
         let mut values = Vec::with_capacity(count + 1);
-        while values.len() < count {
-            let radius = std * (-2.0 * self.uniform().ln()).sqrt();
-            let (sin, cos) = (std::f64::consts::TAU * self.uniform()).sin_cos();
-            values.push(radius * cos);
-            values.push(radius * sin);
-        }
+        runs.into_iter().for_each(|mut run| values.append(&mut run));
         values.truncate(count);
         values
     }
@@ -71,14 +92,14 @@ impl Init<'_> {
         let columns = count / rows.max(1);
         let mut even = |bound: f64| (0..count).map(|_| (bound * (2.0 * draws.uniform() - 1.0)) as f32).collect();
         match *self {
-            Self::Normal => narrow(draws.normals(count, std)),
-            Self::NormalOf(std) => narrow(draws.normals(count, std)),
+            Self::Normal => draws.normals(count, std, narrow),
+            Self::NormalOf(std) => draws.normals(count, std, narrow),
             Self::Constant(value) => vec![value as f32; count],
             Self::Uniform(bound) => even(bound),
             Self::XavierUniform(gain) => even(gain * (6.0 / (rows + columns) as f64).sqrt()),
             Self::Orthogonal(gain) => {
                 let short = rows.min(columns);
-                let mut vectors = draws.normals(count, 1.0);
+                let mut vectors = draws.normals(count, 1.0, |x| x);
                 orthonormalize(&mut vectors, short, rows.max(columns));
                 let at = |i: usize| {
                     let (row, column) = (i / columns, i % columns);
@@ -93,8 +114,8 @@ impl Init<'_> {
     }
 }
 
-fn narrow(values: Vec<f64>) -> Vec<f32> {
-    values.into_iter().map(|x| x as f32).collect()
+fn narrow(value: f64) -> f32 {
+    value as f32
 }
 
 /// Makes the `rows` vectors of `width` numbers orthonormal, by Gram–Schmidt, each one twice: once leaves the rounding of
@@ -103,10 +124,21 @@ fn orthonormalize(vectors: &mut [f64], rows: usize, width: usize) {
     for i in 0..rows {
         let (done, rest) = vectors.split_at_mut(i * width);
         let vector = &mut rest[..width];
+        let threads = i * width >= WORTH_THREADS;
         for _ in 0..2 {
-            for other in done.chunks_exact(width) {
-                let dot: f64 = other.iter().zip(vector.iter()).map(|(a, b)| a * b).sum();
-                vector.iter_mut().zip(other).for_each(|(x, y)| *x -= dot * y);
+            let dot = |other: &[f64]| -> f64 { other.iter().zip(vector.iter()).map(|(a, b)| a * b).sum() };
+            let dots: Vec<f64> = match threads {
+                true => done.par_chunks_exact(width).map(dot).collect(),
+                false => done.chunks_exact(width).map(dot).collect(),
+            };
+            let subtract = |(first, part): (usize, &mut [f64])| {
+                for (other, dot) in done.chunks_exact(width).zip(&dots) {
+                    part.iter_mut().zip(&other[first * SLICE..]).for_each(|(x, y)| *x -= dot * y);
+                }
+            };
+            match threads {
+                true => vector.par_chunks_mut(SLICE).enumerate().for_each(subtract),
+                false => vector.chunks_mut(SLICE).enumerate().for_each(subtract),
             }
         }
         let norm = vector.iter().map(|x| x * x).sum::<f64>().sqrt();
@@ -128,6 +160,20 @@ mod tests {
         assert_ne!(normal(1, "a", 0.02, 7), normal(1, "b", 0.02, 7));
         assert_ne!(normal(1, "a", 0.02, 7), normal(2, "a", 0.02, 7));
         assert_eq!(normal(1, "a", 0.02, 4), normal(1, "a", 0.02, 8)[..4]);
+    }
+
+    #[test]
+    fn threads_draw_what_one_would() {
+        let mut one = Draws::new(5, "a");
+        let mut expected = Vec::new();
+        while expected.len() < 2 * RUN + 7 {
+            let radius = 0.5 * (-2.0 * one.uniform().ln()).sqrt();
+            let (sin, cos) = (std::f64::consts::TAU * one.uniform()).sin_cos();
+            expected.extend([(radius * cos) as f32, (radius * sin) as f32]);
+        }
+        let mut draws = Draws::new(5, "a");
+        assert_eq!(Init::NormalOf(0.5).draw(&mut draws, &[2 * RUN + 7], 1.0), expected[..2 * RUN + 7]);
+        assert_eq!(draws.uniform(), one.uniform(), "the stream goes on behind what was drawn");
     }
 
     #[test]

@@ -138,12 +138,17 @@ impl Trainer {
     fn run_to_its_end(&mut self) -> Result<RunSummary, TrainError> {
         let signals = Signals::install();
         let mut last_batch = Vec::new();
+        let mut made = 0;
         while !self.finished() && !signals.asked() && !self.terminal.asked_to_stop() {
             if !self.data_are_there()? {
                 continue;
             }
             last_batch = self.step()?;
             self.saver.poll()?;
+            made += 1;
+            if made <= 2 {
+                self.release();
+            }
             let step = self.state.step;
             let every = |n: u64| n > 0 && step.is_multiple_of(n);
             if every(self.recipe.metrics.log_freq) || self.finished() {
@@ -151,6 +156,7 @@ impl Trainer {
             }
             if every(self.recipe.validation.freq) && !self.finished() {
                 self.evaluate()?;
+                self.release();
             }
             if every(self.recipe.checkpoint.interval) {
                 self.save()?;
@@ -172,6 +178,13 @@ impl Trainer {
             self.terminal.note(&summary);
         }
         Ok(self.summary(interrupted))
+    }
+
+    /// Gives memory that the device's allocator holds and no longer needs back to the driver. Its pages grow with the
+    /// largest buffer seen, and it keeps the smaller ones that it has left until it is asked: the first steps and an
+    /// evaluation would leave a third of a run's memory behind.
+    fn release(&self) {
+        self.computer.device.memory_cleanup();
     }
 
     /// Waits a moment for the rows of the next step, where they are still being tokenised; says whether they are there.
