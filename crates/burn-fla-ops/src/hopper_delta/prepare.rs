@@ -77,13 +77,32 @@ pub(super) fn prepare(
     }
     commit();
     wait(0u32);
+    // All loads before the first store: whatever waits for the one would wait for the other.
+    let mut values = Array::<f32>::new(32usize);
+    let row = row_of(warp, lane, 0usize);
+    let own = (decays[row as usize], decays[row as usize + 8]);
+    let write = (strengths[row as usize], strengths[row as usize + 8]);
+    #[unroll]
+    for j in 0..8usize {
+        #[unroll]
+        for e in 0..2usize {
+            let source = column_of(lane, comptime!(4 * j + e));
+            let n = comptime!(4 * j + e);
+            let mut low = write.0 * read(SCORES, n);
+            let mut high = write.1 * read(SCORES, comptime!(n + 2));
+            if comptime!(gated) {
+                let of_source = decays[source as usize];
+                low *= exp2(own.0 - of_source);
+                high *= exp2(own.1 - of_source);
+            }
+            values[n] = select(source < row && row < length, low, 0.0f32);
+            values[comptime!(n + 2)] = select(source < row + 8u32 && row + 8u32 < length, high, 0.0f32);
+        }
+    }
     #[unroll]
     for n in 0..32usize {
-        let row = row_of(warp, lane, n);
-        let column = column_of(lane, n);
-        let factor = strengths[row as usize] * exp2(decays[row as usize] - decays[column as usize]);
-        let value = select(column < row && row < length, read(SCORES, n) * factor, 0.0f32);
-        store_f32(a + (column * comptime!(TRIANGLE_COLUMN as u32) + row) * 4u32, value);
+        let to = column_of(lane, n) * comptime!(TRIANGLE_COLUMN as u32) + row_of(warp, lane, n);
+        store_f32(a + to * 4u32, values[n]);
     }
     sync_cube();
     invert_triangle(a, x);
