@@ -16,8 +16,8 @@ use super::plan::{CHUNK, PANEL, SCORES};
 use crate::hopper_walk::parts::load_tile;
 use crate::hopper_walk::table::CHUNK_WORDS;
 use crate::tile::hopper::{
-    TRIANGLE_COLUMN, barrier_expect, barrier_fence, barrier_init, barrier_wait, column_of, commit, declare, exp2,
-    fence, invert_triangle, k_major, load_f32, mma_shared, pack_word, read, row_of, store_f32, wait,
+    TRIANGLE_COLUMN, TRIANGLE_ROW, barrier_expect, barrier_fence, barrier_init, barrier_wait, column_of, commit,
+    declare, exp2, fence, invert_triangle, k_major, load_f32, mma_shared, pack_word, read, row_of, store_f32, wait,
 };
 
 /// Writes M in bf16, `[tokens, HV, 64]`: a row for each token, over the tokens of its chunk. One cube a chunk and head.
@@ -35,7 +35,7 @@ pub(super) fn prepare(
     #[comptime] gated: bool,
 ) {
     // The keys, and once their products are taken the inverse.
-    let shared_k = Shared::<[u32]>::new_aligned_slice(comptime!(2 * PANEL / 4), 1024usize);
+    let shared_k = Shared::<[u32]>::new_aligned_slice(comptime!(CHUNK * TRIANGLE_ROW), 1024usize);
     let shared_a = Shared::<[f32]>::new_aligned_slice(comptime!(CHUNK * TRIANGLE_COLUMN), 128usize);
     let mut decays = Shared::<[f32]>::new_aligned_slice(comptime!(CHUNK), 128usize);
     let mut strengths = Shared::<[f32]>::new_aligned_slice(comptime!(CHUNK), 128usize);
@@ -112,7 +112,7 @@ pub(super) fn prepare(
     #[unroll]
     for n in 0..16usize {
         let row = warp + comptime!(4 * n as u32);
-        let from = x + (row * comptime!(CHUNK as u32) + column) * 4u32;
+        let from = x + (row * comptime!(TRIANGLE_ROW as u32) + column) * 4u32;
         // Above the diagonal nothing was written.
         let low = select(column <= row, load_f32(from) * first, 0.0f32);
         let high = select(column < row, load_f32(from + 4u32) * second, 0.0f32);
