@@ -280,7 +280,7 @@ fn boxes_are_filled_with_zeros_and_clipped() {
 #[cube(launch_unchecked)]
 fn invert(a: &[f32], out: &mut [f32]) {
     let shared_a = Shared::<[f32]>::new_aligned_slice(comptime!(64 * TRIANGLE_COLUMN), 128usize);
-    let shared_x = Shared::<[f32]>::new_aligned_slice(4096usize, 128usize);
+    let shared_x = Shared::<[f32]>::new_aligned_slice(comptime!(64 * TRIANGLE_ROW), 128usize);
     let left = generic_to_shared::<f32>(shared_a.as_ptr());
     let x = generic_to_shared::<f32>(shared_x.as_ptr());
     for i in 0..32u32 {
@@ -288,13 +288,13 @@ fn invert(a: &[f32], out: &mut [f32]) {
         let to = left + (at % 64u32 * comptime!(TRIANGLE_COLUMN as u32) + at / 64u32) * 4u32;
         store_f32(to, a[at as usize]);
         // What is above the diagonal must not be read before it is written.
-        store_f32(x + at * 4u32, f32::new(f32::NAN));
+        store_f32(x + (at / 64u32 * comptime!(TRIANGLE_ROW as u32) + at % 64u32) * 4u32, f32::new(f32::NAN));
     }
     sync_cube();
     invert_triangle(left, x);
     for i in 0..32u32 {
         let at = i * 128u32 + UNIT_POS;
-        out[at as usize] = load_f32(x + at * 4u32);
+        out[at as usize] = load_f32(x + (at / 64u32 * comptime!(TRIANGLE_ROW as u32) + at % 64u32) * 4u32);
     }
 }
 

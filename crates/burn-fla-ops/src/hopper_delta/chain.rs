@@ -281,19 +281,23 @@ fn with_time(
     let grown = at + CHUNK;
     let left = at + 2 * CHUNK;
     fence();
+    // Scores first: they become P while what follows is under way. Started before the state is packed, they made ptxas wait
+    // for them there (C7517).
+    if comptime!(plan.with_queries()) {
+        start_scores(t, warpgroup, plan);
+    }
     #[unroll]
     for n in 0..steps {
         mma_registers(READ, operand, n, k_major(t.k, CHUNK, n), comptime!(n as u32), false);
     }
     commit();
     if comptime!(plan.with_queries()) {
-        start_scores(t, warpgroup, plan);
         #[unroll]
         for n in 0..steps {
             mma_registers(OUT, operand, n, k_major(t.q, CHUNK, n), comptime!(n as u32), false);
         }
         commit();
-        wait(2u32);
+        wait(1u32);
     } else {
         wait(0u32);
     }
@@ -305,7 +309,6 @@ fn with_time(
     }
     commit();
     if comptime!(plan.with_queries()) {
-        wait(2u32);
         share_scores(t, g, warpgroup, row, lane, count, out_scale, plan);
     }
     wait(0u32);
@@ -358,15 +361,16 @@ fn against_time(
     let grown = at + CHUNK;
     let left = at + 2 * CHUNK;
     fence();
+    start_scores(t, warpgroup, plan);
     #[unroll]
     for n in 0..comptime!(4 * plan.panels()) {
         mma_registers(READ, operand, n, k_major(t.k, CHUNK, n), comptime!(n as u32), false);
     }
     commit();
-    start_scores(t, warpgroup, plan);
     put_transposed(TOKENS, t.v, warp, lane);
-    wait(0u32);
+    wait(1u32);
     share_scores(t, g, warpgroup, row, lane, count, out_scale, plan);
+    wait(0u32);
     scale_columns(READ, g, left, lane, 1.0f32);
     fence();
     #[unroll]

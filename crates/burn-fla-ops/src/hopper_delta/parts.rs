@@ -6,8 +6,8 @@ use super::plan::{CHUNK, ChainPlan};
 use crate::hopper_walk::parts::LOG2_E;
 use crate::hopper_walk::table::ITEM_WORDS;
 use crate::tile::hopper::{
-    Acc, Frag, bf16_high, bf16_low, column_of, exp2, load_transposed, load_u32, pack, pack_pair, put, read,
-    store_transposed, store_u32, swizzled, write, zero,
+    Acc, Frag, bf16_high, bf16_low, column_of, exp2, load_transposed, load_u32, pack, pack_pair, pack_word,
+    put, read, store_transposed, store_u32, swizzled, write, zero,
 };
 
 /// The least writing strength in size: one of zero counts as this much, which is nothing beside what it writes to, and lets
@@ -221,9 +221,17 @@ pub(super) fn pack_missing(
     warp: u32,
     lane: u32,
 ) {
+    let mut words = Array::<u32>::new(16usize);
     #[unroll]
     for step in 0..4usize {
         let found = transposed(tile, warp, lane, step);
+        #[unroll]
+        for n in 0..4usize {
+            words[comptime!(4 * step + n)] = found.extract(n);
+        }
+    }
+    #[unroll]
+    for step in 0..4usize {
         #[unroll]
         for half in 0..2usize {
             let j = comptime!(2 * step + half);
@@ -233,7 +241,7 @@ pub(super) fn pack_missing(
             #[unroll]
             for rows in 0..2usize {
                 let n = comptime!(2 * half + rows);
-                let word = found.extract(n);
+                let word = words[comptime!(4 * step + n)];
                 let i = comptime!(4 * j + 2 * rows);
                 let low = bf16_low(word) - read(found_in_state, i) * a;
                 let high = bf16_high(word) - read(found_in_state, comptime!(i + 1)) * b;
@@ -258,38 +266,45 @@ pub(super) fn write_scores(
     #[comptime] plan: ChainPlan,
 ) {
     let scores = comptime!(plan.scores());
-    let base = swizzled(tile, row, (lane % 4u32) * 4u32) ^ (first * 2u32);
+    let groups = comptime!(plan.scores().columns() / 8);
+    // All loads before the first store: whatever waits for the one would wait for the other.
+    let mut factors = Array::<f32>::new(comptime!(plan.scores().len()));
+    let mut rows = (f32::new(0.0), f32::new(0.0));
+    if comptime!(plan.gated) {
+        rows = (g[at + row as usize], g[at + row as usize + 8]);
+    }
     #[unroll]
-    for j in 0..comptime!(scores.columns() / 8) {
+    for j in 0..groups {
         let column = first + column_of(lane, comptime!(4 * j));
         #[unroll]
-        for rows in 0..2usize {
-            let i = comptime!(4 * j + 2 * rows);
-            let token = row + comptime!(8 * rows as u32);
-            let low = decayed(read(scores, i), g, at, token, column, count, scale, plan.gated);
-            let high = decayed(read(scores, comptime!(i + 1)), g, at, token, column + 1u32, count, scale, plan.gated);
-            let to = (base ^ comptime!((j * 16) as u32)) + comptime!((rows * 1024) as u32);
-            store_u32(to, crate::tile::hopper::pack_word(low, high));
+        for n in 0..2usize {
+            let source = column + comptime!(n as u32);
+            let mut low = scale + 0.0f32;
+            let mut high = scale + 0.0f32;
+            if comptime!(plan.gated) {
+                let of_source = g[at + source as usize];
+                low *= exp2(rows.0 - of_source);
+                high *= exp2(rows.1 - of_source);
+            }
+            let i = comptime!(4 * j + n);
+            factors[i] = select(source <= row && row < count, low, 0.0f32);
+            factors[comptime!(i + 2)] = select(source <= row + 8u32 && row + 8u32 < count, high, 0.0f32);
         }
     }
-}
-
-#[cube]
-fn decayed(
-    score: f32,
-    g: &[f32],
-    at: usize,
-    row: u32,
-    column: u32,
-    count: u32,
-    scale: f32,
-    #[comptime] gated: bool,
-) -> f32 {
-    let mut value = score * scale;
-    if comptime!(gated) {
-        value *= exp2(g[at + row as usize] - g[at + column as usize]);
+    let base = swizzled(tile, row, (lane % 4u32) * 4u32) ^ (first * 2u32);
+    #[unroll]
+    for j in 0..groups {
+        #[unroll]
+        for half in 0..2usize {
+            let i = comptime!(4 * j + 2 * half);
+            let next = comptime!(i + 1);
+            // What is masked may be infinite, so it is selected, not multiplied.
+            let low = select(factors[i] == 0.0f32, 0.0f32, read(scores, i) * factors[i]);
+            let high = select(factors[next] == 0.0f32, 0.0f32, read(scores, next) * factors[next]);
+            let to = (base ^ comptime!((j * 16) as u32)) + comptime!((half * 1024) as u32);
+            store_u32(to, pack_word(low, high));
+        }
     }
-    select(column <= row && row < count, value, 0.0f32)
 }
 
 /// Writes an accumulator `[channels, tokens]` as a panel `[tokens, channels]`.

@@ -16,8 +16,8 @@ use super::plan::{CHUNK, PANEL, SCORES};
 use crate::hopper_walk::parts::load_tile;
 use crate::hopper_walk::table::CHUNK_WORDS;
 use crate::tile::hopper::{
-    TRIANGLE_COLUMN, barrier_expect, barrier_fence, barrier_init, barrier_wait, column_of, commit, declare, exp2,
-    fence, invert_triangle, k_major, load_f32, mma_shared, pack_word, read, row_of, store_f32, wait,
+    TRIANGLE_COLUMN, TRIANGLE_ROW, barrier_expect, barrier_fence, barrier_init, barrier_wait, column_of, commit,
+    declare, exp2, fence, invert_triangle, k_major, load_f32, mma_shared, pack_word, read, row_of, store_f32, wait,
 };
 
 /// Writes M in bf16, `[tokens, HV, 64]`: a row for each token, over the tokens of its chunk. One cube a chunk and head.
@@ -35,7 +35,7 @@ pub(super) fn prepare(
     #[comptime] gated: bool,
 ) {
     // The keys, and once their products are taken the inverse.
-    let shared_k = Shared::<[u32]>::new_aligned_slice(comptime!(2 * PANEL / 4), 1024usize);
+    let shared_k = Shared::<[u32]>::new_aligned_slice(comptime!(CHUNK * TRIANGLE_ROW), 1024usize);
     let shared_a = Shared::<[f32]>::new_aligned_slice(comptime!(CHUNK * TRIANGLE_COLUMN), 128usize);
     let mut decays = Shared::<[f32]>::new_aligned_slice(comptime!(CHUNK), 128usize);
     let mut strengths = Shared::<[f32]>::new_aligned_slice(comptime!(CHUNK), 128usize);
@@ -77,13 +77,32 @@ pub(super) fn prepare(
     }
     commit();
     wait(0u32);
+    // All loads before the first store: whatever waits for the one would wait for the other.
+    let mut values = Array::<f32>::new(32usize);
+    let row = row_of(warp, lane, 0usize);
+    let own = (decays[row as usize], decays[row as usize + 8]);
+    let write = (strengths[row as usize], strengths[row as usize + 8]);
+    #[unroll]
+    for j in 0..8usize {
+        #[unroll]
+        for e in 0..2usize {
+            let source = column_of(lane, comptime!(4 * j + e));
+            let n = comptime!(4 * j + e);
+            let mut low = write.0 * read(SCORES, n);
+            let mut high = write.1 * read(SCORES, comptime!(n + 2));
+            if comptime!(gated) {
+                let of_source = decays[source as usize];
+                low *= exp2(own.0 - of_source);
+                high *= exp2(own.1 - of_source);
+            }
+            values[n] = select(source < row && row < length, low, 0.0f32);
+            values[comptime!(n + 2)] = select(source < row + 8u32 && row + 8u32 < length, high, 0.0f32);
+        }
+    }
     #[unroll]
     for n in 0..32usize {
-        let row = row_of(warp, lane, n);
-        let column = column_of(lane, n);
-        let factor = strengths[row as usize] * exp2(decays[row as usize] - decays[column as usize]);
-        let value = select(column < row && row < length, read(SCORES, n) * factor, 0.0f32);
-        store_f32(a + (column * comptime!(TRIANGLE_COLUMN as u32) + row) * 4u32, value);
+        let to = column_of(lane, n) * comptime!(TRIANGLE_COLUMN as u32) + row_of(warp, lane, n);
+        store_f32(a + to * 4u32, values[n]);
     }
     sync_cube();
     invert_triangle(a, x);
@@ -93,7 +112,7 @@ pub(super) fn prepare(
     #[unroll]
     for n in 0..16usize {
         let row = warp + comptime!(4 * n as u32);
-        let from = x + (row * comptime!(CHUNK as u32) + column) * 4u32;
+        let from = x + (row * comptime!(TRIANGLE_ROW as u32) + column) * 4u32;
         // Above the diagonal nothing was written.
         let low = select(column <= row, load_f32(from) * first, 0.0f32);
         let high = select(column < row, load_f32(from + 4u32) * second, 0.0f32);

@@ -36,7 +36,7 @@ pub use copy::{
 };
 pub use ring::{Ring, barrier_arrive, barrier_expect, barrier_fence, barrier_init, barrier_wait};
 pub use roles::{arrive, give_registers, sync_warpgroup, take_registers};
-pub use triangle::{TRIANGLE_COLUMN, invert_triangle};
+pub use triangle::{TRIANGLE_COLUMN, TRIANGLE_ROW, invert_triangle};
 pub use wgmma::{commit, fence, k_major, mma_registers, mma_shared, mn_major, wait};
 
 /// Whether this device has what this module needs: the instructions of `sm_90a` exist on compute capability 9.0 alone.

@@ -3,34 +3,39 @@
 use cubecl::prelude::*;
 
 use crate::tile::layout::{load_f32, load_f32_four, store_f32};
+use crate::tile::mma::{multiply_split, split};
+use crate::tile::registers::{Acc, declare, read, zero};
 
 /// Rows of the matrix.
 const ROWS: usize = 64;
 /// Numbers from one column of the matrix to the next: four banks more than a column has, so that what a product's registers
 /// write spreads over all banks.
 pub const TRIANGLE_COLUMN: usize = ROWS + 4;
-/// Rows of the blocks on the diagonal that are solved token by token.
+/// Numbers from one row of the inverse to the next: eight banks more, for the loads of right operands.
+pub const TRIANGLE_ROW: usize = ROWS + 8;
+/// Rows of the blocks on the diagonal that are solved row by row.
 const BLOCK: usize = 16;
+/// 16 × 8 numbers, twice.
+const PRODUCT: Acc = Acc::new("j", 16);
 
 /// `X = (I + A)⁻¹` of a strictly lower triangular A: the four diagonal blocks of 16 by forward substitution, a warp each,
-/// then twice blocks of the double size by `X₂₁ = −X₂₂ (A₂₁ X₁₁)`.
+/// then twice blocks of the double size by `X₂₁ = −X₂₂ (A₂₁ X₁₁)`, on the tensor cores with operands in two parts each.
 ///
-/// `a`: the address of A's columns in shared memory, [`TRIANGLE_COLUMN`] numbers each, zero on and above the diagonal. `x`: that of
-/// X's rows, 64 numbers each; what it has above the diagonal is undefined. All 128 units of the cube call it, and X is there
-/// for all of them afterwards.
+/// `a`: the address of A's columns in shared memory, [`TRIANGLE_COLUMN`] numbers each, zero on and above the diagonal. `x`: that
+/// of X's rows, [`TRIANGLE_ROW`] numbers each; what it has above the diagonal is undefined. All 128 units of the cube call it,
+/// outside of every branch, and X is there for all of them afterwards.
 #[cube]
 pub fn invert_triangle(a: u32, x: u32) {
+    declare(PRODUCT);
     let warp = UNIT_POS / 32u32;
     let lane = UNIT_POS % 32u32;
     if lane < comptime!(BLOCK as u32) {
         solve_block(a, x, warp * comptime!(BLOCK as u32), lane);
     }
     sync_cube();
-    // Two pairs of blocks, 64 units each.
-    let first = warp / 2u32 * 32u32;
-    let unit = UNIT_POS % 64u32;
-    join(a, x, first, 16u32, unit / 4u32, unit % 4u32 * 4u32, 1usize);
-    join(a, x, 0u32, 32u32, UNIT_POS / 8u32 * 2u32, UNIT_POS % 8u32 * 4u32, 2usize);
+    // Two pairs of blocks, two warps each.
+    join(a, x, warp / 2u32 * 32u32, warp % 2u32 * 8u32, lane, 1usize);
+    join(a, x, 0u32, warp * 8u32, lane, 2usize);
 }
 
 /// One unit computes a column of a diagonal block's inverse.
@@ -45,7 +50,7 @@ fn solve_block(a: u32, x: u32, first: u32, column: u32) {
     for i in 0..comptime!(BLOCK) {
         let row = first + comptime!(i as u32);
         let own = select(comptime!(i as u32) == column, 1.0f32, 0.0f32) - sum[i];
-        store_f32(x + (row * comptime!(ROWS as u32) + first + column) * 4u32, own);
+        store_f32(x + (row * comptime!(TRIANGLE_ROW as u32) + first + column) * 4u32, own);
         let from = a + (row * comptime!(TRIANGLE_COLUMN as u32) + first) * 4u32;
         #[unroll]
         for part in comptime!((i + 1) / 4)..comptime!(BLOCK / 4) {
@@ -58,61 +63,76 @@ fn solve_block(a: u32, x: u32, first: u32, column: u32) {
     }
 }
 
-/// The lower left block of two neighbours of `size` rows, from row `first` on: this unit computes four columns from `column`
-/// on in `rows` rows from `row` on, first of `A₂₁ X₁₁`, which goes where X is zero, above the diagonal.
+/// The address of a number of A.
 #[cube]
-fn join(a: u32, x: u32, first: u32, size: u32, row: u32, column: u32, #[comptime] rows: usize) {
-    let lower = first + size;
-    let mut sum = Array::<f32>::new(comptime!(4 * rows));
+fn of_a(a: u32, row: u32, column: u32) -> u32 {
+    a + (column * comptime!(TRIANGLE_COLUMN as u32) + row) * 4u32
+}
+
+/// The address of a number of X.
+#[cube]
+fn of_x(x: u32, row: u32, column: u32) -> u32 {
+    x + (row * comptime!(TRIANGLE_ROW as u32) + column) * 4u32
+}
+
+/// A number of X where it is not above the diagonal.
+#[cube]
+fn inside(x: u32, row: u32, column: u32) -> f32 {
+    select(column <= row, load_f32(of_x(x, row, column)), 0.0f32)
+}
+
+/// The lower left block of two neighbours of `16 · tiles` rows, from row `first` on: this warp computes eight columns, from
+/// `column` on, first of `A₂₁ X₁₁`, which goes where X is zero, above the diagonal.
+#[cube]
+fn join(a: u32, x: u32, first: u32, column: u32, lane: u32, #[comptime] tiles: usize) {
+    let lower = first + comptime!(16 * tiles as u32);
+    let (g, t) = (lane / 4u32, lane % 4u32);
+    zero(PRODUCT);
     #[unroll]
-    for i in 0..comptime!(4 * rows) {
-        sum[i] = f32::new(0.0);
-    }
-    // A has columns one after the other.
-    for k in 0..size {
-        let left = a + ((first + k) * comptime!(TRIANGLE_COLUMN as u32) + lower + row) * 4u32;
-        let right = load_f32_four(x + ((first + k) * comptime!(ROWS as u32) + first + column) * 4u32);
+    for step in 0..comptime!(2 * tiles) {
+        let k = first + t + comptime!(8 * step as u32);
+        let right = first + column + g;
+        let b = (split(inside(x, k, right)), split(inside(x, k + 4u32, right)));
         #[unroll]
-        for i in 0..rows {
-            let factor = load_f32(left + comptime!(4 * i as u32));
-            #[unroll]
-            for e in 0..4usize {
-                // X₁₁ is only there up to its diagonal.
-                let own = select(column + comptime!(e as u32) <= k, right.extract(e), 0.0f32);
-                sum[comptime!(4 * i + e)] += factor * own;
-            }
+        for tile in 0..tiles {
+            let row = lower + g + comptime!(16 * tile as u32);
+            let low = (split(load_f32(of_a(a, row, k))), split(load_f32(of_a(a, row + 8u32, k))));
+            let high = (split(load_f32(of_a(a, row, k + 4u32))), split(load_f32(of_a(a, row + 8u32, k + 4u32))));
+            multiply_split(PRODUCT, tile, (low.0, low.1, high.0, high.1), b);
+        }
+    }
+    #[unroll]
+    for tile in 0..tiles {
+        #[unroll]
+        for i in 0..4usize {
+            let row = first + g + comptime!((16 * tile + i / 2 * 8) as u32);
+            let to = of_x(x, row, lower + column + 2u32 * t + comptime!((i % 2) as u32));
+            store_f32(to, read(PRODUCT, comptime!(4 * tile + i)));
         }
     }
     sync_cube();
+    zero(PRODUCT);
     #[unroll]
-    for i in 0..rows {
-        let to = x + ((first + row + comptime!(i as u32)) * comptime!(ROWS as u32) + lower + column) * 4u32;
+    for step in 0..comptime!(2 * tiles) {
+        let k = t + comptime!(8 * step as u32);
+        let right = lower + column + g;
+        let above = (load_f32(of_x(x, first + k, right)), load_f32(of_x(x, first + k + 4u32, right)));
+        let b = (split(above.0), split(above.1));
         #[unroll]
-        for e in 0..4usize {
-            store_f32(to + comptime!(4 * e as u32), sum[comptime!(4 * i + e)]);
-            sum[comptime!(4 * i + e)] = f32::new(0.0);
-        }
-    }
-    sync_cube();
-    for k in 0..size {
-        let left = x + ((lower + row) * comptime!(ROWS as u32) + lower + k) * 4u32;
-        let right = load_f32_four(x + ((first + k) * comptime!(ROWS as u32) + lower + column) * 4u32);
-        #[unroll]
-        for i in 0..rows {
-            let found = load_f32(left + comptime!((4 * ROWS * i) as u32));
-            let factor = select(k <= row + comptime!(i as u32), found, 0.0f32);
-            #[unroll]
-            for e in 0..4usize {
-                sum[comptime!(4 * i + e)] += factor * right.extract(e);
-            }
+        for tile in 0..tiles {
+            let row = lower + g + comptime!(16 * tile as u32);
+            let low = (split(inside(x, row, lower + k)), split(inside(x, row + 8u32, lower + k)));
+            let high = (split(inside(x, row, lower + k + 4u32)), split(inside(x, row + 8u32, lower + k + 4u32)));
+            multiply_split(PRODUCT, tile, (low.0, low.1, high.0, high.1), b);
         }
     }
     #[unroll]
-    for i in 0..rows {
-        let to = x + ((lower + row + comptime!(i as u32)) * comptime!(ROWS as u32) + first + column) * 4u32;
+    for tile in 0..tiles {
         #[unroll]
-        for e in 0..4usize {
-            store_f32(to + comptime!(4 * e as u32), -sum[comptime!(4 * i + e)]);
+        for i in 0..4usize {
+            let row = lower + g + comptime!((16 * tile + i / 2 * 8) as u32);
+            let to = of_x(x, row, first + column + 2u32 * t + comptime!((i % 2) as u32));
+            store_f32(to, -read(PRODUCT, comptime!(4 * tile + i)));
         }
     }
     sync_cube();

@@ -25,7 +25,7 @@ pub use super::registers::{
     row_of, scale, word, write, zero,
 };
 pub use copy::{address_of, address_of_mut, commit_copies, copy_16, store_global_pair, unit_again, wait_copies};
-pub use product::{across_first, down_first, load, multiply, transpose};
+pub use product::{across_first, down_first, load, multiply, multiply_split, split, transpose};
 
 /// The lowest compute capability that has these instructions, times ten.
 const CAPABILITY: u32 = 80;

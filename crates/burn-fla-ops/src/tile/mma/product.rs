@@ -52,6 +52,46 @@ pub fn multiply(
     gpu_asm!("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{{d}}}, {{{a}}}, {{{b}}}, {{{d}}};", options(nomem));
 }
 
+/// A number as the sum of two of eleven bits, as [`multiply_split`] takes them.
+#[cube]
+pub fn split(x: f32) -> (u32, u32) {
+    let high: u32;
+    gpu_asm!("cvt.rna.tf32.f32 {d}, {x};", d = out(_) high, x = in(_) x * 1.0f32, options(nomem));
+    let rest = x - f32::reinterpret(high + 0u32);
+    let low: u32;
+    gpu_asm!("cvt.rna.tf32.f32 {d}, {x};", d = out(_) low, x = in(_) rest * 1.0f32, options(nomem));
+    (high + 0u32, low + 0u32)
+}
+
+/// Adds a product of f32 with 16 rows, 8 columns and a contraction of 8, to 2^-21 of the operands, to columns `8 · tile` to
+/// `8 · tile + 7`.
+///
+/// With `g = lane / 4` and `t = lane % 4` a lane gives rows `g` and `g + 8` at `t` of the contraction, then both at `t + 4`;
+/// and of the right operand column `g` at `t` and `t + 4`.
+#[cube]
+pub fn multiply_split(
+    #[comptime] acc: Acc,
+    #[comptime] tile: usize,
+    a: ((u32, u32), (u32, u32), (u32, u32), (u32, u32)),
+    b: ((u32, u32), (u32, u32)),
+) {
+    let ((h0, l0), (h1, l1), (h2, l2), (h3, l3)) = a;
+    let ((m0, n0), (m1, n1)) = b;
+    multiply_parts(acc, tile, l0, l1, l2, l3, m0, m1);
+    multiply_parts(acc, tile, h0, h1, h2, h3, n0, n1);
+    multiply_parts(acc, tile, h0, h1, h2, h3, m0, m1);
+}
+
+#[cube]
+fn multiply_parts(#[comptime] acc: Acc, #[comptime] tile: usize, a0: u32, a1: u32, a2: u32, a3: u32, b0: u32, b1: u32) {
+    let d = comptime!(acc.tile(tile));
+    gpu_asm!(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{{d}}}, {{{p}, {q}, {r}, {s}}}, {{{u}, {v}}}, {{{d}}};",
+        p = in(_) a0 + 0u32, q = in(_) a1 + 0u32, r = in(_) a2 + 0u32, s = in(_) a3 + 0u32,
+        u = in(_) b0 + 0u32, v = in(_) b1 + 0u32, options(nomem)
+    );
+}
+
 /// Transposes an 8 × 8 block of bf16 that a warp holds, two numbers of a row a lane: lane `l` gives columns `2 (l % 4)`
 /// and the next of row `l / 4`, and receives the same places of the transposed block.
 #[cube]
