@@ -123,7 +123,7 @@ pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size>(
                 writers[j] = f32::cast_from(b[key_row + key]);
                 if comptime!(form.is_rate()) {
                     // Of the removal key, without the sign with which it reads.
-                    writers[j] = writers[j] * (f32::new(0.0) - readers[j]);
+                    writers[j] *= f32::new(0.0) - readers[j];
                 }
             }
         }
