@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Times the kernels for Hopper beside PyTorch's cuBLAS on a machine with a GPU and no Rust.
-# usage: bench-hopper.sh FOLDER support [OPERATOR,…] | bench-hopper.sh FOLDER linear TOKENS,… NxK,… | bench-hopper.sh FOLDER OPERATOR BxTxHxKxV,…
-#   OPERATOR is retention, simple_gla or gla (with :mma on the kernels for any NVIDIA GPU since Ampere), or of those with portable kernels gsa, rwkv6, ssd, delta_rule, gated_delta_rule, kda or rwkv7.
+# Times operators beside flash-linear-attention, and matrix products beside PyTorch's cuBLAS, on a machine with a GPU and no
+# Rust.
+# usage: bench-hopper.sh FOLDER operators OPERATOR,… BxTxHxKxV,… | bench-hopper.sh FOLDER step OPERATOR,… BxTxHxKxV,…
+#      | bench-hopper.sh FOLDER linear TOKENS,… NxK,… | bench-hopper.sh FOLDER support [OPERATOR,…]
+#   OPERATOR is one of tests/src/operators (with :mma on the kernels for any NVIDIA GPU since Ampere), or all.
 #   FOLDER holds bench-hopper.xz: `cargo build --release -p burn-fla-tests --features cuda --bin bench-hopper`, stripped.
+#   Lines of JSON go to the standard output, for `report add --operators` and `--steps`.
 set -uo pipefail
 folder=$1
 shift
 export CUDA_PATH=${CUDA_PATH:-/usr/local/cuda}
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-xz -dkf "$folder/bench-hopper.xz" && chmod +x "$folder/bench-hopper"
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader >&2
+[ -x "$folder/bench-hopper" ] || { xz -dkf "$folder/bench-hopper.xz" && chmod +x "$folder/bench-hopper"; }
 "$folder/bench-hopper" "$@" || exit 1
 if [ "$1" = support ]; then
     # The copy that the speeds are to be compared with.
@@ -28,8 +31,10 @@ print(f"copy of 256 MiB: {2 * x.numel() * 2 / statistics.median(times) / 1e12:.2
 PYTHON
 elif [ "$1" = linear ]; then
     python3 scripts/cublas.py "$2" "$3"
-elif python3 -c 'import fla' 2>/dev/null; then
-    python3 scripts/peer.py "${1%:mma},attention" "$2"
-else
-    echo "flash-linear-attention is not installed here: nothing to compare with"
+elif [ "$1" = operators ]; then
+    if python3 -c 'import fla' 2>/dev/null; then
+        python3 scripts/peer.py "${2//:mma/},attention" "$3"
+    else
+        echo "flash-linear-attention is not installed here: nothing to compare with" >&2
+    fi
 fi

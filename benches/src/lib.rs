@@ -3,6 +3,8 @@
 
 mod plot;
 mod result;
+mod rows;
 
 pub use plot::plot;
 pub use result::{BenchResult, Table, load, machine, render};
+pub use rows::{operators, steps};

@@ -7,6 +7,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 pub mod agree;
+pub mod operators;
 
 // The facade brings the definitions that a CUDA build links.
 use burn_fla as _;

@@ -4,6 +4,10 @@
 mod delta_walk;
 #[path = "ops/family.rs"]
 mod family;
+#[path = "ops/list.rs"]
+mod list;
+#[path = "ops/one_step.rs"]
+mod one_step;
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_fla_ops::cases::{RecurrenceCase, recurrence_cases};

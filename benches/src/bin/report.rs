@@ -4,7 +4,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use burn_fla_benches::{BenchResult, Table, load, machine, plot, render};
+use burn_fla_benches::{BenchResult, Table, load, machine, operators, plot, render, steps};
 use clap::Parser;
 
 /// Keep measured results, and write the page that shows them
@@ -56,6 +56,12 @@ struct Add {
     /// A table: tab-separated lines, the first one the heads
     #[arg(long, value_name = "FILE")]
     table: Option<PathBuf>,
+    /// A table of the operators among the lines of JSON that `bench-hopper operators` and scripts/peer.py printed
+    #[arg(long, value_name = "FILE", value_delimiter = ',', conflicts_with = "table")]
+    operators: Vec<PathBuf>,
+    /// A table of the lines of JSON that `bench-hopper step` printed
+    #[arg(long, value_name = "FILE", value_delimiter = ',', conflicts_with_all = ["table", "operators"])]
+    steps: Vec<PathBuf>,
     /// What the command printed; `-` is standard input
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -91,7 +97,11 @@ fn run(cli: Cli) -> io::Result<()> {
             commit: add.commit.map_or_else(commit, Ok)?,
             command: add.command,
             note: add.note,
-            table: add.table.as_deref().map(table).transpose()?,
+            table: match (&add.table, &add.operators[..], &add.steps[..]) {
+                (_, [_, ..], _) => Some(rows(&add.operators, operators)?),
+                (_, _, [_, ..]) => Some(rows(&add.steps, steps)?),
+                (file, _, _) => file.as_deref().map(table).transpose()?,
+            },
             output: add.output.as_deref().map(read).transpose()?.unwrap_or_default(),
         };
         println!("{}", result.save(&results, &add.name)?.display());
@@ -109,6 +119,12 @@ fn read(path: &Path) -> io::Result<String> {
         return Ok(text);
     }
     std::fs::read_to_string(path).map_err(|error| io::Error::other(format!("{}: {error}", path.display())))
+}
+
+/// A table of all lines of these files.
+fn rows(paths: &[PathBuf], table: fn(&str) -> Result<Table, String>) -> io::Result<Table> {
+    let texts: Vec<String> = paths.iter().map(|path| read(path)).collect::<io::Result<_>>()?;
+    table(&texts.join("\n")).map_err(io::Error::other)
 }
 
 fn table(path: &Path) -> io::Result<Table> {

@@ -52,6 +52,8 @@ pub mod mesa_net;
 #[cfg(feature = "cuda")]
 mod mma_walk;
 pub mod nsa;
+#[cfg(feature = "cube")]
+mod one_step;
 pub mod path_attn;
 mod polynomial;
 pub mod rebased;

@@ -178,7 +178,7 @@ impl Problem {
         Ok(match Implementation::choose(&self) {
             Implementation::Reference => self.with_own_heads().reference(),
             #[cfg(feature = "cube")]
-            Implementation::Portable => crate::linear_walk::run(self.with_own_heads()),
+            Implementation::Portable => crate::linear_walk::run(self),
             #[cfg(feature = "cuda")]
             Implementation::Hopper => crate::hopper_walk::run(self.with_own_heads(), crate::hopper_walk::Cores::Hopper),
             #[cfg(feature = "cuda")]

@@ -179,6 +179,7 @@ impl KernelBackend for CubeBackend {
             call.id(),
             floats.iter().map(spec).collect::<Vec<_>>()
         );
+        floats.first().into_iter().for_each(super::memory::count_bytes);
         Bundle { floats, ints: Vec::new() }
     }
 }

@@ -1,6 +1,6 @@
 //! Buffers of kernel launches.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use burn::backend::ops::{FloatTensorOps, IntTensorOps};
 use burn::tensor::{DType, Shape};
@@ -8,6 +8,7 @@ use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
+use cubecl::MemoryScope;
 use cubecl::ir::ElemType;
 
 static POISON: AtomicBool = AtomicBool::new(false);
@@ -16,6 +17,28 @@ static POISON: AtomicBool = AtomicBool::new(false);
 #[doc(hidden)]
 pub fn poison_outputs(on: bool) {
     POISON.store(on, Ordering::SeqCst);
+}
+
+static WATCHED: AtomicBool = AtomicBool::new(false);
+static MOST: AtomicU64 = AtomicU64::new(0);
+
+/// The most bytes that buffers held while `run` ran, as the device's pools count them after each buffer that a kernel of
+/// ours was given and at the end of each operator. It waits for the queue of launches every time, so nothing should be
+/// timed meanwhile; one caller at a time.
+#[doc(hidden)]
+pub fn most_bytes(run: impl FnOnce()) -> u64 {
+    MOST.store(0, Ordering::SeqCst);
+    WATCHED.store(true, Ordering::SeqCst);
+    run();
+    WATCHED.store(false, Ordering::SeqCst);
+    MOST.load(Ordering::SeqCst)
+}
+
+/// Counts what buffers hold now, where somebody asked.
+pub(super) fn count_bytes(like: &CubeTensor) {
+    if WATCHED.load(Ordering::Relaxed) {
+        MOST.fetch_max(like.client.memory_report(MemoryScope::Device).usage().bytes_in_use, Ordering::SeqCst);
+    }
 }
 
 /// A contiguous buffer for an output, on the device of `like`. Its contents are undefined.
@@ -29,7 +52,9 @@ pub fn alloc<const D: usize>(like: &CubeTensor, shape: [usize; D], dtype: DType)
         };
         return into_contiguous(filled);
     }
-    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape, dtype)
+    let buffer = empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape, dtype);
+    count_bytes(like);
+    buffer
 }
 
 /// A contiguous buffer of zeros, on the device of `like`.

@@ -26,7 +26,7 @@ pub use backend::{Call, Operator, TensorSpec, apply};
 #[cfg(feature = "cube")]
 pub use burn_cubecl::tensor::CubeTensor;
 #[cfg(feature = "cube")]
-pub use memory::{alloc, contiguous, owned, poison_outputs, storage, zeros};
+pub use memory::{alloc, contiguous, most_bytes, owned, poison_outputs, storage, zeros};
 #[cfg(any(feature = "cube", feature = "flex"))]
 pub use own_gradient::{pull, takes_own_gradients};
 

@@ -50,7 +50,7 @@
 //! for the others.
 //!
 //! Outputs are written over a copy of the values, or over the values themselves where nobody else holds them, and last states
-//! over initial ones: so no kernel needs more than eight buffers, and a step of generation is one launch.
+//! over initial ones: so no kernel needs more than eight buffers. A step of generation is that of [`one_step`].
 
 mod columns;
 mod ends;
@@ -65,6 +65,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 use crate::CuSeqlens;
 use crate::bridge::{apply, has_kernels};
 use crate::linear_walk::table;
+use crate::one_step;
 use crate::options::Engine;
 use launch::DeltaWalk;
 use plan::Gate;
@@ -90,6 +91,40 @@ pub(crate) struct Problem {
     pub(crate) chunk: Option<usize>,
 }
 
+impl Problem {
+    fn is_tracked(&self) -> bool {
+        let decay = match &self.decay {
+            None => false,
+            Some(crate::delta::Gate::Token(g)) => g.is_tracked(),
+            Some(crate::delta::Gate::Key(g)) => g.is_tracked(),
+        };
+        let others = [&self.a, &self.b, &self.state].into_iter().flatten();
+        decay
+            || self.qkv.iter().chain(others).any(Tensor::is_tracked)
+            || self.strength.as_ref().is_some_and(Tensor::is_tracked)
+    }
+
+    fn one_step(self) -> (Tensor<4>, Tensor<4>) {
+        use one_step::Gate;
+        let strength = self.strength.map(Tensor::into_dispatch);
+        one_step::run(one_step::Problem {
+            op: self.op,
+            form: one_step::Form::LowRank(self.form),
+            qkv: self.qkv,
+            a: self.a,
+            b: strength.or_else(|| self.b.map(Tensor::into_dispatch)),
+            gate: match self.decay {
+                None => (Gate::None, None),
+                Some(crate::delta::Gate::Token(g)) => (Gate::Token, Some(g.into_dispatch())),
+                Some(crate::delta::Gate::Key(g)) => (Gate::Key, Some(g.into_dispatch())),
+            },
+            scale: self.scale,
+            state: self.state,
+            tiled: false,
+        })
+    }
+}
+
 /// Whether the kernels take a problem with `tokens` tokens of these values and keys.
 pub(crate) fn takes(v: &Tensor<4>, keys: usize, tokens: usize, engine: Engine) -> bool {
     tokens > 0 && has_kernels(&v.device(), engine) && plan::takes(v.dtype(), keys, v.dims()[3])
@@ -97,6 +132,9 @@ pub(crate) fn takes(v: &Tensor<4>, keys: usize, tokens: usize, engine: Engine) -
 
 /// Runs a checked problem on the kernels.
 pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
+    if one_step::takes(&problem.sequences, problem.is_tracked()) {
+        return problem.one_step();
+    }
     let Problem { op, form, qkv: [q, k, v], a, strength, b, decay, scale, state, sequences, chunk } = problem;
     let [batch, tokens, key_heads, keys] = q.dims();
     let [.., heads, values] = v.dims();

@@ -39,11 +39,11 @@ pub(crate) enum Form {
 
 impl Form {
     /// Whether `b` is a multiple of `k`, so that one vector is added: `β k (v + u)ᵀ`.
-    pub(super) fn one_added(self) -> bool {
+    pub(crate) fn one_added(self) -> bool {
         matches!(self, Self::Key | Self::Feedback)
     }
 
-    pub(super) fn reads_decayed(self) -> bool {
+    pub(crate) fn reads_decayed(self) -> bool {
         self == Self::Key
     }
 

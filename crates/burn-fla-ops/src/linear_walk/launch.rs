@@ -4,7 +4,7 @@ use burn::tensor::DType;
 use cubecl::prelude::{AddressType, CubeDim};
 
 use super::plan::{DecayKind, FLAT_UNITS, WalkPlan, flat, grid};
-use super::{gate, states, step, walk};
+use super::{gate, states, walk};
 use crate::bridge::{CubeTensor, alloc, contiguous, storage};
 use crate::rows::sum_rows;
 
@@ -23,8 +23,6 @@ pub(super) struct LinearWalk {
     pub(super) values: usize,
     pub(super) chunks: usize,
     pub(super) sequences: usize,
-    /// Every sequence has one token: without gradients the step kernel does it in one launch.
-    pub(super) single_step: bool,
 }
 
 /// What a walk adds, reads and decays by.
@@ -188,37 +186,6 @@ impl LinearWalk {
         );
         y
     }
-
-    pub(super) fn step(&self, [q, k, v, g]: [CubeTensor; 4], state: CubeTensor, bonus: CubeTensor) -> Vec<CubeTensor> {
-        let o = alloc(&v, v.meta.shape().dims::<4>(), v.dtype);
-        let next = alloc(&v, self.state_shape(), DType::F32);
-        let count = self.tokens * self.heads * self.values;
-        let dtype = storage(v.dtype);
-        step::step::launch(
-            &q.client.clone(),
-            flat(count),
-            CubeDim::new_1d(FLAT_UNITS),
-            self.address(),
-            q.into_buffer_arg(),
-            k.into_buffer_arg(),
-            v.into_buffer_arg(),
-            g.into_buffer_arg(),
-            state.into_buffer_arg(),
-            bonus.into_buffer_arg(),
-            o.clone().into_buffer_arg(),
-            next.clone().into_buffer_arg(),
-            self.heads,
-            count,
-            self.scale,
-            self.decay,
-            self.keys,
-            self.values,
-            self.has_bonus,
-            dtype,
-        );
-        vec![o, next]
-    }
-
     /// The gradient of the log decay, in the shape and dtype of `like`; what q and k stand for with a decay by value,
     /// [`gate::gate_gradient`] says.
     pub(super) fn gate_gradient(

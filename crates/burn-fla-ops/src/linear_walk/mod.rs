@@ -35,19 +35,24 @@ mod launch;
 mod operator;
 pub(crate) mod plan;
 mod states;
-mod step;
 pub(crate) mod table;
 mod walk;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::bridge::apply;
+use crate::one_step;
 use crate::recurrence::{Decay, Problem};
+use crate::ssd::HeadGroups;
 use launch::LinearWalk;
 use plan::DecayKind;
 
 /// Runs a checked problem on the kernels.
 pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
+    if one_step::takes(&problem.sequences, is_tracked(&problem)) {
+        return step(problem);
+    }
+    let problem = problem.with_own_heads();
     let Problem { op, q, k, v, decay, bonus, scale, state, sequences, .. } = problem;
     let [b, t, h, dk] = q.dims();
     let dv = v.dims()[3];
@@ -74,7 +79,6 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
         values: dv,
         chunks: table.chunks,
         sequences: sequences.num_sequences(),
-        single_step: longest == 1 && sequences.lengths().all(|n| n == 1),
     };
     let size = table.entries.len();
     let table = Tensor::<1, Int>::from_data(TensorData::new(table.entries, [size]), &device);
@@ -88,4 +92,38 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
     let mut outputs = apply(operator, floats, vec![table.into_dispatch()]).into_iter();
     let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and a state"));
     (next(), next())
+}
+
+fn is_tracked(problem: &Problem) -> bool {
+    let decay = match &problem.decay {
+        // A constant decay has no gradient.
+        Decay::None | Decay::Head(_) => false,
+        Decay::Token(g) => g.is_tracked(),
+        Decay::Key(g) | Decay::Value(g) => g.is_tracked(),
+    };
+    decay
+        || [&problem.q, &problem.k, &problem.v].into_iter().chain(&problem.state).any(Tensor::is_tracked)
+        || problem.bonus.as_ref().is_some_and(Tensor::is_tracked)
+}
+
+/// A problem of one token a sequence.
+fn step(problem: Problem) -> (Tensor<4>, Tensor<4>) {
+    let Problem { op, q, k, v, groups, decay, bonus, scale, state, .. } = problem;
+    one_step::run(one_step::Problem {
+        op,
+        form: if bonus.is_some() { one_step::Form::Bonus } else { one_step::Form::Linear },
+        qkv: [q, k, v],
+        a: None,
+        b: bonus.map(Tensor::into_dispatch),
+        gate: match decay {
+            Decay::None => (one_step::Gate::None, None),
+            Decay::Head(g) => (one_step::Gate::Head, Some(g.detach().into_dispatch())),
+            Decay::Token(g) => (one_step::Gate::Token, Some(g.into_dispatch())),
+            Decay::Key(g) => (one_step::Gate::Key, Some(g.into_dispatch())),
+            Decay::Value(g) => (one_step::Gate::Value, Some(g.into_dispatch())),
+        },
+        scale,
+        state,
+        tiled: groups == HeadGroups::Tiled,
+    })
 }

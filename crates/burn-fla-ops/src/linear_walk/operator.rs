@@ -29,9 +29,6 @@ impl Operator for LinearWalk {
         let bonus = self.bonus(&inputs, &g);
         let first = self.has_state.then(|| contiguous(inputs[4].clone()));
         let first = first.unwrap_or_else(|| zeros(&q, self.state_shape(), DType::F32));
-        if self.single_step && !save {
-            return self.step([q, k, v, g], first, bonus);
-        }
         let table = contiguous(ints[0].clone());
         let totals = self.totals(&g, &table);
         let roles = Roles { a: &v, b: &k, rows_are_values: true, against_time: false, in_scale: 1.0 };

@@ -4,12 +4,12 @@ use burn::tensor::{DType, Device, Distribution, Tensor, capture};
 use burn_fla_ops::matmul::hopper::product;
 use burn_fla_tests::{numbers, ratio};
 
-use super::median;
+use super::timing::median;
 
 /// Calls in one captured graph: what the host does between them is not timed.
 const CALLS: usize = 8;
 
-pub(super) fn run(device: &Device, tokens: &[usize], shapes: &[Vec<usize>]) -> bool {
+pub(super) fn run(device: &Device, tokens: &[usize], shapes: &[[usize; 2]]) -> bool {
     println!("product tokens N K ms TFLOP/s error");
     let mut all = true;
     for shape in shapes {

@@ -1,65 +1,116 @@
-//! Times what has kernels for Hopper, and refuses to print a time for a wrong answer.
+//! Times operators, and refuses to print a time for a wrong answer.
 //!
-//! `bench-hopper support [OPERATOR,…]`, `bench-hopper linear TOKENS,… N×K,…` and `bench-hopper OPERATOR B×T×H×K×V,…`, with `retention`,
-//! `simple_gla`, `gla` (with `:mma` on the kernels for any NVIDIA GPU since Ampere), or one whose kernels are the portable ones: `gsa`, `rwkv6`, `ssd`, `delta_rule`, `gated_delta_rule`, `kda`, `rwkv7`; see `scripts/bench-hopper.sh`.
+//! - `bench-hopper operators OPERATOR,… B×T×H×K×V,…`: those of `burn_fla_tests::operators` (`all` is every one, `gla:mma` is
+//!   one on the kernels for any NVIDIA GPU since Ampere), forward and backward;
+//! - `bench-hopper step OPERATOR,… B×T×H×K×V,…`: one token a sequence;
+//! - `bench-hopper linear TOKENS,… N×K,…`: the products of a linear layer, on Hopper alone;
+//! - `bench-hopper support [OPERATOR,…]`: what surrounds them.
+//!
+//! Lines of JSON, for `report operators`, go to the standard output. See `scripts/bench-hopper.sh`.
 
-mod delta;
-mod family;
+mod case;
 mod linear;
-mod recurrence;
+mod seed;
+mod step;
 mod support;
+mod timing;
 
 use std::process::ExitCode;
-use std::time::Instant;
 
 use burn::tensor::Device;
+use burn_fla_tests::operators::Size;
+
+use case::Machine;
+
+/// Checks that may be under way, each of eleven threads of a core, while the next case is measured.
+const UNDER_WAY: usize = 3;
+
+const USAGE: &str = "bench-hopper operators|step OPERATOR,… BxTxHxKxV,… | bench-hopper linear TOKENS,… NxK,… | bench-hopper support [OPERATOR,…]";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let device = Device::cuda(0);
-    if !burn_fla_ops::bridge::is_hopper(&device) {
-        eprintln!("error: no Hopper GPU here");
-        return ExitCode::FAILURE;
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match run(&arguments) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error}\nusage: {USAGE}");
+            ExitCode::FAILURE
+        }
     }
-    let right = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["linear", tokens, shapes] => linear::run(&device, &numbers(tokens), &sizes(shapes)),
-        ["support"] => support::run(&device, None),
-        ["support", operators] => support::run(&device, Some(operators)),
-        [operator @ ("retention" | "simple_gla" | "gla" | "retention:mma" | "simple_gla:mma" | "gla:mma"), shapes] => {
-            recurrence::run(&device, operator, &sizes(shapes))
+}
+
+fn run(arguments: &[&str]) -> Result<bool, String> {
+    let device = Device::cuda(0);
+    match *arguments {
+        ["operators", operators, shapes] => time_operators(&device, operators, shapes),
+        ["step", operators, shapes] => {
+            let (chosen, sizes, machine) = (case::choose(operators)?, sizes(shapes)?, machine(&device));
+            let mut right = true;
+            for size in sizes {
+                for chosen in &chosen {
+                    right &= step::run(&device, *chosen, size, &machine);
+                }
+            }
+            Ok(right)
         }
-        [operator, shapes] if family::OPERATORS.contains(&operator) => family::run(&device, operator, &sizes(shapes)),
-        [operator, shapes] if delta::OPERATORS.contains(&operator) => delta::run(&device, operator, &sizes(shapes)),
-        _ => {
-            let operators = [&family::OPERATORS[..], &delta::OPERATORS[..]].concat().join("|");
-            eprintln!(
-                "usage: bench-hopper support [OPERATOR,…] | bench-hopper linear TOKENS,… NxK,… | bench-hopper retention[:mma]|simple_gla[:mma]|gla[:mma]|{operators} BxTxHxKxV,…"
-            );
-            false
+        ["linear", tokens, shapes] => {
+            if !burn_fla_ops::bridge::is_hopper(&device) {
+                return Err("no Hopper GPU here, which the product needs".into());
+            }
+            let shapes = shapes.split(',').map(numbers::<2>).collect::<Result<Vec<_>, _>>()?;
+            let tokens = tokens.split(',').map(numbers::<1>).collect::<Result<Vec<_>, _>>()?;
+            Ok(linear::run(&device, &tokens.concat(), &shapes))
         }
+        ["support"] => Ok(support::run(&device, None)),
+        ["support", operators] => Ok(support::run(&device, Some(operators))),
+        _ => Err("no such command".into()),
+    }
+}
+
+fn time_operators(device: &Device, operators: &str, shapes: &str) -> Result<bool, String> {
+    let (chosen, sizes, machine) = (case::choose(operators)?, sizes(shapes)?, machine(device));
+    eprintln!("{}: a copy moves {:.2} TB/s\n{}", machine.name, machine.copy / 1e12, case::HEAD);
+    let (mut right, mut under_way) = (true, std::collections::VecDeque::new());
+    for size in sizes {
+        for chosen in &chosen {
+            under_way.push_back(case::measure(device, *chosen, size));
+            if under_way.len() > UNDER_WAY {
+                right &= under_way.pop_front().expect("one").report(&machine);
+            }
+        }
+    }
+    for case in under_way {
+        right &= case.report(&machine);
+    }
+    Ok(right)
+}
+
+fn machine(device: &Device) -> Machine {
+    // As its driver calls it: CubeCL does not say.
+    let query = ["--query-gpu=name", "--format=csv,noheader"];
+    let output = std::process::Command::new("nvidia-smi").args(query).output();
+    let name = output.ok().filter(|output| output.status.success()).and_then(|output| {
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        text.lines().next().map(|line| line.trim().to_string())
+    });
+    Machine { name: name.unwrap_or_else(|| "unknown GPU".into()), copy: timing::copy_speed(device) }
+}
+
+fn numbers<const N: usize>(text: &str) -> Result<[usize; N], String> {
+    let parts: Result<Vec<usize>, _> = text.split('x').map(str::parse).collect();
+    let parts = parts.map_err(|_| format!("`{text}` is not {N} numbers with x between them"))?;
+    parts.try_into().map_err(|_| format!("`{text}` is not {N} numbers with x between them"))
+}
+
+fn sizes(list: &str) -> Result<Vec<Size>, String> {
+    let one = |text| {
+        let size = numbers::<5>(text)?;
+        if size.contains(&0) {
+            return Err(format!("a size of `{text}` is 0"));
+        }
+        let [b, t, h, k, v] = size;
+        Ok(Size { b, t, h, k, v })
     };
-    if right { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-fn numbers(list: &str) -> Vec<usize> {
-    list.split(',').map(|n| n.parse().expect("a number")).collect()
-}
-
-fn sizes(list: &str) -> Vec<Vec<usize>> {
-    list.split(',').map(|s| s.split('x').map(|n| n.parse().expect("a number")).collect()).collect()
-}
-
-/// The median of seconds that one call takes: groups of calls that last about 30 ms, each group with one wait at its end.
-fn median(device: &Device, mut call: impl FnMut()) -> f64 {
-    let mut group = |count: usize| {
-        let start = Instant::now();
-        (0..count).for_each(|_| call());
-        device.sync().expect("the device answers");
-        start.elapsed().as_secs_f64() / count as f64
-    };
-    group(2);
-    let count = (0.03 / group(2)).clamp(1.0, 200.0) as usize;
-    let mut times: Vec<f64> = (0..7).map(|_| group(count)).collect();
-    times.sort_by(f64::total_cmp);
-    times[3]
+    list.split(',').map(one).collect()
 }

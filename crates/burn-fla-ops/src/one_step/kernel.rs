@@ -1,0 +1,191 @@
+//! The kernel: a cube holds some value channels of the state of one head in registers.
+
+use cubecl::prelude::*;
+
+use super::plan::{Form, Gate, StepPlan};
+
+/// The sum of `value` over the parts, on every unit, in a fixed order. All units of the cube must come here; each call has
+/// its own half of `shared`.
+#[cube]
+fn over_parts<N: Size>(
+    value: Vector<f32, N>,
+    shared: &mut Shared<[Vector<f32, N>]>,
+    #[comptime] half: usize,
+    #[comptime] plan: StepPlan,
+) -> Vector<f32, N> {
+    let unit = UNIT_POS as usize;
+    let lane = unit % comptime!(plan.lanes);
+    let first = comptime!(half * plan.sums());
+    let mut own = value;
+    if comptime!(plan.planes) {
+        #[unroll]
+        for bit in comptime!(plan.lanes.ilog2())..5 {
+            own += plane_shuffle_xor(own, comptime!(1u32 << bit));
+        }
+        if unit % 32 < comptime!(plan.lanes) {
+            shared[first + unit / 32 * comptime!(plan.lanes) + lane] = own;
+        }
+    } else {
+        shared[first + unit] = own;
+    }
+    sync_cube();
+    let mut total = Vector::<f32, N>::new(0.0f32);
+    #[unroll]
+    for row in 0..comptime!(plan.sums() / plan.lanes) {
+        total += shared[first + row * comptime!(plan.lanes) + lane];
+    }
+    total
+}
+
+/// One token of every sequence and head. `states` is read and written in place, and outputs take the place of the values.
+///
+/// What the form or the gate has not is another buffer that is not read.
+#[cube(launch, address_type = "dynamic")]
+pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size>(
+    q: &[E],
+    k: &[E],
+    a: &[E],
+    b: &[B],
+    g: &[G],
+    states: &mut Tensor<Vector<f32, N>>,
+    values: &mut Tensor<Vector<V, N>>,
+    heads: usize,
+    key_heads: usize,
+    cubes: usize,
+    scale: f32,
+    #[comptime] plan: StepPlan,
+    #[define(E, G, B, V)] _dtypes: [ElemType; 4],
+) {
+    if CUBE_POS >= cubes {
+        terminate!();
+    }
+    let (form, gate, keys, width) = comptime!((plan.form, plan.gate, plan.keys, plan.width));
+    let (lanes, parts, each) = comptime!((plan.lanes, plan.parts, plan.each));
+    let part = UNIT_POS as usize / lanes;
+    let row = CUBE_POS / comptime!(plan.tiles());
+    let column = CUBE_POS % comptime!(plan.tiles()) * lanes + UNIT_POS as usize % lanes;
+    let inside = column < width;
+    // What is outside is read from the nearest place inside: a branch would keep the compiler from loading past it.
+    let column = min(column, comptime!(width - 1));
+    let head = row % heads;
+    let mut key_head = head / (heads / key_heads);
+    if comptime!(plan.tiled) {
+        key_head = head % key_heads;
+    }
+    let key_row = (row / heads * key_heads + key_head) * keys;
+
+    let mut s = Array::<Vector<f32, N>>::new(each);
+    #[unroll]
+    for j in 0..each {
+        if comptime!(plan.has_state) {
+            let key = min(part + j * parts, comptime!(keys - 1));
+            s[j] = states[(row * keys + key) * width + column];
+        } else {
+            s[j] = Vector::new(0.0f32);
+        }
+    }
+    let added = Vector::<f32, N>::cast_from(values[row * width + column]);
+
+    // The token's vectors, with zeros past the last key channel.
+    let mut qs = Array::<f32>::new(each);
+    let mut ks = Array::<f32>::new(each);
+    let mut readers = Array::<f32>::new(each);
+    let mut writers = Array::<f32>::new(each);
+    let mut decays = Array::<f32>::new(each);
+    let mut one_decay = f32::new(1.0);
+    if comptime!(gate == Gate::Head) {
+        one_decay = f32::exp(f32::cast_from(g[head]));
+    }
+    if comptime!(gate == Gate::Token) {
+        one_decay = f32::exp(f32::cast_from(g[row]));
+    }
+    #[unroll]
+    for j in 0..each {
+        let key = part + j * parts;
+        let live = key < keys;
+        let key = min(key, comptime!(keys - 1));
+        let factor = select(live, 1.0f32, 0.0f32);
+        qs[j] = f32::cast_from(q[key_row + key]) * factor;
+        ks[j] = f32::cast_from(k[key_row + key]) * factor;
+        if comptime!(gate == Gate::Key) {
+            decays[j] = f32::exp(f32::cast_from(g[row * keys + key]));
+        } else {
+            decays[j] = one_decay;
+        }
+        if comptime!(form.is_low_rank()) {
+            let sign = comptime!(if form.signed() { 1.0f32 } else { -1.0f32 });
+            if comptime!(form.has_a()) {
+                readers[j] = f32::cast_from(a[key_row + key]) * factor * sign;
+            } else {
+                readers[j] = ks[j] * sign;
+            }
+            if comptime!(!form.one_added()) {
+                writers[j] = f32::cast_from(b[key_row + key]);
+                if comptime!(form.is_rate()) {
+                    // Of the removal key, without the sign with which it reads.
+                    writers[j] *= f32::new(0.0) - readers[j];
+                }
+            }
+        }
+        if comptime!(form == Form::Bonus) {
+            writers[j] = f32::cast_from(b[head * keys + key]);
+        }
+    }
+
+    let mut shared = Shared::<[Vector<f32, N>]>::new_slice(comptime!(2 * plan.sums()));
+    // What the state answers, and what k is multiplied by.
+    let mut answer = Vector::<f32, N>::new(0.0f32);
+    let mut written = added;
+    if comptime!(form.is_low_rank()) {
+        let mut sum = Vector::<f32, N>::new(0.0f32);
+        #[unroll]
+        for j in 0..each {
+            let from = if comptime!(form.reads_decayed()) { readers[j] * decays[j] } else { readers[j] };
+            sum += Vector::new(from) * s[j];
+        }
+        answer = over_parts::<N>(sum, &mut shared, 0usize, plan);
+        if comptime!(form.one_added()) {
+            written = (added + answer) * Vector::new(f32::cast_from(b[row]));
+        }
+    }
+
+    let mut value_decay = Vector::<f32, N>::new(1.0f32);
+    if comptime!(gate == Gate::Value) {
+        #[unroll]
+        for i in 0..value_decay.vector_size() {
+            let channel = (row * width + column) * value_decay.vector_size() + i;
+            value_decay.insert(i, f32::exp(f32::cast_from(g[channel])));
+        }
+    }
+    let mut sum = Vector::<f32, N>::new(0.0f32);
+    #[unroll]
+    for j in 0..each {
+        let before = s[j];
+        let own = Vector::new(ks[j]) * written;
+        let mut after = before * Vector::new(decays[j]);
+        if comptime!(gate == Gate::Value) {
+            after = before * value_decay;
+        }
+        after += own;
+        if comptime!(form.is_low_rank() && !form.one_added()) {
+            after += Vector::new(writers[j]) * answer;
+        }
+        if comptime!(form == Form::Bonus) {
+            sum += Vector::new(qs[j]) * (before + own * Vector::new(writers[j]));
+        } else {
+            sum += Vector::new(qs[j]) * after;
+        }
+        let key = part + j * parts;
+        let mut there = inside;
+        if comptime!(!plan.even()) {
+            there = inside && key < keys;
+        }
+        if there {
+            states[(row * keys + key) * width + column] = after;
+        }
+    }
+    let o = over_parts::<N>(sum, &mut shared, 1usize, plan);
+    if part == 0 && inside {
+        values[row * width + column] = Vector::cast_from(o * Vector::new(scale));
+    }
+}
