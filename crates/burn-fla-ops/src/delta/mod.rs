@@ -89,11 +89,13 @@ struct Operands {
 impl Arguments {
     /// Checks the arguments and runs the kernels where there are some, else the reference: `o`, and the state after the last
     /// token.
-    pub(crate) fn run(self) -> Result<(Tensor<4>, Tensor<4>), OpError> {
+    pub(crate) fn run(mut self) -> Result<(Tensor<4>, Tensor<4>), OpError> {
         self.check()?;
         let [b, t, _, dk] = self.q.dims();
         let [.., heads, dv] = self.v.dims();
-        let SequenceOptions { scale, initial_state, cu_seqlens, chunk, engine } = self.options.sequence.clone();
+        // Taken, not copied: a state that nobody else holds is updated in place.
+        let sequence = std::mem::take(&mut self.options.sequence);
+        let SequenceOptions { scale, initial_state, cu_seqlens, chunk, engine } = sequence;
         if let Some(packed) = &cu_seqlens {
             packed.check(b, t)?;
         }

@@ -41,12 +41,12 @@ fn over_parts<N: Size>(
 ///
 /// What the form or the gate has not is another buffer that is not read.
 #[cube(launch, address_type = "dynamic")]
-pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size>(
-    q: &[E],
-    k: &[E],
-    a: &[E],
-    b: &[B],
-    g: &[G],
+pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size, M: Size, P: Size, Q: Size>(
+    q: &Tensor<Vector<E, M>>,
+    k: &Tensor<Vector<E, M>>,
+    a: &Tensor<Vector<E, M>>,
+    b: &Tensor<Vector<B, P>>,
+    g: &Tensor<Vector<G, Q>>,
     states: &mut Tensor<Vector<f32, N>>,
     values: &mut Tensor<Vector<V, N>>,
     heads: usize,
@@ -60,7 +60,7 @@ pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size>(
         terminate!();
     }
     let (form, gate, keys, width) = comptime!((plan.form, plan.gate, plan.keys, plan.width));
-    let (lanes, parts, each) = comptime!((plan.lanes, plan.parts, plan.each));
+    let (lanes, each) = comptime!((plan.lanes, plan.each));
     let part = UNIT_POS as usize / lanes;
     let row = CUBE_POS / comptime!(plan.tiles());
     let column = CUBE_POS % comptime!(plan.tiles()) * lanes + UNIT_POS as usize % lanes;
@@ -72,13 +72,15 @@ pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size>(
     if comptime!(plan.tiled) {
         key_head = head % key_heads;
     }
-    let key_row = (row / heads * key_heads + key_head) * keys;
+    let key_row = row / heads * key_heads + key_head;
+    // Vectors of key channels of a head, and of this unit.
+    let (all, some) = comptime!((keys / plan.vector, each / plan.vector));
 
     let mut s = Array::<Vector<f32, N>>::new(each);
     #[unroll]
     for j in 0..each {
         if comptime!(plan.has_state) {
-            let key = min(part + j * parts, comptime!(keys - 1));
+            let key = min(part * each + j, comptime!(keys - 1));
             s[j] = states[(row * keys + key) * width + column];
         } else {
             s[j] = Vector::new(0.0f32);
@@ -94,41 +96,58 @@ pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size>(
     let mut decays = Array::<f32>::new(each);
     let mut one_decay = f32::new(1.0);
     if comptime!(gate == Gate::Head) {
-        one_decay = f32::exp(f32::cast_from(g[head]));
+        one_decay = f32::exp(f32::cast_from(g[head].extract(0usize)));
     }
     if comptime!(gate == Gate::Token) {
-        one_decay = f32::exp(f32::cast_from(g[row]));
+        one_decay = f32::exp(f32::cast_from(g[row].extract(0usize)));
     }
     #[unroll]
-    for j in 0..each {
-        let key = part + j * parts;
-        let live = key < keys;
-        let key = min(key, comptime!(keys - 1));
-        let factor = select(live, 1.0f32, 0.0f32);
-        qs[j] = f32::cast_from(q[key_row + key]) * factor;
-        ks[j] = f32::cast_from(k[key_row + key]) * factor;
-        if comptime!(gate == Gate::Key) {
-            decays[j] = f32::exp(f32::cast_from(g[row * keys + key]));
-        } else {
+    for m in 0..some {
+        let place = part * some + m;
+        let factor = select(place < all, 1.0f32, 0.0f32);
+        let place = min(place, comptime!(all - 1));
+        let from_q = q[key_row * all + place];
+        let from_k = k[key_row * all + place];
+        #[unroll]
+        for i in 0..comptime!(plan.vector) {
+            let j = comptime!(m * plan.vector + i);
+            qs[j] = f32::cast_from(from_q.extract(i)) * factor;
+            ks[j] = f32::cast_from(from_k.extract(i)) * factor;
             decays[j] = one_decay;
         }
-        if comptime!(form.is_low_rank()) {
-            let sign = comptime!(if form.signed() { 1.0f32 } else { -1.0f32 });
-            if comptime!(form.has_a()) {
-                readers[j] = f32::cast_from(a[key_row + key]) * factor * sign;
-            } else {
-                readers[j] = ks[j] * sign;
+        if comptime!(gate == Gate::Key) {
+            let from_g = g[row * all + place];
+            #[unroll]
+            for i in 0..comptime!(plan.vector) {
+                decays[comptime!(m * plan.vector + i)] = f32::exp(f32::cast_from(from_g.extract(i)));
             }
-            if comptime!(!form.one_added()) {
-                writers[j] = f32::cast_from(b[key_row + key]);
+        }
+        if comptime!(form.has_a()) {
+            let sign = factor * comptime!(if form.signed() { 1.0f32 } else { -1.0f32 });
+            let from_a = a[key_row * all + place];
+            #[unroll]
+            for i in 0..comptime!(plan.vector) {
+                readers[comptime!(m * plan.vector + i)] = f32::cast_from(from_a.extract(i)) * sign;
+            }
+        } else if comptime!(form.is_low_rank()) {
+            #[unroll]
+            for i in 0..comptime!(plan.vector) {
+                let j = comptime!(m * plan.vector + i);
+                readers[j] = f32::new(0.0) - ks[j];
+            }
+        }
+        if comptime!(form.has_b() && !form.one_added()) {
+            let head_of_b = if comptime!(form == Form::Bonus) { head } else { key_row };
+            let from_b = b[head_of_b * all + place];
+            #[unroll]
+            for i in 0..comptime!(plan.vector) {
+                let j = comptime!(m * plan.vector + i);
+                writers[j] = f32::cast_from(from_b.extract(i));
                 if comptime!(form.is_rate()) {
                     // Of the removal key, without the sign with which it reads.
                     writers[j] *= f32::new(0.0) - readers[j];
                 }
             }
-        }
-        if comptime!(form == Form::Bonus) {
-            writers[j] = f32::cast_from(b[head * keys + key]);
         }
     }
 
@@ -145,16 +164,16 @@ pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size>(
         }
         answer = over_parts::<N>(sum, &mut shared, 0usize, plan);
         if comptime!(form.one_added()) {
-            written = (added + answer) * Vector::new(f32::cast_from(b[row]));
+            written = (added + answer) * Vector::new(f32::cast_from(b[row].extract(0usize)));
         }
     }
 
     let mut value_decay = Vector::<f32, N>::new(1.0f32);
     if comptime!(gate == Gate::Value) {
+        let from_g = g[row * width + column];
         #[unroll]
         for i in 0..value_decay.vector_size() {
-            let channel = (row * width + column) * value_decay.vector_size() + i;
-            value_decay.insert(i, f32::exp(f32::cast_from(g[channel])));
+            value_decay.insert(i, f32::exp(f32::cast_from(from_g.extract(i))));
         }
     }
     let mut sum = Vector::<f32, N>::new(0.0f32);
@@ -175,7 +194,7 @@ pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size>(
         } else {
             sum += Vector::new(qs[j]) * after;
         }
-        let key = part + j * parts;
+        let key = part * each + j;
         let mut there = inside;
         if comptime!(!plan.even()) {
             there = inside && key < keys;

@@ -65,7 +65,7 @@ pub(crate) enum Gate {
 }
 
 /// How the state of a head is laid over units: `lanes` side by side own vectors of value channels, and `parts` of them share
-/// the key channels, by turns.
+/// the key channels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct StepPlan {
     pub(super) form: Form,
@@ -75,8 +75,9 @@ pub(super) struct StepPlan {
     pub(super) width: usize,
     pub(super) lanes: usize,
     pub(super) parts: usize,
-    /// Key channels of a unit.
+    /// Key channels of a unit, and how many of them are loaded at a time.
     pub(super) each: usize,
+    pub(super) vector: usize,
     /// Whether sums go through planes of 32.
     pub(super) planes: bool,
     /// Whether there is a state before the token; else it is zero.
@@ -101,7 +102,8 @@ impl StepPlan {
         let parts = (UNITS / lanes).min(keys.next_power_of_two());
         let planes = planes && (lanes * parts).is_multiple_of(32);
         let each = keys.div_ceil(parts);
-        Self { form, gate, keys, width, lanes, parts, each, planes, has_state: false, tiled: false }
+        let vector = [4, 2].into_iter().find(|n| keys.is_multiple_of(*n) && each.is_multiple_of(*n)).unwrap_or(1);
+        Self { form, gate, keys, width, lanes, parts, each, vector, planes, has_state: false, tiled: false }
     }
 
     pub(super) fn units(&self) -> usize {
@@ -112,7 +114,7 @@ impl StepPlan {
         self.width.div_ceil(self.lanes)
     }
 
-    /// Whether each unit has a key channel at each of its turns.
+    /// Whether each unit has all its key channels.
     pub(super) fn even(&self) -> bool {
         self.parts * self.each == self.keys
     }
@@ -137,6 +139,7 @@ mod tests {
                     assert!(plan.parts * plan.each >= keys && plan.tiles() * plan.lanes >= plan.width, "{plan:?}");
                     assert!(plan.units() <= UNITS && plan.units().is_power_of_two(), "{plan:?}");
                     assert!(plan.each * vector <= MOST_KEPT, "{plan:?}");
+                    assert!(keys % plan.vector == 0 && plan.each % plan.vector == 0, "{plan:?}");
                     // Two sums of vectors of four f32 in 16 KiB.
                     assert!(2 * plan.sums() * 16 <= 16 * 1024, "{plan:?}");
                     assert!(!plan.planes || plan.units().is_multiple_of(32), "{plan:?}");
@@ -145,6 +148,6 @@ mod tests {
         }
         // The state of a head of 128 channels: 32 numbers a unit.
         let plan = StepPlan::laid_out(true, Form::Linear, Gate::Key, 128, 32, 4);
-        assert_eq!((plan.lanes, plan.parts, plan.each, plan.tiles()), (16, 16, 8, 2));
+        assert_eq!((plan.lanes, plan.parts, plan.each, plan.vector, plan.tiles()), (16, 16, 8, 4, 2));
     }
 }

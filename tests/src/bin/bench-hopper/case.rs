@@ -101,20 +101,9 @@ impl Problem {
     }
 }
 
-/// A measured case whose errors are not known yet.
-pub(crate) struct Pending {
-    chosen: Chosen,
-    size: Size,
-    checks: Vec<Check>,
-    seconds: [f64; 2],
-    bytes: [usize; 2],
-    most_bytes: u64,
-    saved: f64,
-}
-
 /// A problem small enough that all heads are compared, and what they share.
 fn small(size: Size) -> Size {
-    Size { b: 2, t: size.t.min(200), h: size.h.min(4), ..size }
+    Size { b: 2, t: size.t.min(130), h: size.h.min(8), ..size }
 }
 
 fn bytes_in_use(device: &Device) -> u64 {
@@ -122,12 +111,33 @@ fn bytes_in_use(device: &Device) -> u64 {
     device.memory_pool_usage().map_or(0, |usage| usage.bytes_in_use)
 }
 
-/// Runs and times a case, and starts its check.
-pub(crate) fn measure(plain: &Device, chosen: Chosen, size: Size) -> Pending {
-    let mut checks = vec![Problem::draw(chosen, plain, small(size)).check(small(size), Heads::All)];
+/// The worst errors of a case, of a small problem of the same channels too.
+pub(crate) fn check(plain: &Device, chosen: Chosen, size: Size) -> Vec<Error> {
+    let mut errors: Vec<Error> = Vec::new();
+    for (size, heads) in [(small(size), Heads::All), (size, Heads::Three)] {
+        for error in Problem::draw(chosen, plain, size).check(size, heads).finish() {
+            match errors.iter_mut().find(|other| other.name == error.name) {
+                Some(other) if error.found > other.found || error.found.is_nan() => *other = error,
+                Some(_) => {}
+                None => errors.push(error),
+            }
+        }
+    }
+    // What it held is not for the next case.
     plain.memory_cleanup();
+    errors
+}
+
+/// The times and bytes of a case.
+pub(crate) struct Measured {
+    seconds: [f64; 2],
+    bytes: [usize; 2],
+    most_bytes: u64,
+    saved: f64,
+}
+
+pub(crate) fn measure(plain: &Device, chosen: Chosen, size: Size) -> Measured {
     let problem = Problem::draw(chosen, plain, size);
-    checks.push(problem.check(size, Heads::Three));
     let seconds = [median(plain, || drop(problem.forward())), median(plain, || drop(problem.both()))];
     let before = bytes_in_use(plain);
     let o = problem.forward();
@@ -139,7 +149,10 @@ pub(crate) fn measure(plain: &Device, chosen: Chosen, size: Size) -> Pending {
         bytes_in_use(plain);
     });
     let saved = (kept - output) / (size.b * size.t) as f64;
-    Pending { chosen, size, checks, seconds, bytes: problem.bytes(), most_bytes, saved }
+    let bytes = problem.bytes();
+    drop(problem);
+    plain.memory_cleanup();
+    Measured { seconds, bytes, most_bytes, saved }
 }
 
 /// What the device gives: bytes a second of a copy, and its name.
@@ -151,58 +164,54 @@ pub(crate) struct Machine {
 /// Floating-point operations a second that good kernels reach on Hopper's tensor cores.
 const TENSOR_CORES: f64 = 650e12;
 
-/// The columns of what [`Pending::report`] prints for a reader.
+/// The columns of what [`report`] prints for a reader.
 pub(crate) const HEAD: &str = "operator engine B T H K V: forward ms, both ms; TFLOP/s and TB/s of both; floor of both ms; most GiB; bytes saved a token; errors";
 
-impl Pending {
-    /// Waits for the check and prints the case: for a reader into the standard error, for a program into the standard
-    /// output. A wrong answer has no times. Returns whether it was right.
-    pub(crate) fn report(self, machine: &Machine) -> bool {
-        let Self { chosen, size, checks, seconds, bytes, most_bytes, saved } = self;
-        let mut errors: Vec<Error> = Vec::new();
-        for error in checks.into_iter().flat_map(Check::finish) {
-            match errors.iter_mut().find(|other| other.name == error.name) {
-                Some(other) if error.found > other.found || error.found.is_nan() => *other = error,
-                Some(_) => {}
-                None => errors.push(error),
-            }
-        }
-        let (name, engine) = (chosen.operator.name, chosen.engine_name());
-        let shown: Vec<String> = errors.iter().map(|error| format!("{} {:.1e}", error.name, error.found)).collect();
-        let shown = shown.join(", ");
-        if let Some(wrong) = errors.iter().find(|error| error.is_wrong()) {
-            eprintln!("{name} {engine} {size}: WRONG in {} (at most {:.1e}): {shown}", wrong.name, wrong.bound);
-            return false;
-        }
-        let flops = (chosen.operator.flops)(size);
-        let floor = |i: usize| (bytes[i] as f64 / machine.copy).max(flops[i] / TENSOR_CORES);
-        let gib = most_bytes as f64 / (1u64 << 30) as f64;
-        eprintln!(
-            "{name} {engine} {size}: {:.3} {:.3}; {:.0} {:.2}; {:.3}; {gib:.2}; {saved:.0}; {shown}",
-            seconds[0] * 1e3,
-            seconds[1] * 1e3,
-            flops[1] / seconds[1] / 1e12,
-            bytes[1] as f64 / seconds[1] / 1e12,
-            floor(1) * 1e3,
-        );
-        let errors: serde_json::Map<String, serde_json::Value> =
-            errors.iter().map(|error| (error.name.to_string(), json!(error.found))).collect();
-        let row = json!({
-            "operator": name,
-            "engine": engine,
-            "shape": [size.b, size.t, size.h, size.k, size.v],
-            "device": machine.name,
-            "forward_ms": seconds[0] * 1e3,
-            "both_ms": seconds[1] * 1e3,
-            "peak_bytes": most_bytes,
-            "saved_bytes_per_token": saved,
-            "floor_ms": [floor(0) * 1e3, floor(1) * 1e3],
-            "bytes": bytes,
-            "flops": flops,
-            "copy_TB_s": machine.copy / 1e12,
-            "errors": errors,
-        });
-        println!("{row}");
-        true
-    }
+fn shown(errors: &[Error]) -> String {
+    let shown: Vec<String> = errors.iter().map(|error| format!("{} {:.1e}", error.name, error.found)).collect();
+    shown.join(", ")
+}
+
+/// Whether a case is right; says so where it is not.
+pub(crate) fn is_right(chosen: Chosen, size: Size, errors: &[Error]) -> bool {
+    let Some(wrong) = errors.iter().find(|error| error.is_wrong()) else { return true };
+    let (name, engine, shown) = (chosen.operator.name, chosen.engine_name(), shown(errors));
+    eprintln!("{name} {engine} {size}: WRONG in {} (at most {:.1e}): {shown}", wrong.name, wrong.bound);
+    false
+}
+
+/// Prints a case that was right: for a reader into the standard error, for a program into the standard output.
+pub(crate) fn report(chosen: Chosen, size: Size, errors: &[Error], measured: &Measured, machine: &Machine) {
+    let Measured { seconds, bytes, most_bytes, saved } = measured;
+    let (name, engine) = (chosen.operator.name, chosen.engine_name());
+    let flops = (chosen.operator.flops)(size);
+    let floor = |i: usize| (bytes[i] as f64 / machine.copy).max(flops[i] / TENSOR_CORES);
+    eprintln!(
+        "{name} {engine} {size}: {:.3} {:.3}; {:.0} {:.2}; {:.3}; {:.2}; {saved:.0}; {}",
+        seconds[0] * 1e3,
+        seconds[1] * 1e3,
+        flops[1] / seconds[1] / 1e12,
+        bytes[1] as f64 / seconds[1] / 1e12,
+        floor(1) * 1e3,
+        *most_bytes as f64 / (1u64 << 30) as f64,
+        shown(errors),
+    );
+    let errors: serde_json::Map<String, serde_json::Value> =
+        errors.iter().map(|error| (error.name.to_string(), json!(error.found))).collect();
+    let row = json!({
+        "operator": name,
+        "engine": engine,
+        "shape": [size.b, size.t, size.h, size.k, size.v],
+        "device": machine.name,
+        "forward_ms": seconds[0] * 1e3,
+        "both_ms": seconds[1] * 1e3,
+        "peak_bytes": most_bytes,
+        "saved_bytes_per_token": saved,
+        "floor_ms": [floor(0) * 1e3, floor(1) * 1e3],
+        "bytes": bytes,
+        "flops": flops,
+        "copy_TB_s": machine.copy / 1e12,
+        "errors": errors,
+    });
+    println!("{row}");
 }

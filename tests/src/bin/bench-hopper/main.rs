@@ -1,7 +1,9 @@
 //! Times operators, and refuses to print a time for a wrong answer.
 //!
-//! - `bench-hopper operators OPERATOR,… B×T×H×K×V,…`: those of `burn_fla_tests::operators` (`all` is every one, `gla:mma` is
-//!   one on the kernels for any NVIDIA GPU since Ampere), forward and backward;
+//! - `bench-hopper operators OPERATOR,… B×T×H×K×V,… [FILE]`: those of `burn_fla_tests::operators` (`all` is every one, `gla:mma`
+//!   is one on the kernels for any NVIDIA GPU since Ampere), forward and backward. All cases are checked before the first is
+//!   timed. Compiling and checking are the slow part; processes that are given one file do these side by side, and time
+//!   one after the other when all have checked;
 //! - `bench-hopper step OPERATOR,… B×T×H×K×V,…`: one token a sequence;
 //! - `bench-hopper linear TOKENS,… N×K,…`: the products of a linear layer, on Hopper alone;
 //! - `bench-hopper support [OPERATOR,…]`: what surrounds them.
@@ -15,6 +17,7 @@ mod step;
 mod support;
 mod timing;
 
+use std::fs::File;
 use std::process::ExitCode;
 
 use burn::tensor::Device;
@@ -22,10 +25,7 @@ use burn_fla_tests::operators::Size;
 
 use case::Machine;
 
-/// Checks that may be under way, each of eleven threads of a core, while the next case is measured.
-const UNDER_WAY: usize = 3;
-
-const USAGE: &str = "bench-hopper operators|step OPERATOR,… BxTxHxKxV,… | bench-hopper linear TOKENS,… NxK,… | bench-hopper support [OPERATOR,…]";
+const USAGE: &str = "bench-hopper operators OPERATOR,… BxTxHxKxV,… [FILE] | bench-hopper step OPERATOR,… BxTxHxKxV,… | bench-hopper linear TOKENS,… NxK,… | bench-hopper support [OPERATOR,…]";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -43,7 +43,11 @@ fn main() -> ExitCode {
 fn run(arguments: &[&str]) -> Result<bool, String> {
     let device = Device::cuda(0);
     match *arguments {
-        ["operators", operators, shapes] => time_operators(&device, operators, shapes),
+        ["operators", operators, shapes] => time_operators(&device, operators, shapes, None),
+        ["operators", operators, shapes, file] => {
+            let file = std::fs::File::create(file).map_err(|error| format!("{file}: {error}"))?;
+            time_operators(&device, operators, shapes, Some(file))
+        }
         ["step", operators, shapes] => {
             let (chosen, sizes, machine) = (case::choose(operators)?, sizes(shapes)?, machine(&device));
             let mut right = true;
@@ -68,22 +72,29 @@ fn run(arguments: &[&str]) -> Result<bool, String> {
     }
 }
 
-fn time_operators(device: &Device, operators: &str, shapes: &str) -> Result<bool, String> {
-    let (chosen, sizes, machine) = (case::choose(operators)?, sizes(shapes)?, machine(device));
-    eprintln!("{}: a copy moves {:.2} TB/s\n{}", machine.name, machine.copy / 1e12, case::HEAD);
-    let (mut right, mut under_way) = (true, std::collections::VecDeque::new());
+fn time_operators(device: &Device, operators: &str, shapes: &str, file: Option<File>) -> Result<bool, String> {
+    let (chosen, sizes) = (case::choose(operators)?, sizes(shapes)?);
+    let lock =
+        |of: fn(&File) -> std::io::Result<()>| file.as_ref().map_or(Ok(()), of).map_err(|error| error.to_string());
+    lock(File::lock_shared)?;
+    let mut cases = Vec::new();
     for size in sizes {
         for chosen in &chosen {
-            under_way.push_back(case::measure(device, *chosen, size));
-            if under_way.len() > UNDER_WAY {
-                right &= under_way.pop_front().expect("one").report(&machine);
-            }
+            cases.push((*chosen, size, case::check(device, *chosen, size)));
         }
     }
-    for case in under_way {
-        right &= case.report(&machine);
+    lock(File::unlock)?;
+    let all = cases.len();
+    cases.retain(|(chosen, size, errors)| case::is_right(*chosen, *size, errors));
+    lock(File::lock)?;
+    let machine = machine(device);
+    eprintln!("{}: a copy moves {:.2} TB/s\n{}", machine.name, machine.copy / 1e12, case::HEAD);
+    for (chosen, size, errors) in &cases {
+        let measured = case::measure(device, *chosen, *size);
+        case::report(*chosen, *size, errors, &measured, &machine);
     }
-    Ok(right)
+    lock(File::unlock)?;
+    Ok(cases.len() == all)
 }
 
 fn machine(device: &Device) -> Machine {

@@ -9,8 +9,8 @@ use serde_json::json;
 use super::case::{Chosen, Machine};
 use super::timing::median;
 
-/// Steps in one captured graph: what the host does between them is not timed.
-const STEPS: usize = 8;
+/// Steps in one captured graph: what the host does between them is not timed. The first copies the state that it starts from.
+const STEPS: usize = 32;
 
 /// Times steps of `size.b` sequences, checked against the reference engine in f32 from the same state. Returns whether all were
 /// right.
