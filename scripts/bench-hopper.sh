@@ -12,7 +12,20 @@ shift
 export CUDA_PATH=${CUDA_PATH:-/usr/local/cuda}
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader >&2
 [ -x "$folder/bench-hopper" ] || { xz -dkf "$folder/bench-hopper.xz" && chmod +x "$folder/bench-hopper"; }
-"$folder/bench-hopper" "$@" || exit 1
+if [ "$1" = operators ]; then
+    # Compiled and checked side by side, timed one after the other.
+    [ "$2" != all ] || set -- "$1" "$("$folder/bench-hopper" list | paste -sd,)" "$3"
+    found=$(mktemp -d)
+    export folder found
+    tr ',' '\n' <<<"$2" | xargs -P 8 -I OPERATOR sh -c \
+        '"$folder/bench-hopper" operators "$0" "$1" "$found/lock" >"$found/$0.json" 2>"$found/$0.log"' OPERATOR "$3"
+    right=$?
+    cat "$found"/*.log >&2
+    cat "$found"/*.json
+    [ $right -eq 0 ] || exit 1
+else
+    "$folder/bench-hopper" "$@" || exit 1
+fi
 if [ "$1" = support ]; then
     # The copy that the speeds are to be compared with.
     python3 - <<'PYTHON'

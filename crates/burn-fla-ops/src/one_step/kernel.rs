@@ -41,12 +41,12 @@ fn over_parts<N: Size>(
 ///
 /// What the form or the gate has not is another buffer that is not read.
 #[cube(launch, address_type = "dynamic")]
-pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size, M: Size, P: Size, Q: Size>(
+pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size, M: Size, NB: Size, NG: Size>(
     q: &Tensor<Vector<E, M>>,
     k: &Tensor<Vector<E, M>>,
     a: &Tensor<Vector<E, M>>,
-    b: &Tensor<Vector<B, P>>,
-    g: &Tensor<Vector<G, Q>>,
+    b: &Tensor<Vector<B, NB>>,
+    g: &Tensor<Vector<G, NG>>,
     states: &mut Tensor<Vector<f32, N>>,
     values: &mut Tensor<Vector<V, N>>,
     heads: usize,

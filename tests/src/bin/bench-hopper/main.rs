@@ -4,6 +4,7 @@
 //!   is one on the kernels for any NVIDIA GPU since Ampere), forward and backward. All cases are checked before the first is
 //!   timed. Compiling and checking are the slow part; processes that are given one file do these side by side, and time
 //!   one after the other when all have checked;
+//! - `bench-hopper list`: their names;
 //! - `bench-hopper step OPERATOR,… B×T×H×K×V,…`: one token a sequence;
 //! - `bench-hopper linear TOKENS,… N×K,…`: the products of a linear layer, on Hopper alone;
 //! - `bench-hopper support [OPERATOR,…]`: what surrounds them.
@@ -21,11 +22,11 @@ use std::fs::File;
 use std::process::ExitCode;
 
 use burn::tensor::Device;
-use burn_fla_tests::operators::Size;
+use burn_fla_tests::operators::{OPERATORS, Size};
 
 use case::Machine;
 
-const USAGE: &str = "bench-hopper operators OPERATOR,… BxTxHxKxV,… [FILE] | bench-hopper step OPERATOR,… BxTxHxKxV,… | bench-hopper linear TOKENS,… NxK,… | bench-hopper support [OPERATOR,…]";
+const USAGE: &str = "bench-hopper list | bench-hopper operators OPERATOR,… BxTxHxKxV,… [FILE] | bench-hopper step OPERATOR,… BxTxHxKxV,… | bench-hopper linear TOKENS,… NxK,… | bench-hopper support [OPERATOR,…]";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -41,6 +42,10 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &[&str]) -> Result<bool, String> {
+    if arguments == ["list"] {
+        OPERATORS.iter().for_each(|operator| println!("{}", operator.name));
+        return Ok(true);
+    }
     let device = Device::cuda(0);
     match *arguments {
         ["operators", operators, shapes] => time_operators(&device, operators, shapes, None),
