@@ -6,6 +6,8 @@
 mod delta;
 #[path = "hopper/epilogue.rs"]
 mod epilogue;
+#[path = "hopper/family.rs"]
+mod family;
 #[path = "hopper/linear.rs"]
 mod linear;
 #[path = "hopper/mma.rs"]

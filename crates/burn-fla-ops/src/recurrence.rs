@@ -173,6 +173,14 @@ impl Problem {
         Self { q, k, ..self }
     }
 
+    /// Whether it runs in bf16 on matrix units.
+    pub(crate) fn on_matrix_units(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        return Implementation::choose(self) == Implementation::Hopper;
+        #[cfg(not(feature = "cuda"))]
+        false
+    }
+
     /// Runs on the engine that the device and the options choose.
     pub(crate) fn run(self) -> Result<(Tensor<4>, Tensor<4>), OpError> {
         Ok(match Implementation::choose(&self) {
@@ -180,9 +188,9 @@ impl Problem {
             #[cfg(feature = "cube")]
             Implementation::Portable => crate::linear_walk::run(self),
             #[cfg(feature = "cuda")]
-            Implementation::Hopper => crate::hopper_walk::run(self.with_own_heads(), crate::hopper_walk::Cores::Hopper),
+            Implementation::Hopper => crate::hopper_walk::run(self, crate::hopper_walk::Cores::Hopper),
             #[cfg(feature = "cuda")]
-            Implementation::Mma => crate::hopper_walk::run(self.with_own_heads(), crate::hopper_walk::Cores::Mma),
+            Implementation::Mma => crate::hopper_walk::run(self, crate::hopper_walk::Cores::Mma),
         })
     }
 

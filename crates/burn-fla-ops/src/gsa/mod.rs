@@ -17,7 +17,7 @@ mod kernels;
 pub mod reference;
 
 use burn::tensor::activation::softmax;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 
 use crate::arguments::{activation, on_kernels};
 use crate::bridge::{same_device, same_dtype, same_shape};
@@ -163,16 +163,17 @@ fn probabilities(scores: Tensor<4>, engine: Engine) -> Tensor<4> {
     softmax(scores.cast(compute_dtype(dtype)), 3).cast(dtype)
 }
 
-/// Both passes over checked arguments (q, k, v, s, g), in the dtype of computation: two problems with a softmax between
-/// them. The first decays by value, with the slots as values; the second by key, with the slots as keys.
+/// Both passes over checked arguments (q, k, v, s, g): two problems with a softmax between them.
+///
+/// The first decays by value, with the slots as values; the second by key, with the slots as keys. On the tensor cores of
+/// a Hopper GPU bf16 stays bf16, with a softmax in f32; everywhere else both are computed in f32.
 pub(crate) fn run(
     op: &'static str,
     arguments: [Tensor<4>; 5],
     options: GsaOptions,
 ) -> Result<(Tensor<4>, GsaState), OpError> {
     let out = arguments[0].dtype();
-    let dtype = compute_dtype(out);
-    let [q, k, v, slots, g] = arguments.map(|x| x.cast(dtype));
+    let wide = compute_dtype(out);
     let (keys, values) = options.initial_state.map(|state| (state.keys, state.values)).unzip();
     let pass = |scale: Option<f64>, initial_state: Option<Tensor<4>>| SequenceOptions {
         scale,
@@ -181,9 +182,33 @@ pub(crate) fn run(
         engine: options.engine,
         chunk: options.chunk,
     };
-    let first = Problem::new(op, q, k, slots.clone(), Decay::Value(g.clone()), pass(options.scale, keys))?;
-    let (scores, keys) = first.run()?;
-    let p = probabilities(scores, options.engine);
-    let (o, values) = Problem::new(op, p, slots, v, Decay::Key(g), pass(Some(1.0), values))?.run()?;
-    Ok((o.cast(out), GsaState { keys, values }))
+    let passes = |dtype: DType| {
+        let [q, k, v, slots] = [0, 1, 2, 3].map(|i| arguments[i].clone().cast(dtype));
+        // A decay in f32 beside bf16 stays f32.
+        let g = arguments[4].clone();
+        let g = if g.dtype() == wide { g } else { g.cast(dtype) };
+        let first = Problem::new(op, q, k, slots.clone(), Decay::Value(g.clone()), pass(options.scale, keys.clone()))?;
+        let second = |p: Tensor<4>| {
+            Problem::new(op, p, slots.clone(), v.clone(), Decay::Key(g.clone()), pass(Some(1.0), values.clone()))
+        };
+        // Queries of the second pass are like its keys: this is what chooses its engine.
+        let probe = second(slots.clone())?;
+        let narrow = first.on_matrix_units() && probe.on_matrix_units();
+        if dtype != wide && !narrow {
+            return Ok(None);
+        }
+        #[cfg(feature = "cuda")]
+        if narrow && crate::hopper_walk::takes_both(&probe) {
+            let (o, keys, values) = crate::hopper_walk::run_slots(first, probe);
+            return Ok(Some((o, GsaState { keys, values })));
+        }
+        let (scores, keys) = first.run()?;
+        let p = probabilities(scores, options.engine);
+        let (o, values) = second(p)?.run()?;
+        Ok(Some((o.cast(out), GsaState { keys, values })))
+    };
+    match passes(out)? {
+        Some(result) => Ok(result),
+        None => Ok(passes(wide)?.expect("every device computes in f32")),
+    }
 }

@@ -97,7 +97,7 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
     let [.., heads, values] = v.dims();
     let device = v.device().inner();
     let longest = sequences.lengths().max().unwrap_or(0);
-    let table = table::build(&sequences, longest.max(1));
+    let table = table::build(&sequences, longest.max(1), false);
     let operator = HopperDelta {
         name: op,
         gated: decay.is_some(),

@@ -3,7 +3,7 @@
 use burn::backend::DispatchDevice;
 use burn::tensor::Device;
 
-use super::operator::processors;
+use super::launch::processors;
 use super::plan::{Axis, Borders, Roles, WalkPlan};
 use super::{FORWARD, KEYS, QUERIES, VALUES};
 use crate::mma_walk::plan::MmaPlan;
@@ -36,9 +36,10 @@ impl Engine {
         Self { cores, processors: processors(device), shared }
     }
 
-    pub(crate) fn plan(&self, roles: Roles, keys: usize, values: usize, axis: Axis) -> WalkPlan {
+    pub(crate) fn plan(&self, roles: Roles, keys: usize, values: usize, axis: Axis, exclusive: bool) -> WalkPlan {
+        let hopper = || WalkPlan::new(roles, keys, values, axis, exclusive);
         match self.cores {
-            Cores::Hopper => WalkPlan::new(roles, keys, values, axis).expect("the engine was chosen by the size"),
+            Cores::Hopper => hopper().expect("the engine was chosen by the size"),
             Cores::Mma => self.mma_plan(roles, keys, values, axis).walk,
         }
     }
@@ -59,7 +60,9 @@ impl Engine {
         match self.cores {
             Cores::Hopper => plan.outer_panels(),
             Cores::Mma => {
-                let mma = self.mma_plan(plan.roles, plan.keys(), plan.values(), plan.axis);
+                let (keys, values) =
+                    if plan.roles.outer_is_value { (plan.inner, plan.outer) } else { (plan.outer, plan.inner) };
+                let mma = self.mma_plan(plan.roles, keys, values, plan.axis);
                 mma.channel_groups()
             }
         }

@@ -1,14 +1,12 @@
-//! The steps of a walk with a decay by key. Its tensors come prepared (see [`super::prepare`]), so that a span of tokens is
-//! walked as if nothing decayed in it, between two factors of each of the state's key channels.
+//! The steps of a walk with a decay by key, or by value. Its tensors come prepared (see [`super::prepare`]), so that a span of tokens is
+//! walked as if nothing decayed in it, between two factors of each of the state's channels that decay.
 
 use cubecl::prelude::*;
 
-use super::parts::{LOG2_E, Place, Span, border_at};
-use super::plan::{BORDER_WORDS, DECAYED, END_SUMS, SCORES, VALUES, WalkPlan};
-use crate::tile::hopper::{
-    Acc, bf16_high, bf16_low, column_of, exp2, load_transposed, load_u32, pack, pack_half_word, pack_word, put, read,
-    reciprocal, scale, store_u32, swizzled, write,
-};
+use super::parts::{LOG2_E, Place, Span};
+use super::plan::{DECAYED, SCORES, VALUES, WalkPlan};
+use super::shift::{Rows, first_written, token_at};
+use crate::tile::hopper::{bf16_high, bf16_low, column_of, exp2, load_transposed, pack, put, read, scale, swizzled};
 
 /// The log decay at an element, as a power of two.
 #[cube]
@@ -38,7 +36,7 @@ pub(crate) fn factors_of_span(
     lane: u32,
     #[comptime] plan: WalkPlan,
 ) {
-    let keys = comptime!(plan.keys() as u32);
+    let keys = comptime!(plan.decaying() as u32);
     #[unroll]
     for i in 0..comptime!(plan.decay_channels() / 32) {
         let channel = lane + comptime!(32 * i as u32);
@@ -47,12 +45,16 @@ pub(crate) fn factors_of_span(
         let mut late = f32::new(1.0);
         if channel < keys {
             if parts == 1u32 {
-                let from = ((place.border + chunk) * heads + place.head) * comptime!(2 * plan.keys() as u32) + channel;
+                let from =
+                    ((place.border + chunk) * heads + place.head) * comptime!(2 * plan.decaying() as u32) + channel;
                 early = vectors[from as usize];
                 late = vectors[(from + keys) as usize];
             } else {
-                let row = (place.start + span.start) * heads + place.head;
-                let first = gate_at(gates, row * keys + channel, plan.wide_gates);
+                let row = token_at(place.start + span.start, place, Rows::Written, plan) * heads + place.head;
+                let mut first = f32::new(0.0);
+                if first_written(place, span, plan) == 0u32 {
+                    first = gate_at(gates, row * keys + channel, plan.wide_gates);
+                }
                 let mut rest = f32::new(0.0);
                 for t in 1..span.count {
                     rest += gate_at(gates, (row + t * heads) * keys + channel, plan.wide_gates);
@@ -67,11 +69,11 @@ pub(crate) fn factors_of_span(
     }
 }
 
-/// Multiplies the state with `factors[at..]`, a number for each key channel.
+/// Multiplies the state with `factors[at..]`, a number for each channel that decays.
 #[cube]
 pub(super) fn scale_state(factors: &[f32], at: usize, panel: u32, row: u32, lane: u32, #[comptime] plan: WalkPlan) {
     let state = comptime!(plan.state());
-    if comptime!(plan.roles.outer_is_value) {
+    if comptime!(!plan.factors()) {
         #[unroll]
         for j in 0..comptime!(8 * plan.panels()) {
             let channel = at + column_of(lane, comptime!(4 * j)) as usize;
@@ -93,21 +95,36 @@ pub(super) fn scale_state(factors: &[f32], at: usize, panel: u32, row: u32, lane
     }
 }
 
-/// Whether a row's output takes part of a column's token. An output by key leaves its own token out: that is added to it
+/// Whether a row's output takes part of a column's token. An output whose channels decay leaves its own token out: that is added to it
 /// afterwards, but not to what the decay's gradient is made of.
 #[cube]
 pub(crate) fn sees(row: u32, column: u32, count: u32, #[comptime] plan: WalkPlan) -> bool {
-    let beside = column == row;
-    let own = beside && comptime!(!plan.factors());
+    let own = column == row && comptime!(!plan.factors());
     if comptime!(plan.roles.against_time) { (column > row || own) && column < count } else { column < row || own }
 }
 
-/// The scores, masked, as the left operand of their product with the values; and each of the two rows' own score.
+/// The scores, masked, as the left operand of their product with the values; and each of the two rows' own score. With
+/// `plan.owns()`, `weights[at..]` stand in the operand where the value of a row's token does: in the next column, against time
+/// in the one before.
 #[cube]
-pub(super) fn masked_scores(row: u32, lane: u32, count: u32, out_scale: f32, #[comptime] plan: WalkPlan) -> (f32, f32) {
+pub(super) fn masked_scores(
+    weights: &[f32],
+    at: usize,
+    row: u32,
+    lane: u32,
+    count: u32,
+    out_scale: f32,
+    #[comptime] plan: WalkPlan,
+) -> (f32, f32) {
     let mut own_low = f32::new(0.0);
     let mut own_high = f32::new(0.0);
     let high = row + 8u32;
+    let mut weight_low = f32::new(0.0);
+    let mut weight_high = f32::new(0.0);
+    if comptime!(plan.owns()) {
+        weight_low = weights[at + row as usize] * out_scale;
+        weight_high = weights[at + high as usize] * out_scale;
+    }
     #[unroll]
     for j in 0..8usize {
         let column = column_of(lane, comptime!(4 * j));
@@ -126,6 +143,10 @@ pub(super) fn masked_scores(row: u32, lane: u32, count: u32, out_scale: f32, #[c
         let s01 = select(sees(row, next, count, plan), s01, 0.0f32);
         let s10 = select(sees(high, column, count, plan), s10, 0.0f32);
         let s11 = select(sees(high, next, count, plan), s11, 0.0f32);
+        let s00 = own_or(row, column, weight_low, s00, plan);
+        let s01 = own_or(row, next, weight_low, s01, plan);
+        let s10 = own_or(high, column, weight_high, s10, plan);
+        let s11 = own_or(high, next, weight_high, s11, plan);
         pack(DECAYED, low, s00, s01);
         pack(DECAYED, comptime!(low + 1), s10, s11);
     }
@@ -136,6 +157,17 @@ pub(super) fn masked_scores(row: u32, lane: u32, count: u32, out_scale: f32, #[c
         own_high += plane_shuffle_xor(own_high, 2u32);
     }
     (own_low, own_high)
+}
+
+#[cube]
+fn own_or(row: u32, column: u32, weight: f32, score: f32, #[comptime] plan: WalkPlan) -> f32 {
+    if comptime!(!plan.owns()) {
+        score * 1.0f32
+    } else if comptime!(plan.roles.against_time) {
+        select(column + 1u32 == row, weight, score)
+    } else {
+        select(column == row + 1u32, weight, score)
+    }
 }
 
 /// Transposes a warpgroup's values into a left operand, without tokens that the span does not have.
@@ -156,210 +188,5 @@ pub(super) fn plain_values(tile: u32, count: u32, warp: u32, lane: u32) {
                 put(VALUES, comptime!(step * 4 + 2 * half + rows), word & (low | high));
             }
         }
-    }
-}
-
-/// Multiplies the outputs without their own tokens with the tile `x`, into the registers [`WalkPlan::products`], and returns by
-/// how much they are to be multiplied so that the largest of a warp uses all of f16; the inverse goes to `scales[at]`.
-#[cube]
-pub(super) fn products_of_span(
-    scales: &mut [f32],
-    at: u32,
-    x: u32,
-    row: u32,
-    lane: u32,
-    count: u32,
-    #[comptime] plan: WalkPlan,
-) -> f32 {
-    let out = comptime!(plan.out());
-    let products = comptime!(plan.products());
-    let base = swizzled(x, row, (lane % 4u32) * 4u32);
-    let mut largest = f32::new(0.0);
-    #[unroll]
-    for j in 0..8usize {
-        #[unroll]
-        for half in 0..2usize {
-            let word = load_u32((base ^ comptime!((j * 16) as u32)) + comptime!((half * 1024) as u32));
-            let i = comptime!(4 * j + 2 * half);
-            let a = read(out, i) * bf16_low(word);
-            let b = read(out, comptime!(i + 1)) * bf16_high(word);
-            write(products, i, a);
-            write(products, comptime!(i + 1), b);
-            // Rows beyond the span may hold anything.
-            let found = f32::max(f32::abs(a), f32::abs(b));
-            largest = select(row + comptime!(8 * half as u32) < count, f32::max(largest, found), largest);
-        }
-    }
-    let largest = plane_max(largest);
-    // The exponent of the largest, with room for its inverse.
-    let exponent = u32::max(u32::reinterpret(largest) >> 23u32, 15u32);
-    if lane == 0u32 {
-        scales[at as usize] = f32::reinterpret((exponent - 14u32) << 23u32);
-    }
-    f32::reinterpret((268u32 - exponent) << 23u32)
-}
-
-/// Writes the outputs of a span, each with its own token's part and its factor; with `plan.dots()`, also the products
-/// times `products_scale`, in f16.
-///
-/// A whole chunk goes to the tiles `outputs` and `products`, otherwise straight to device memory: what follows belongs to
-/// other spans.
-#[cube]
-pub(super) fn write_factored(
-    rows: &mut [u32],
-    product_rows: &mut [u32],
-    outputs: u32,
-    products: u32,
-    products_scale: f32,
-    factors: u32,
-    values: u32,
-    own: (f32, f32),
-    first: u32,
-    channel: u32,
-    stride: u32,
-    row: u32,
-    lane: u32,
-    count: u32,
-    #[comptime] whole: bool,
-    #[comptime] plan: WalkPlan,
-) {
-    let out = comptime!(plan.out());
-    let base = swizzled(0u32, row, (lane % 4u32) * 4u32);
-    let (own_low, own_high) = own;
-    let kept = comptime!(plan.products());
-    #[unroll]
-    for j in 0..8usize {
-        let column = channel + column_of(lane, comptime!(4 * j));
-        #[unroll]
-        for half in 0..2usize {
-            let at = (base ^ comptime!((j * 16) as u32)) + comptime!((half * 1024) as u32);
-            let i = comptime!(4 * j + 2 * half);
-            let own = if comptime!(half == 0) { own_low } else { own_high };
-            let value = load_u32(values + at);
-            let factor = load_u32(factors + at);
-            let a = (read(out, i) + own * bf16_low(value)) * factor_of(bf16_low(factor), plan);
-            let b = (read(out, comptime!(i + 1)) + own * bf16_high(value)) * factor_of(bf16_high(factor), plan);
-            let word = pack_word(a, b);
-            let token = row + comptime!(8 * half as u32);
-            let to = ((first + token * stride) * comptime!(plan.outer as u32 / 2) + column / 2u32) as usize;
-            let inside = token < count && column < comptime!(plan.outer as u32);
-            if comptime!(whole) {
-                store_u32(outputs + at, word);
-            } else if inside {
-                rows[to] = word;
-            }
-            if comptime!(plan.dots()) {
-                let a = read(kept, i) * products_scale;
-                let b = read(kept, comptime!(i + 1)) * products_scale;
-                let word = pack_half_word(a, b);
-                if comptime!(whole) {
-                    store_u32(products + at, word);
-                } else if inside {
-                    product_rows[to] = word;
-                }
-            }
-        }
-    }
-}
-
-/// Where the sums at the end of a chunk stand: one of the state, then one a warp of its later tokens, of each channel.
-#[cube]
-pub(crate) fn ends_at(place: &Place, chunk: u32, panel: u32, heads: u32, #[comptime] plan: WalkPlan) -> u32 {
-    border_at(place, chunk, panel, heads, plan) * comptime!(END_SUMS as u32 * 64)
-}
-
-/// The sums over a span's tokens of the tile `x` times what the state alone gives to the outputs, in the registers.
-#[cube]
-pub(super) fn sum_inter(
-    ends: &mut [f32],
-    place: &Place,
-    chunk: u32,
-    panel: u32,
-    heads: u32,
-    x: u32,
-    row: u32,
-    warp: u32,
-    lane: u32,
-    count: u32,
-    #[comptime] plan: WalkPlan,
-) {
-    let out = comptime!(plan.out());
-    let base = swizzled(x, row, (lane % 4u32) * 4u32);
-    let to = (ends_at(place, chunk, panel, heads, plan) + (warp + 1u32) * 64u32) as usize;
-    #[unroll]
-    for j in 0..8usize {
-        let mut low = f32::new(0.0);
-        let mut high = f32::new(0.0);
-        #[unroll]
-        for half in 0..2usize {
-            let word = load_u32((base ^ comptime!((j * 16) as u32)) + comptime!((half * 1024) as u32));
-            let i = comptime!(4 * j + 2 * half);
-            let inside = row + comptime!(8 * half as u32) < count;
-            low += select(inside, bf16_low(word) * read(out, i), 0.0f32);
-            high += select(inside, bf16_high(word) * read(out, comptime!(i + 1)), 0.0f32);
-        }
-        #[unroll]
-        for step in 2..5usize {
-            low += plane_shuffle_xor(low, comptime!(1u32 << step as u32));
-            high += plane_shuffle_xor(high, comptime!(1u32 << step as u32));
-        }
-        if lane < 4u32 {
-            let column = column_of(lane, comptime!(4 * j)) as usize;
-            ends[to + column] = low;
-            ends[to + column + 1] = high;
-        }
-    }
-}
-
-/// Queries are multiplied with the factor, keys divided by it.
-#[cube]
-pub(crate) fn factor_of(factor: f32, #[comptime] plan: WalkPlan) -> f32 {
-    if comptime!(plan.roles.against_time) { reciprocal(factor) } else { factor * 1.0f32 }
-}
-
-/// The product of the state before a chunk's last span with the gradient of that after it, which is in the registers,
-/// times the decay between them, `factors[at..]`: one sum a key channel.
-#[cube]
-pub(crate) fn multiply_rows(
-    borders: &mut [u32],
-    ends: &mut [f32],
-    factors: &[f32],
-    at: usize,
-    place: &Place,
-    chunk: u32,
-    panel: u32,
-    heads: u32,
-    row: u32,
-    lane: u32,
-    unit: u32,
-    factor: f32,
-    #[comptime] state: Acc,
-    #[comptime] plan: WalkPlan,
-) {
-    let block = border_at(place, chunk, panel, heads, plan) as usize;
-    let from = block * comptime!(plan.panels() * BORDER_WORDS) + unit as usize;
-    let mut low = f32::new(0.0);
-    let mut high = f32::new(0.0);
-    #[unroll]
-    for n in 0..comptime!(16 * plan.panels()) {
-        let word = borders[from + n * 128];
-        let a = bf16_low(word) * read(state, comptime!(2 * n));
-        let b = bf16_high(word) * read(state, comptime!(2 * n + 1));
-        if comptime!(n % 2 == 0) {
-            low += a + b;
-        } else {
-            high += a + b;
-        }
-    }
-    low += plane_shuffle_xor(low, 1u32);
-    low += plane_shuffle_xor(low, 2u32);
-    high += plane_shuffle_xor(high, 1u32);
-    high += plane_shuffle_xor(high, 2u32);
-    if lane % 4u32 == 0u32 {
-        let channel = at + (panel * 64u32 + row) as usize;
-        let after = comptime!(plan.decay_channels());
-        let to = (ends_at(place, chunk, panel, heads, plan) + row) as usize;
-        ends[to] = low * factor * factors[channel] * factors[channel + after];
-        ends[to + 8] = high * factor * factors[channel + 8] * factors[channel + 8 + after];
     }
 }

@@ -1,4 +1,5 @@
-//! The engine for Hopper of the linear recurrences, in bf16, with a decay by head, by token, or by token and key:
+//! The engine for Hopper of the linear recurrences, in bf16, with a decay by head, by token, or by token and key (or
+//! value: the same with the sides of the state exchanged):
 //!
 //! ```text
 //! S_t = diag(e^{g_t}) S_{t−1} + k_t v_tᵀ ,   o_t = scale · S_tᵀ q_t
@@ -19,6 +20,15 @@
 //! writes before the walks, and the gradients of queries and keys a factor. Nothing is saved for backward either; while a
 //! backward pass runs, its buffers hold 10 K bytes a token and head beside the states.
 //!
+//! A decay by value is all of this with keys and values exchanged: the outputs are then what has the factor, and are walked
+//! once more for the decay's gradient, in the place of dq. The two passes of a slot memory ([`slots`]) are one operator.
+//!
+//! Where the state is read before the token, keys and values are walked one token later ([`shift`]); the weight of a token's own
+//! value ([`bonus`]) comes from [`prepare`] too and stands beside the diagonal of the scores; its part of dq and dk is added after
+//! the walks.
+//!
+//! Heads may share queries and keys ([`groups`]), with a decay by head or token.
+//!
 //! Measured on an H100: `benches/results/61-hopper-simple-gla.json`, and beside flash-linear-attention
 //! `62-hopper-gla.json`. What is known to be left:
 //! - Restarting the gate's sum at every 512th token instead (a twentieth of the states) gave errors of 3e-2 in dg.
@@ -27,6 +37,8 @@
 //! - ptxas waits for the scores before the state goes to shared memory (C7517), and spills 4 to 15 words in the walks with
 //!   168 registers (by key up to 69, in the walk for dk).
 //! - With K = V = 64 one warpgroup walks alone on a processor.
+//! - A slot memory as two operators, with a softmax between them: 0.91 ms forward and 4.52 both at
+//!   8 × 2048 × 32 × 128 × 128 with 64 slots on an H200, where one operator takes 0.49 and 3.29.
 //! - Segments compute their states anew for each of the four walks.
 //! - By key, preparing is a fifth of the time (forward and backward): idle warps of the loader's warpgroup could do it inside
 //!   the walks. The walk for dk takes 1.5 times that for dq; why was not measured (it sums
@@ -38,25 +50,39 @@
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.
 #![allow(clippy::identity_op)]
 
+mod bonus;
 mod engine;
 mod gate;
+mod gradients;
+mod groups;
 pub(crate) mod key;
-pub(crate) mod operator;
+pub(crate) mod launch;
+mod loads;
+mod operator;
 pub(crate) mod parts;
 pub(crate) mod plan;
 mod prepare;
+mod probabilities;
+pub(crate) mod products;
 mod segments;
+mod shift;
+mod slots;
+pub(crate) mod states;
 pub(crate) mod table;
 mod walk;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
+use crate::CuSeqlens;
 use crate::bridge::{apply, has_mma, is_hopper};
 use crate::recurrence::{Decay, Problem};
+use crate::ssd::HeadGroups;
 pub(crate) use engine::Cores;
 use engine::Engine;
-use operator::HopperWalk;
-use plan::{Axis, Borders, Roles};
+use launch::HopperWalk;
+use plan::{Axis, Borders, KeyHeads, Roles, WalkPlan};
+pub(crate) use slots::run as run_slots;
+use table::Table;
 
 /// The roles of the forward pass, and of the gradients.
 const FORWARD: Roles = Roles { outer_is_value: true, against_time: false, borders: Borders::None };
@@ -72,11 +98,11 @@ pub(crate) fn takes(problem: &Problem) -> bool {
     takes_size(problem) && is_hopper(&problem.q.device())
 }
 
-/// Whether the engine of [`crate::mma_walk`] takes a problem: sizes and dtypes as in [`takes_size`], where the device has
-/// the shared memory for them.
+/// Whether the engine of [`crate::mma_walk`] takes a problem: a decay by head, token or key, without a bonus, sizes and
+/// dtypes as in [`takes_size`], where the device has the shared memory for them.
 pub(crate) fn takes_with_mma(problem: &Problem) -> bool {
     let device = problem.q.device();
-    if !takes_size(problem) || !has_mma(&device) {
+    if !takes_size(problem) || problem.bonus.is_some() || !has_mma(&device) {
         return false;
     }
     let axis = match problem.decay {
@@ -91,20 +117,23 @@ pub(crate) fn takes_with_mma(problem: &Problem) -> bool {
     Engine::on(&device, Cores::Mma).takes(keys, values, axis)
 }
 
-/// bf16, no decay by value and no bonus, chunks of the engine's own choice, key channels in multiples of 16 up to 256 and
-/// value channels up to 512, and some sequence of more than one token.
+/// bf16, chunks of the engine's own choice, key channels in multiples of 16 up to 256 and value channels up to 512 (256
+/// where they decay), and some sequence of more than one token.
 fn takes_size(problem: &Problem) -> bool {
     let (keys, values) = (problem.q.dims()[3], problem.v.dims()[3]);
     problem.q.dtype() == DType::BF16
-        && problem.bonus.is_none()
-        && !matches!(problem.decay, Decay::Value(_))
         && problem.chunk.is_none()
         && problem.scale.abs() > f64::from(f32::MIN_POSITIVE)
         && problem.sequences.lengths().any(|n| n > 1)
         && keys.is_multiple_of(16)
         && keys <= MOST_CHANNELS
         && values.is_multiple_of(16)
-        && values <= 2 * MOST_CHANNELS
+        && values <= if matches!(problem.decay, Decay::Value(_)) { MOST_CHANNELS } else { 2 * MOST_CHANNELS }
+}
+
+/// Whether this engine takes the second pass of a slot memory together with the first, where it takes each.
+pub(crate) fn takes_both(second: &Problem) -> bool {
+    second.v.dims()[3] <= MOST_CHANNELS
 }
 
 /// Runs a problem that [`takes`] accepts.
@@ -112,11 +141,14 @@ fn takes_size(problem: &Problem) -> bool {
 /// Columns of the state are independent of each other: where a head has more value channels than a walk takes, both
 /// halves become heads of their own, with the same queries, keys and decays.
 pub(crate) fn run(problem: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>) {
-    let [b, t, h, dk] = problem.q.dims();
-    let dv = problem.v.dims()[3];
+    // Only the kernels for Hopper read what heads share where it is.
+    let problem = if cores == Cores::Mma { problem.with_own_heads() } else { problem };
+    let [b, t, h, dv] = problem.v.dims();
+    let dk = problem.q.dims()[3];
     if dv <= MOST_CHANNELS {
         return run_whole(problem, cores);
     }
+    let problem = problem.with_own_heads();
     let n = problem.sequences.num_sequences();
     let half = dv.div_ceil(32) * 16;
     let twice = |x: Tensor<4>| x.unsqueeze_dim::<5>(3).repeat_dim(3, 2).reshape([b, t, 2 * h, dk]);
@@ -125,7 +157,7 @@ pub(crate) fn run(problem: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>) {
         Decay::Head(g) => Decay::Head(g.unsqueeze_dim::<2>(1).repeat_dim(1, 2).reshape([2 * h])),
         Decay::Token(g) => Decay::Token(g.unsqueeze_dim::<4>(3).repeat_dim(3, 2).reshape([b, t, 2 * h])),
         Decay::Key(g) => Decay::Key(twice(g)),
-        Decay::Value(_) => unreachable!("`takes` does not accept it"),
+        Decay::Value(_) => unreachable!("not taken with so many values"),
     };
     // The second half may end with channels of zeros.
     let even = |x: Tensor<4>| {
@@ -143,6 +175,7 @@ pub(crate) fn run(problem: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>) {
         k: twice(problem.k),
         v: even(problem.v).reshape([b, t, 2 * h, half]),
         decay,
+        bonus: problem.bonus.map(|u| u.unsqueeze_dim::<3>(1).repeat_dim(1, 2).reshape([2 * h, dk])),
         state: problem.state.map(halves),
         ..problem
     };
@@ -151,33 +184,47 @@ pub(crate) fn run(problem: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>) {
     (o.reshape([b, t, h, 2 * half]).narrow(3, 0, dv), state.narrow(3, 0, dv))
 }
 
+/// Cuts sequences into what cubes walk, by the walk that has the fewest; so many run `at_once`.
+fn cut(sequences: &CuSeqlens, heads: usize, plans: &[WalkPlan], at_once: usize) -> Table {
+    let shifted = plans.iter().any(|plan| plan.exclusive);
+    let longest = sequences.lengths().max().unwrap_or(0) + usize::from(shifted);
+    let cubes = heads * plans.iter().map(WalkPlan::slices).min().unwrap_or(1);
+    let segment = table::segment_tokens(longest, sequences.num_sequences(), cubes, at_once);
+    table::build(sequences, segment, shifted)
+}
+
 /// [`run`], where no walk compares tokens along more than 256 channels.
 fn run_whole(problem: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>) {
-    let Problem { op, q, k, v, decay, scale, state, sequences, .. } = problem;
-    let [b, t, h, dk] = q.dims();
-    let dv = v.dims()[3];
+    let Problem { op, q, k, v, groups, decay, bonus, scale, state, sequences, .. } = problem;
+    let [b, t, h, dv] = v.dims();
+    let [_, _, shared, dk] = q.dims();
+    let key_heads = match groups {
+        _ if shared == h => KeyHeads::Own,
+        HeadGroups::Contiguous => KeyHeads::Contiguous(shared),
+        HeadGroups::Tiled => KeyHeads::Tiled(shared),
+    };
     let device = q.device().inner();
     let (axis, g) = match decay {
         Decay::Key(g) => (Axis::Key, g.into_dispatch()),
-        Decay::Value(_) => unreachable!("`takes` does not accept it"),
+        Decay::Value(g) => (Axis::Value, g.into_dispatch()),
         Decay::Token(g) => (Axis::Token, g.into_dispatch()),
         Decay::Head(g) => (Axis::Head, g.detach().into_dispatch()),
         Decay::None => (Axis::Head, Tensor::<1>::zeros([h], (&device, DType::F32)).into_dispatch()),
     };
     let engine = Engine::on(&device, cores);
-    let longest = sequences.lengths().max().unwrap_or(0);
-    let plan = engine.plan(FORWARD, dk, dv, axis);
-    let cubes = engine.cubes(FORWARD, dk, dv, axis);
-    let segment = table::segment_tokens(longest, sequences.num_sequences(), h * plan.slices(), cubes);
-    let table = table::build(&sequences, segment);
+    let plan = engine.plan(FORWARD, dk, dv, axis, bonus.is_some());
+    let table = cut(&sequences, h, &[plan], engine.cubes(FORWARD, dk, dv, axis));
     let operator = HopperWalk {
         name: op,
         engine,
         axis,
         has_state: state.is_some(),
+        has_bonus: bonus.is_some(),
         scale: scale as f32,
         tokens: b * t,
+        rows: table.rows,
         heads: h,
+        key_heads,
         keys: dk,
         values: dv,
         sequences: sequences.num_sequences(),
@@ -189,6 +236,9 @@ fn run_whole(problem: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>) {
     let mut floats = vec![q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), g];
     if let Some(state) = state {
         floats.push(state.cast(DType::F32).into_dispatch());
+    }
+    if let Some(bonus) = bonus {
+        floats.push(bonus.cast(DType::F32).into_dispatch());
     }
     let mut outputs = apply(operator, floats, vec![table.into_dispatch()]).into_iter();
     let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and a state"));

@@ -2,11 +2,11 @@
 
 use cubecl::prelude::*;
 
-use super::plan::{Axis, BORDER_WORDS, CHUNK, DECAYED, PANEL, SCORES, VALUES, WalkPlan};
-use super::table::{FIRST, ITEM_WORDS, LAST};
+use super::plan::{Axis, CHUNK, DECAYED, KeyHeads, PANEL, SCORES, VALUES, WalkPlan};
+use super::table::ITEM_WORDS;
 use crate::tile::hopper::{
     Acc, bf16_high, bf16_low, column_of, exp2, load_3d, load_transposed, load_u32, pack, pack_pair, read, store_u32,
-    swizzled, write, zero,
+    swizzled,
 };
 
 /// `1 / ln 2`: decays are kept as powers of two.
@@ -17,6 +17,9 @@ pub(crate) const LOG2_E: f32 = core::f32::consts::LOG2_E;
 pub(crate) struct Place {
     pub(crate) slice: u32,
     pub(crate) head: u32,
+    /// That of the inner and of the outer channels' tensors.
+    pub(crate) inner_head: u32,
+    pub(crate) outer_head: u32,
     pub(crate) item: u32,
     pub(crate) start: u32,
     pub(crate) length: u32,
@@ -24,6 +27,8 @@ pub(crate) struct Place {
     pub(crate) sequence: u32,
     pub(crate) flags: u32,
     pub(crate) border: u32,
+    /// Rows that earlier sequences have more than tokens.
+    pub(crate) later: u32,
 }
 
 #[cube]
@@ -32,9 +37,13 @@ pub(crate) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: Wal
     let item = index / slices / heads;
     let at = (item * comptime!(ITEM_WORDS as u32)) as usize;
     let length = table[at + 1] as u32;
+    let head = (index / slices) % heads;
+    let shared = key_head(head, heads, plan.key_heads);
     Place {
         slice: index % slices,
-        head: (index / slices) % heads,
+        head,
+        inner_head: if comptime!(plan.roles.outer_is_value) { shared } else { head },
+        outer_head: if comptime!(plan.roles.outer_is_value) { head } else { shared },
         item,
         start: table[at] as u32,
         length,
@@ -42,6 +51,17 @@ pub(crate) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: Wal
         sequence: table[at + 2] as u32,
         flags: table[at + 3] as u32,
         border: table[at + 4] as u32,
+        later: table[at + 5] as u32,
+    }
+}
+
+/// The head of the queries and keys of a head.
+#[cube]
+fn key_head(head: u32, heads: u32, #[comptime] key_heads: KeyHeads) -> u32 {
+    match comptime!(key_heads) {
+        KeyHeads::Own => head + 0u32,
+        KeyHeads::Contiguous(count) => head / (heads / comptime!(count as u32)),
+        KeyHeads::Tiled(count) => head % comptime!(count as u32),
     }
 }
 
@@ -51,7 +71,7 @@ pub(crate) fn chunk_at(i: u32, chunks: u32, #[comptime] plan: WalkPlan) -> u32 {
     if comptime!(plan.roles.against_time) { chunks - 1u32 - i } else { i + 0u32 }
 }
 
-/// A part of a chunk that is walked at once: all of it, but where a decay by key is so strong that its factors would not
+/// A part of a chunk that is walked at once: all of it, but where a decay by channel is so strong that its factors would not
 /// be finite.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Span {
@@ -64,7 +84,7 @@ pub(crate) struct Span {
 #[cube]
 pub(crate) fn parts_of(levels: &[u32], place: &Place, chunk: u32, heads: u32, #[comptime] plan: WalkPlan) -> u32 {
     let mut parts = u32::new(1);
-    if comptime!(plan.by_key()) {
+    if comptime!(plan.by_channel()) {
         parts = levels[((place.border + chunk) * heads + place.head) as usize];
     }
     parts
@@ -74,7 +94,7 @@ pub(crate) fn parts_of(levels: &[u32], place: &Place, chunk: u32, heads: u32, #[
 #[cube]
 pub(crate) fn spans_of(place: &Place, chunk: u32, parts: u32, #[comptime] plan: WalkPlan) -> u32 {
     let mut spans = u32::new(1);
-    if comptime!(plan.by_key()) {
+    if comptime!(plan.by_channel()) {
         let left = u32::min(place.length - chunk * comptime!(CHUNK as u32), comptime!(CHUNK as u32));
         spans = left.div_ceil(comptime!(CHUNK as u32) / parts);
     }
@@ -84,7 +104,7 @@ pub(crate) fn spans_of(place: &Place, chunk: u32, parts: u32, #[comptime] plan: 
 /// The part of step `n` of a chunk.
 #[cube]
 pub(crate) fn span_at(place: &Place, chunk: u32, n: u32, parts: u32, spans: u32, #[comptime] plan: WalkPlan) -> Span {
-    if comptime!(plan.by_key()) {
+    if comptime!(plan.by_channel()) {
         let size = comptime!(CHUNK as u32) / parts;
         let part = if comptime!(plan.roles.against_time) { spans - 1u32 - n } else { n + 0u32 };
         let start = chunk * comptime!(CHUNK as u32) + part * size;
@@ -98,10 +118,25 @@ pub(crate) fn span_at(place: &Place, chunk: u32, n: u32, parts: u32, spans: u32,
 /// Loads `panels` panels of 64 tokens, from channel `channel` of a head on.
 #[cube]
 pub(crate) fn load_tile(to: u32, map: u64, channel: u32, head: u32, token: u32, full: u32, #[comptime] panels: usize) {
+    load_panels(to, map, channel, head, token, full, panels, PANEL);
+}
+
+/// Loads `panels` panels of `bytes`.
+#[cube]
+pub(super) fn load_panels(
+    to: u32,
+    map: u64,
+    channel: u32,
+    head: u32,
+    token: u32,
+    full: u32,
+    #[comptime] panels: usize,
+    #[comptime] bytes: usize,
+) {
     #[unroll]
     for panel in 0..panels {
         let x = channel + comptime!(64 * panel as u32);
-        load_3d(to + comptime!((panel * PANEL) as u32), map, x, head, token, full);
+        load_3d(to + comptime!((panel * bytes) as u32), map, x, head, token, full);
     }
 }
 
@@ -233,7 +268,7 @@ pub(crate) fn publish(tile: u32, #[comptime] acc: Acc, row: u32, lane: u32) {
     }
 }
 
-/// Writes the outputs of a chunk of `count` tokens straight to device memory: what follows belongs to others.
+/// Writes the outputs of the rows `kept` of a chunk straight to device memory: what stands beside them belongs to others.
 #[cube]
 pub(super) fn write_rows(
     rows: &mut [u32],
@@ -243,10 +278,11 @@ pub(super) fn write_rows(
     channel: u32,
     row: u32,
     lane: u32,
-    count: u32,
+    kept: (u32, u32),
     #[comptime] plan: WalkPlan,
 ) {
     let out = comptime!(plan.out());
+    let (first, end) = kept;
     #[unroll]
     for j in 0..8usize {
         let column = channel + column_of(lane, comptime!(4 * j));
@@ -254,7 +290,7 @@ pub(super) fn write_rows(
         for half in 0..2usize {
             let at = row + comptime!(8 * half as u32);
             let word = pack_pair(out, comptime!(4 * j + 2 * half));
-            if at < count && column < comptime!(plan.outer as u32) {
+            if at >= first && at < end && column < comptime!(plan.outer as u32) {
                 let to = ((token + at) * heads + head) * comptime!(plan.outer as u32 / 2) + column / 2u32;
                 rows[to as usize] = word;
             }
@@ -292,156 +328,5 @@ pub(super) fn row_products(
         if lane % 4u32 == 0u32 && at < count {
             dots[((token + at) * heads + head) as usize] = sum;
         }
-    }
-}
-
-/// Whether the walk enters its sequence here.
-#[cube]
-fn enters(place: &Place, #[comptime] plan: WalkPlan) -> bool {
-    place.flags & comptime!(if plan.roles.against_time { LAST } else { FIRST }) != 0u32
-}
-
-/// Where register `n` of a unit stands in a state `[N, H, K, V]`, and whether it is inside.
-#[cube]
-fn state_at(
-    place: &Place,
-    panel: u32,
-    heads: u32,
-    row: u32,
-    lane: u32,
-    #[comptime] n: usize,
-    #[comptime] plan: WalkPlan,
-) -> (bool, usize) {
-    let outer = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
-    let inner = column_of(lane, n);
-    let base = (place.sequence * heads + place.head) * comptime!((plan.inner * plan.outer) as u32);
-    let at = if comptime!(plan.roles.outer_is_value) {
-        inner * comptime!(plan.outer as u32) + outer
-    } else {
-        outer * comptime!(plan.inner as u32) + inner
-    };
-    (outer < comptime!(plan.outer as u32) && inner < comptime!(plan.inner as u32), (base + at) as usize)
-}
-
-/// Where the registers of a warpgroup stand in the states between segments.
-#[cube]
-pub(crate) fn blob_at(item: u32, head: u32, heads: u32, panel: u32, unit: u32, #[comptime] plan: WalkPlan) -> usize {
-    let block = (item * heads + head) * comptime!(plan.outer_panels() as u32) + panel;
-    block as usize * comptime!(plan.state().len() * 128) + unit as usize
-}
-
-/// Sets the state from which a segment is walked.
-#[cube]
-pub(crate) fn load_state(
-    initial: &[f32],
-    blobs: &[f32],
-    place: &Place,
-    panel: u32,
-    heads: u32,
-    row: u32,
-    lane: u32,
-    unit: u32,
-    factor: f32,
-    #[comptime] state: Acc,
-    #[comptime] plan: WalkPlan,
-) {
-    zero(state);
-    if enters(place, plan) {
-        if comptime!(plan.initial) {
-            #[unroll]
-            for n in 0..comptime!(state.len()) {
-                let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
-                if inside {
-                    write(state, n, initial[at] * factor);
-                }
-            }
-        }
-    } else if comptime!(plan.segmented) {
-        let before = if comptime!(plan.roles.against_time) { place.item + 1u32 } else { place.item - 1u32 };
-        let at = blob_at(before, place.head, heads, panel, unit, plan);
-        #[unroll]
-        for n in 0..comptime!(state.len()) {
-            write(state, n, blobs[at + n * 128]);
-        }
-    }
-}
-
-/// Writes the state where the walk leaves its sequence.
-#[cube]
-pub(crate) fn store_state(
-    last: &mut [f32],
-    place: &Place,
-    panel: u32,
-    heads: u32,
-    row: u32,
-    lane: u32,
-    factor: f32,
-    #[comptime] state: Acc,
-    #[comptime] plan: WalkPlan,
-) {
-    let leaves = place.flags & comptime!(if plan.roles.against_time { FIRST } else { LAST }) != 0u32;
-    if comptime!(plan.last) && leaves {
-        #[unroll]
-        for n in 0..comptime!(state.len()) {
-            let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
-            if inside {
-                last[at] = read(state, n) * factor;
-            }
-        }
-    }
-}
-
-#[cube]
-pub(super) fn border_at(place: &Place, chunk: u32, panel: u32, heads: u32, #[comptime] plan: WalkPlan) -> u32 {
-    ((place.border + chunk) * heads + place.head) * comptime!(plan.outer_panels() as u32) + panel
-}
-
-/// Keeps the state at a border of a chunk.
-#[cube]
-pub(crate) fn write_border(
-    borders: &mut [u32],
-    place: &Place,
-    chunk: u32,
-    panel: u32,
-    heads: u32,
-    unit: u32,
-    #[comptime] state: Acc,
-    #[comptime] plan: WalkPlan,
-) {
-    let block = border_at(place, chunk, panel, heads, plan) as usize;
-    let at = block * comptime!(plan.panels() * BORDER_WORDS) + unit as usize;
-    #[unroll]
-    for n in 0..comptime!(16 * plan.panels()) {
-        borders[at + n * 128] = pack_pair(state, comptime!(2 * n));
-    }
-}
-
-/// The product of the state before a chunk with the gradient of that after it, which is in the registers, times the
-/// chunk's decay: one sum a warp.
-#[cube]
-pub(crate) fn multiply_border(
-    borders: &mut [u32],
-    ends: &mut [f32],
-    place: &Place,
-    chunk: u32,
-    panel: u32,
-    heads: u32,
-    unit: u32,
-    factor: f32,
-    #[comptime] state: Acc,
-    #[comptime] plan: WalkPlan,
-) {
-    let block = border_at(place, chunk, panel, heads, plan);
-    let at = block as usize * comptime!(plan.panels() * BORDER_WORDS) + unit as usize;
-    let mut sum = f32::new(0.0);
-    #[unroll]
-    for n in 0..comptime!(16 * plan.panels()) {
-        let word = borders[at + n * 128];
-        sum += bf16_low(word) * read(state, comptime!(2 * n));
-        sum += bf16_high(word) * read(state, comptime!(2 * n + 1));
-    }
-    let sum = plane_sum(sum) * factor;
-    if unit % 32u32 == 0u32 {
-        ends[(block * 4u32 + unit / 32u32) as usize] = sum;
     }
 }

@@ -11,8 +11,11 @@ const SHARED: usize = 232_448 - 4_096;
 /// Words of registers that the state before a chunk keeps for each panel of 64 state columns, a warpgroup: two bf16 a word.
 pub(crate) const BORDER_WORDS: usize = 16 * 128;
 
-/// Sums that a chunk's end has for each key channel: one of the state, and one of each warp's tokens.
-pub(crate) const END_SUMS: usize = 5;
+/// Rows of values that are loaded beside a chunk's: a multiple of 8, as the swizzle repeats.
+pub(crate) const BESIDE: usize = 8;
+
+/// Sums that a chunk's end has for each key channel: one of the state, and two of each warp's tokens.
+pub(crate) const END_SUMS: usize = 9;
 
 /// The scores of a chunk.
 pub(crate) const SCORES: Acc = Acc::new("a", 64);
@@ -32,6 +35,26 @@ pub(crate) enum Axis {
     Token,
     /// The token and the key channel.
     Key,
+    /// The token and the value channel.
+    Value,
+}
+
+impl Axis {
+    /// Whether each channel of keys or values has a decay of its own.
+    pub(crate) fn by_channel(self) -> bool {
+        matches!(self, Self::Key | Self::Value)
+    }
+}
+
+/// Which of the heads of queries and keys a head reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum KeyHeads {
+    /// Its own.
+    Own,
+    /// One of so many, those that share it side by side.
+    Contiguous(usize),
+    /// One of so many, in turn.
+    Tiled(usize),
 }
 
 /// What a walk does with the states between chunks, for the gate's gradient.
@@ -67,7 +90,12 @@ pub(crate) struct WalkPlan {
     pub(crate) warpgroups: usize,
     pub(crate) stages: usize,
     pub(crate) axis: Axis,
-    /// Log decays are f32, not bf16 (with a decay by key alone).
+    /// The state is read before a token (with a decay by key alone), and its own value comes with a weight of its own: see
+    /// [`super::shift`].
+    pub(crate) exclusive: bool,
+    /// Which queries and keys a head has.
+    pub(crate) key_heads: KeyHeads,
+    /// Log decays are f32, not bf16 (with a decay by channel alone).
     pub(crate) wide_gates: bool,
     /// There is a state before the first token.
     pub(crate) initial: bool,
@@ -79,7 +107,7 @@ pub(crate) struct WalkPlan {
 
 impl WalkPlan {
     /// A plan that fits into shared memory, where there is one.
-    pub(crate) fn new(roles: Roles, keys: usize, values: usize, axis: Axis) -> Option<Self> {
+    pub(crate) fn new(roles: Roles, keys: usize, values: usize, axis: Axis, exclusive: bool) -> Option<Self> {
         let (inner, outer) = if roles.outer_is_value { (keys, values) } else { (values, keys) };
         if inner > 256 || inner == 0 || outer == 0 {
             return None;
@@ -93,6 +121,8 @@ impl WalkPlan {
                 warpgroups,
                 stages: 0,
                 axis,
+                exclusive,
+                key_heads: KeyHeads::Own,
                 wide_gates: true,
                 initial: false,
                 segmented: false,
@@ -120,30 +150,47 @@ impl WalkPlan {
 
     /// Bytes that copies bring to a stage.
     pub(crate) fn stage_bytes(&self) -> usize {
-        (2 * self.panels() + self.warpgroups) * PANEL
+        2 * self.panels() * PANEL + self.warpgroups * self.value_panel()
     }
 
-    /// Numbers of a stage's decays: the running sum at each token, or two vectors of factors of the state's channels.
+    /// Bytes of a panel of values: with weights of their own, those of the rows beside the chunk's are there too.
+    pub(crate) fn value_panel(&self) -> usize {
+        PANEL + if self.owns() { 128 * BESIDE } else { 0 }
+    }
+
+    /// Rows of such a panel before those of the chunk: against time a token's own value stands in the row before.
+    pub(crate) fn rows_before(&self) -> usize {
+        if self.owns() && self.roles.against_time { BESIDE } else { 0 }
+    }
+
+    /// Numbers of a stage's decays: the running sum at each token, or two vectors of factors of the state's channels, and
+    /// after them the weights of the tokens' own values.
     pub(crate) fn decays(&self) -> usize {
-        if self.by_key() { 2 * self.decay_channels() } else { CHUNK }
+        if self.by_channel() { 2 * self.decay_channels() + if self.owns() { CHUNK } else { 0 } } else { CHUNK }
+    }
+
+    /// Whether a token's own value has a weight of its own in the output.
+    pub(crate) fn owns(&self) -> bool {
+        self.exclusive && !self.factors()
     }
 
     fn vector_bytes(&self) -> usize {
-        if self.by_key() { 4 * self.decays() } else { 0 }
+        if self.by_channel() { 4 * self.decays() } else { 0 }
     }
 
-    /// Key channels, whole panels counted: what one factor vector has.
+    /// Channels that decay, whole panels counted: what one factor vector has.
     pub(crate) fn decay_channels(&self) -> usize {
-        64 * if self.roles.outer_is_value { self.panels() } else { self.outer_panels() }
+        64 * if self.factors() { self.outer_panels() } else { self.panels() }
     }
 
-    pub(crate) fn by_key(&self) -> bool {
-        self.axis == Axis::Key
+    /// Whether each channel of one side of the state has a decay of its own.
+    pub(crate) fn by_channel(&self) -> bool {
+        self.axis.by_channel()
     }
 
-    /// Whether the output is multiplied with factors of its own: the decays of its channels.
+    /// Whether it is the outer channels that decay, those of the output: it is multiplied with factors of its own.
     pub(crate) fn factors(&self) -> bool {
-        self.by_key() && !self.roles.outer_is_value
+        self.by_channel() && self.roles.outer_is_value == (self.axis == Axis::Value)
     }
 
     /// Panels beside those of the ring, for each warpgroup: what the output is multiplied with, and the products.
@@ -159,14 +206,9 @@ impl WalkPlan {
         self.warpgroups * (self.factors() as usize + self.dots() as usize) * PANEL
     }
 
-    /// Key channels.
-    pub(crate) fn keys(&self) -> usize {
-        if self.roles.outer_is_value { self.inner } else { self.outer }
-    }
-
-    /// Value channels.
-    pub(crate) fn values(&self) -> usize {
-        if self.roles.outer_is_value { self.outer } else { self.inner }
+    /// Channels that decay, where it is by channel.
+    pub(crate) fn decaying(&self) -> usize {
+        if self.factors() { self.outer } else { self.inner }
     }
 
     fn fixed_bytes(&self) -> usize {
@@ -221,8 +263,8 @@ mod tests {
                 for borders in [Borders::None, Borders::Write] {
                     for outer_is_value in [false, true] {
                         let roles = Roles { outer_is_value, against_time: false, borders };
-                        for axis in [Axis::Token, Axis::Key] {
-                            let plan = WalkPlan::new(roles, keys, values, axis).unwrap();
+                        for axis in [Axis::Token, Axis::Key, Axis::Value] {
+                            let plan = WalkPlan::new(roles, keys, values, axis, axis == Axis::Key).unwrap();
                             let stage = plan.stage_bytes() + plan.vector_bytes();
                             assert!(plan.stages >= 2 && plan.fixed_bytes() + plan.stages * stage <= SHARED);
                         }

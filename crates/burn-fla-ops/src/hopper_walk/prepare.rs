@@ -1,4 +1,5 @@
-//! What a decay by key asks for before a walk: queries and keys with their decays inside a span.
+//! What a decay by channel asks for before a walk: queries and keys with their decays inside a span. By value these are
+//! the gradient of the outputs, where there is one, and the values.
 //!
 //! With `G` the running sum of log decays in a span and `M` the middle of its values,
 //!
@@ -14,17 +15,21 @@
 //! each factor is then between `2^{−RANGE / 2}` and `2^{RANGE / 2}`, and the product of a pair has the relative error of
 //! its two roundings whatever its decay is. A chunk in which `G` falls further is cut into 2, 4, … 64 spans, the fewest
 //! that do. The decay at a span's first token does not count: no pair inside contains it.
+//!
+//! Where the state is read before a token (`exclusive`), keys and decays come one row later (see [`super::shift`]), and what is
+//! written here has a row for each. The weight of a token's own value, `Σ q_i u k_i` over the key channels, is summed up here
+//! too.
 
 use cubecl::prelude::*;
 
 use super::key::gate_at;
 use super::plan::CHUNK;
-use super::table::CHUNK_WORDS;
+use super::table::{CHUNK_WORDS, FIRST, LAST};
 use crate::tile::hopper::{bf16_high, bf16_low, exp2, pack_word};
 
 /// Powers of two by which a span may decay. Scores of pairs in the wrong order reach `2^RANGE`: they are selected away,
 /// and may be infinite.
-const RANGE: f32 = 160.0;
+pub(super) const RANGE: f32 = 160.0;
 
 /// Tokens that are loaded before the first of them is used.
 const BATCH: usize = 16;
@@ -32,7 +37,8 @@ const BATCH: usize = 16;
 /// One cube a chunk and head, one unit two channels.
 ///
 /// `vectors` gets `e^M` and `e^{G_last − M}` of chunks that are one span, `[chunks, H, 2, K]`; `levels` the number of
-/// spans of each chunk, `[chunks, H]`.
+/// spans of each chunk, `[chunks, H]`. With `exclusive`, `weights` gets those of the tokens' own values, `[tokens, H]`, with the
+/// bonus `[H, K]`.
 #[cube(launch_unchecked)]
 pub(super) fn prepare(
     q: &[u32],
@@ -44,22 +50,36 @@ pub(super) fn prepare(
     factors: &mut [u32],
     vectors: &mut [f32],
     levels: &mut [u32],
+    bonus: &[f32],
+    weights: &mut [f32],
     heads: u32,
     table_at: u32,
     #[comptime] keys: u32,
     #[comptime] wide: bool,
+    #[comptime] with_queries: bool,
     #[comptime] with_factors: bool,
+    #[comptime] exclusive: bool,
 ) {
     let mut shared = Shared::<[f32]>::new_slice(4usize);
+    let mut own = Shared::<[f32]>::new_slice(comptime!(if exclusive { 4 * CHUNK } else { 1 }));
     let chunk = CUBE_POS_X / heads;
     let head = CUBE_POS_X % heads;
     let at = (table_at + chunk * comptime!(CHUNK_WORDS as u32)) as usize;
     let start = table[at] as u32;
     let length = table[at + 1] as u32;
     let inside = 2u32 * UNIT_POS < keys;
-    // The element of the first token's first channel, and of how many elements a token is.
+    // The element of the first row's first channel, and of how many elements a row is.
     let stride = heads * keys;
     let first = (start * heads + head) * keys + 2u32 * UNIT_POS;
+    // Rows that write nothing, and those that read nothing; and how much later a row stands in what is written here.
+    let mut lead = u32::new(0);
+    let mut tail = u32::new(0);
+    let mut later = u32::new(0);
+    if comptime!(exclusive) {
+        lead = table[at + 3] as u32 & FIRST;
+        tail = (table[at + 3] as u32 & LAST) / LAST;
+        later = table[at + 2] as u32 * stride;
+    }
 
     let mut size = u32::new(CHUNK as i64);
     let mut searching = true;
@@ -79,7 +99,7 @@ pub(super) fn prepare(
                 for i in 0..BATCH {
                     // Past the last token the last one again: it does not count.
                     let token = u32::min(t + comptime!(i as u32), length - 1u32);
-                    let (a, b) = gate_pair(gates, first + token * stride, wide);
+                    let (a, b) = gate_pair(gates, first, token, stride, lead, wide, exclusive);
                     lows[i] = a;
                     highs[i] = b;
                 }
@@ -122,15 +142,14 @@ pub(super) fn prepare(
         let mut from = u32::new(0);
         while from < length {
             let count = u32::min(size, length - from);
-            let here = first + from * stride;
             if size < comptime!(CHUNK as u32) {
-                let (a, b) = gate_pair(gates, here, wide);
+                let (a, b) = gate_pair(gates, first, from, stride, lead, wide, exclusive);
                 start_low = a;
                 start_high = b;
                 rest_low = f32::new(0.0);
                 rest_high = f32::new(0.0);
                 for t in 1..count {
-                    let (a, b) = gate_pair(gates, here + t * stride, wide);
+                    let (a, b) = gate_pair(gates, first, from + t, stride, lead, wide, exclusive);
                     rest_low += a;
                     rest_high += b;
                 }
@@ -156,11 +175,12 @@ pub(super) fn prepare(
                 #[unroll]
                 for i in 0..BATCH {
                     // Past the last token the last one again: it is not written.
-                    let token = u32::min(t + comptime!(i as u32), count - 1u32);
-                    let element = here + token * stride;
-                    qs[i] = q[(element / 2u32) as usize];
-                    ks[i] = k[(element / 2u32) as usize];
-                    let (a, b) = gate_pair(gates, element, wide);
+                    let row = from + u32::min(t + comptime!(i as u32), count - 1u32);
+                    if comptime!(with_queries) {
+                        qs[i] = read_at(q, first, row, stride, length - tail, exclusive);
+                    }
+                    ks[i] = written_at(k, first, row, stride, lead, exclusive);
+                    let (a, b) = gate_pair(gates, first, row, stride, lead, wide, exclusive);
                     lows[i] = a;
                     highs[i] = b;
                 }
@@ -168,11 +188,13 @@ pub(super) fn prepare(
                 for i in 0..BATCH {
                     low += lows[i];
                     high += highs[i];
+                    let f_low = exp2(low);
+                    let f_high = exp2(high);
                     if t + comptime!(i as u32) < count {
-                        let to = ((here + (t + comptime!(i as u32)) * stride) / 2u32) as usize;
-                        let f_low = exp2(low);
-                        let f_high = exp2(high);
-                        q_out[to] = pack_word(bf16_low(qs[i]) * f_low, bf16_high(qs[i]) * f_high);
+                        let to = ((first + later + (from + t + comptime!(i as u32)) * stride) / 2u32) as usize;
+                        if comptime!(with_queries) {
+                            q_out[to] = pack_word(bf16_low(qs[i]) * f_low, bf16_high(qs[i]) * f_high);
+                        }
                         k_out[to] = pack_word(bf16_low(ks[i]) * exp2(-low), bf16_high(ks[i]) * exp2(-high));
                         if comptime!(with_factors) {
                             factors[to] = pack_word(f_low, f_high);
@@ -184,10 +206,108 @@ pub(super) fn prepare(
             from += size;
         }
     }
+    if comptime!(exclusive) {
+        own_weights(q, k, bonus, &mut own, weights, first, stride, start, head, heads, length - tail, keys);
+    }
 }
 
-/// The log decays of two channels, as powers of two; `at` is even.
+/// `Σ q_i u k_i` over the key channels of each of a chunk's tokens, to `weights`.
 #[cube]
-fn gate_pair(gates: &[u32], at: u32, #[comptime] wide: bool) -> (f32, f32) {
-    (gate_at(gates, at, wide), gate_at(gates, at + 1u32, wide))
+fn own_weights(
+    q: &[u32],
+    k: &[u32],
+    bonus: &[f32],
+    own: &mut Shared<[f32]>,
+    weights: &mut [f32],
+    first: u32,
+    stride: u32,
+    start: u32,
+    head: u32,
+    heads: u32,
+    length: u32,
+    #[comptime] keys: u32,
+) {
+    let inside = 2u32 * UNIT_POS < keys;
+    let mut low = f32::new(0.0);
+    let mut high = f32::new(0.0);
+    if inside {
+        let at = (head * keys + 2u32 * UNIT_POS) as usize;
+        low = bonus[at];
+        high = bonus[at + 1];
+    }
+    let mut t = u32::new(0);
+    while t < length {
+        let mut products = Array::<f32>::new(BATCH);
+        #[unroll]
+        for i in 0..BATCH {
+            let token = u32::min(t + comptime!(i as u32), length - 1u32);
+            let mut product = f32::new(0.0);
+            if inside {
+                let word = ((first + token * stride) / 2u32) as usize;
+                let (a, b) = (q[word], k[word]);
+                product = bf16_low(a) * bf16_low(b) * low + bf16_high(a) * bf16_high(b) * high;
+            }
+            products[i] = product;
+        }
+        #[unroll]
+        for i in 0..BATCH {
+            let sum = plane_sum(products[i]);
+            if UNIT_POS % 32u32 == 0u32 {
+                own[(UNIT_POS / 32u32 * comptime!(CHUNK as u32) + t + comptime!(i as u32)) as usize] = sum;
+            }
+        }
+        t += comptime!(BATCH as u32);
+    }
+    sync_cube();
+    for token in range_stepped(UNIT_POS, length, CUBE_DIM_X) {
+        let mut sum = f32::new(0.0);
+        for warp in 0..CUBE_DIM_X / 32u32 {
+            sum += own[(warp * comptime!(CHUNK as u32) + token) as usize];
+        }
+        weights[((start + token) * heads + head) as usize] = sum;
+    }
+}
+
+/// The log decays of two channels in a row, as powers of two; `first` is even. The first `lead` rows write nothing.
+#[cube]
+fn gate_pair(
+    gates: &[u32],
+    first: u32,
+    row: u32,
+    stride: u32,
+    lead: u32,
+    #[comptime] wide: bool,
+    #[comptime] exclusive: bool,
+) -> (f32, f32) {
+    if comptime!(exclusive) {
+        let at = first + u32::max(row, lead) * stride - stride;
+        let (low, high) = (gate_at(gates, at, wide), gate_at(gates, at + 1u32, wide));
+        (select(row < lead, 0.0f32, low), select(row < lead, 0.0f32, high))
+    } else {
+        let at = first + row * stride;
+        (gate_at(gates, at, wide), gate_at(gates, at + 1u32, wide))
+    }
+}
+
+/// Two channels of what a row writes, nothing in the first `lead` rows.
+#[cube]
+fn written_at(x: &[u32], first: u32, row: u32, stride: u32, lead: u32, #[comptime] exclusive: bool) -> u32 {
+    if comptime!(exclusive) {
+        let word = x[((first + u32::max(row, lead) * stride - stride) / 2u32) as usize];
+        select(row < lead, 0u32, word)
+    } else {
+        x[((first + row * stride) / 2u32) as usize]
+    }
+}
+
+/// Two channels of what a row reads with, nothing from row `end` on: that one has a token before it.
+#[cube]
+fn read_at(x: &[u32], first: u32, row: u32, stride: u32, end: u32, #[comptime] exclusive: bool) -> u32 {
+    if comptime!(exclusive) {
+        let back = select(row < end, 0u32, stride);
+        let word = x[((first + row * stride - back) / 2u32) as usize];
+        select(row < end, word, 0u32)
+    } else {
+        x[((first + row * stride) / 2u32) as usize]
+    }
 }

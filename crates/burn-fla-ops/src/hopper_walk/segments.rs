@@ -6,18 +6,18 @@ use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
 use half::bf16;
 
 use super::key::{factors_of_span, plain_values, scale_state};
-use super::parts::{
-    blob_at, chunk_at, decayed_values, decays_of_chunk, load_state, load_tile, parts_of, place, span_at, spans_of,
-};
+use super::loads::load_tensors;
+use super::parts::{chunk_at, decayed_values, decays_of_chunk, parts_of, place, span_at, spans_of};
 use super::plan::{CHUNK, PANEL, VALUES, WalkPlan};
+use super::states::{blob_at, load_state};
 use super::table::{ITEM_WORDS, SEQUENCE_WORDS};
 use crate::tile::hopper::{
-    Ring, barrier_arrive, barrier_expect, barrier_fence, column_of, commit, declare, declare_fragment, exp2, fence,
-    give_registers, mma_registers, mn_major, read, row_of, scale, sync_warpgroup, take_registers, wait,
+    Ring, barrier_arrive, barrier_fence, column_of, commit, declare, declare_fragment, exp2, fence, give_registers,
+    mma_registers, mn_major, read, row_of, scale, sync_warpgroup, take_registers, wait,
 };
 
 /// The state at the end of each segment, from the initial one where the walk enters its sequence, from zero elsewhere;
-/// and the total decay of each, as a power of two (with a decay by key: of each key channel, as a factor).
+/// and the total decay of each, as a power of two (with a decay by channel: of each, as a factor).
 #[cube(launch_unchecked)]
 pub(super) fn segment_states(
     k: &TensorMap<bf16, Tiled>,
@@ -66,28 +66,9 @@ pub(super) fn segment_states(
         give_registers(40u32);
         if warp == 0u32 {
             if lane == 0u32 {
-                let map_k = tensor_map_address(k);
-                let map_v = tensor_map_address(v);
-                while index < work {
-                    let p = place(index, table, heads, plan);
-                    let channel = p.slice * comptime!(64 * warpgroups as u32);
-                    for i in 0..p.chunks {
-                        let chunk = chunk_at(i, p.chunks, plan);
-                        let parts = parts_of(levels, &p, chunk, heads, plan);
-                        let spans = spans_of(&p, chunk, parts, plan);
-                        for n in 0..spans {
-                            let token = p.start + span_at(&p, chunk, n, parts, spans, plan).start;
-                            ring.wait_room(step);
-                            let full = ring.full(step);
-                            let stage = ring.stage(step);
-                            barrier_expect(full, comptime!(((plan.panels() + plan.warpgroups) * PANEL) as u32));
-                            load_tile(tiles_k + stage * wide, map_k, 0u32, p.head, token, full, panels);
-                            load_tile(tiles_v + stage * narrow, map_v, channel, p.head, token, full, warpgroups);
-                            step += 1u32;
-                        }
-                    }
-                    index += CUBE_COUNT_X;
-                }
+                let (map_k, map_v) = (tensor_map_address(k), tensor_map_address(v));
+                let tiles = (tiles_k, tiles_k, tiles_v);
+                load_tensors(&ring, tiles, (map_k, map_k, map_v), table, levels, work, heads, true, plan);
             }
         } else if warp == 1u32 {
             while index < work {
@@ -105,7 +86,7 @@ pub(super) fn segment_states(
                     for n in 0..spans {
                         ring.wait_room(step);
                         let to = (ring.stage(step) * comptime!(plan.decays() as u32)) as usize;
-                        if comptime!(plan.by_key()) {
+                        if comptime!(plan.by_channel()) {
                             let span = span_at(&p, chunk, n, parts, spans, plan);
                             factors_of_span(
                                 vectors,
@@ -134,7 +115,7 @@ pub(super) fn segment_states(
                         step += 1u32;
                     }
                 }
-                if comptime!(plan.by_key()) {
+                if comptime!(plan.by_channel()) {
                     let at = (p.item * heads + p.head) * comptime!(plan.decay_channels() as u32) + lane;
                     if p.slice == 0u32 {
                         #[unroll]
@@ -181,7 +162,7 @@ pub(super) fn segment_states(
                     let k0 = tiles_k + stage * wide;
                     let v0 = tiles_v + stage * narrow + warpgroup * comptime!(PANEL as u32);
                     let g0 = (stage * comptime!(plan.decays() as u32)) as usize;
-                    if comptime!(plan.by_key()) {
+                    if comptime!(plan.by_channel()) {
                         plain_values(v0, count, warp, lane);
                         scale_state(&shared_g, g0, panel, row, lane, plan);
                     } else {
@@ -200,7 +181,7 @@ pub(super) fn segment_states(
                     }
                     commit();
                     wait(0u32);
-                    if comptime!(plan.by_key()) {
+                    if comptime!(plan.by_channel()) {
                         let after = g0 + comptime!(plan.decay_channels());
                         scale_state(&shared_g, after, panel, row, lane, plan);
                         // The factors are read by all.
@@ -222,12 +203,12 @@ pub(super) fn segment_states(
     }
 }
 
-/// The key channel of element `element` of a head's state in registers, in the order of its copy in memory.
+/// The channel that decays of element `element` of a head's state in registers, in the order of its copy in memory.
 #[cube]
 fn channel_of(element: u32, #[comptime] plan: WalkPlan) -> u32 {
     let unit = element % 128u32;
     let n = (element / 128u32) % comptime!(plan.state().len() as u32);
-    if comptime!(plan.roles.outer_is_value) {
+    if comptime!(!plan.factors()) {
         column_of(unit % 32u32, 0usize) + n / 4u32 * 8u32 + n % 2u32
     } else {
         let panel = element / comptime!(plan.state().len() as u32 * 128);
@@ -262,7 +243,7 @@ pub(super) fn pass_states(
         let item = first + if comptime!(plan.roles.against_time) { segments - 1u32 - i } else { i + 0u32 };
         let here = (item * heads + head) as usize;
         let to = here * comptime!(plan.blob()) + element as usize;
-        let decay = if comptime!(plan.by_key()) {
+        let decay = if comptime!(plan.by_channel()) {
             totals[here * comptime!(plan.decay_channels()) + channel_of(element, plan) as usize]
         } else {
             exp2(totals[here])

@@ -11,7 +11,7 @@
 //! and against time the same with `e^{G_last − G_i}` in the row, `e^{G_j}` at the token, and the mask transposed. All
 //! exponents that are kept are at most zero; what stands on the other side of the mask is selected away.
 //!
-//! With a decay by key the tensors come prepared, and a chunk is walked in spans, whole but where decays are strong: see
+//! With a decay by channel the tensors come prepared, and a chunk is walked in spans, whole but where decays are strong: see
 //! [`super::prepare`] and [`super::key`].
 //!
 //! One warp loads q, k, v by tensor memory copies, one the decays, one what the outputs are multiplied with; each of the
@@ -21,19 +21,20 @@ use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
 use half::{bf16, f16};
 
-use super::key::{
-    factors_of_span, masked_scores, multiply_rows, plain_values, products_of_span, scale_state, sum_inter,
-    write_factored,
-};
+use super::bonus::add_beside;
+use super::key::{masked_scores, plain_values, scale_state};
+use super::loads::{load_decays, load_factors, load_tensors};
 use super::parts::{
-    border_at, chunk_at, decayed_scores, decayed_values, decays_of_chunk, load_state, load_tile, multiply_border,
-    parts_of, place, publish, row_products, span_at, spans_of, store_state, write_border, write_rows,
+    chunk_at, decayed_scores, decayed_values, parts_of, place, publish, row_products, span_at, spans_of, write_rows,
 };
 use super::plan::{Borders, CHUNK, DECAYED, OUT, PANEL, SCORES, VALUES, WalkPlan};
+use super::products::{multiply_rows, products_of_span, sum_inter, sum_rounding, write_factored};
+use super::shift::{Rows, kept_rows, token_at};
+use super::states::{border_at, load_state, multiply_border, store_state, write_border};
 use crate::tile::hopper::{
-    Ring, barrier_arrive, barrier_expect, barrier_fence, commit, commit_stores, declare, declare_fragment, exp2, fence,
-    fence_shared, give_registers, k_major, mma_registers, mma_shared, mn_major, row_of, scale, store_3d,
-    sync_warpgroup, take_registers, wait, wait_stores_read,
+    Ring, barrier_fence, commit, commit_stores, declare, declare_fragment, exp2, fence, fence_shared, give_registers,
+    k_major, mma_registers, mma_shared, mn_major, row_of, scale, store_3d, sync_warpgroup, take_registers, wait,
+    wait_stores_read,
 };
 
 #[cube(launch_unchecked)]
@@ -52,6 +53,7 @@ pub(super) fn walk(
     gates: &[u32],
     vectors: &[f32],
     levels: &[u32],
+    weights: &[f32],
     table: &[i32],
     initial: &[f32],
     last: &mut [f32],
@@ -73,10 +75,11 @@ pub(super) fn walk(
     let state = comptime!(plan.state());
     let out = comptime!(plan.out());
     let wide = comptime!((plan.panels() * PANEL) as u32);
-    let narrow = comptime!((plan.warpgroups * PANEL) as u32);
+    let narrow = comptime!((plan.warpgroups * plan.value_panel()) as u32);
     let shared_q = Shared::<[u32]>::new_aligned_slice(comptime!(stages * panels * PANEL / 4), 1024usize);
     let shared_k = Shared::<[u32]>::new_aligned_slice(comptime!(stages * panels * PANEL / 4), 1024usize);
-    let shared_v = Shared::<[u32]>::new_aligned_slice(comptime!(stages * warpgroups * PANEL / 4), 1024usize);
+    let shared_v =
+        Shared::<[u32]>::new_aligned_slice(comptime!(stages * warpgroups * plan.value_panel() / 4), 1024usize);
     let shared_s = Shared::<[u32]>::new_aligned_slice(comptime!(warpgroups * panels * PANEL / 4), 1024usize);
     let shared_o = Shared::<[u32]>::new_aligned_slice(comptime!(warpgroups * PANEL / 4), 1024usize);
     let shared_x = Shared::<[u32]>::new_aligned_slice(
@@ -93,7 +96,7 @@ pub(super) fn walk(
     // Factors where there are any, then what the output is multiplied with, then the products.
     let tiles_f = generic_to_shared::<u32>(shared_x.as_ptr());
     let tiles_x = tiles_f + comptime!((plan.factors() as usize * plan.warpgroups * PANEL) as u32);
-    let tiles_p = tiles_x + narrow;
+    let tiles_p = tiles_x + comptime!((plan.warpgroups * PANEL) as u32);
     let barrier = generic_to_shared::<u64>(barriers.as_ptr());
     let ring = Ring::new(barrier, comptime!(stages as u32));
     let ring_x = Ring::new(barrier + comptime!(16 * stages as u32), 1u32);
@@ -117,99 +120,20 @@ pub(super) fn walk(
     let warpgroup = UNIT_POS / 128u32;
     let warp = (UNIT_POS % 128u32) / 32u32;
     let lane = UNIT_POS % 32u32;
-    let mut step = 0u32;
-    let mut index = CUBE_POS_X;
     if warpgroup == comptime!(warpgroups as u32) {
         give_registers(40u32);
         if warp == 0u32 {
             if lane == 0u32 {
-                let map_q = tensor_map_address(q);
-                let map_k = tensor_map_address(k);
-                let map_v = tensor_map_address(v);
-                while index < work {
-                    let p = place(index, table, heads, plan);
-                    let channel = p.slice * comptime!(64 * warpgroups as u32);
-                    for i in 0..p.chunks {
-                        let chunk = chunk_at(i, p.chunks, plan);
-                        let parts = parts_of(levels, &p, chunk, heads, plan);
-                        let spans = spans_of(&p, chunk, parts, plan);
-                        for n in 0..spans {
-                            let token = p.start + span_at(&p, chunk, n, parts, spans, plan).start;
-                            ring.wait_room(step);
-                            let full = ring.full(step);
-                            let stage = ring.stage(step);
-                            barrier_expect(full, comptime!(plan.stage_bytes() as u32));
-                            load_tile(tiles_q + stage * wide, map_q, 0u32, p.head, token, full, panels);
-                            load_tile(tiles_k + stage * wide, map_k, 0u32, p.head, token, full, panels);
-                            load_tile(tiles_v + stage * narrow, map_v, channel, p.head, token, full, warpgroups);
-                            step += 1u32;
-                        }
-                    }
-                    index += CUBE_COUNT_X;
-                }
+                let maps = (tensor_map_address(q), tensor_map_address(k), tensor_map_address(v));
+                load_tensors(&ring, (tiles_q, tiles_k, tiles_v), maps, table, levels, work, heads, false, plan);
             }
         } else if warp == 1u32 {
-            while index < work {
-                let p = place(index, table, heads, plan);
-                for i in 0..p.chunks {
-                    let chunk = chunk_at(i, p.chunks, plan);
-                    let parts = parts_of(levels, &p, chunk, heads, plan);
-                    let spans = spans_of(&p, chunk, parts, plan);
-                    for n in 0..spans {
-                        ring.wait_room(step);
-                        let to = (ring.stage(step) * comptime!(plan.decays() as u32)) as usize;
-                        if comptime!(plan.by_key()) {
-                            let span = span_at(&p, chunk, n, parts, spans, plan);
-                            factors_of_span(
-                                vectors,
-                                gates,
-                                &mut shared_g,
-                                to,
-                                &p,
-                                chunk,
-                                parts,
-                                &span,
-                                heads,
-                                lane,
-                                plan,
-                            );
-                        } else {
-                            decays_of_chunk(g, &mut shared_g, to, &p, chunk, heads, lane, plan);
-                        }
-                        barrier_arrive(ring.full(step));
-                        step += 1u32;
-                    }
-                }
-                index += CUBE_COUNT_X;
-            }
+            load_decays(&ring, &mut shared_g, g, gates, vectors, weights, table, levels, work, heads, lane, plan);
         } else if warp == 2u32 {
             if comptime!(plan.extra_panels() > 0) {
                 if lane == 0u32 {
-                    let map_x = tensor_map_address(x);
-                    let map_f = tensor_map_address(factors);
-                    while index < work {
-                        let p = place(index, table, heads, plan);
-                        let channel = p.slice * comptime!(64 * warpgroups as u32);
-                        for i in 0..p.chunks {
-                            let chunk = chunk_at(i, p.chunks, plan);
-                            let parts = parts_of(levels, &p, chunk, heads, plan);
-                            let spans = spans_of(&p, chunk, parts, plan);
-                            for n in 0..spans {
-                                let token = p.start + span_at(&p, chunk, n, parts, spans, plan).start;
-                                let full = ring_x.full(step);
-                                ring_x.wait_room(step);
-                                barrier_expect(full, comptime!(plan.extra_bytes() as u32));
-                                if comptime!(plan.factors()) {
-                                    load_tile(tiles_f, map_f, channel, p.head, token, full, warpgroups);
-                                }
-                                if comptime!(plan.dots()) {
-                                    load_tile(tiles_x, map_x, channel, p.head, token, full, warpgroups);
-                                }
-                                step += 1u32;
-                            }
-                        }
-                        index += CUBE_COUNT_X;
-                    }
+                    let maps = (tensor_map_address(factors), tensor_map_address(x));
+                    load_factors(&ring_x, (tiles_f, tiles_x), maps, table, levels, work, heads, plan);
                 }
             }
         }
@@ -226,6 +150,8 @@ pub(super) fn walk(
         let p0 = tiles_p + warpgroup * comptime!(PANEL as u32);
         let map_p = tensor_map_address(products);
         let id = warpgroup + 1u32;
+        let mut step = 0u32;
+        let mut index = CUBE_POS_X;
         while index < work {
             let p = place(index, table, heads, plan);
             let panel = p.slice * comptime!(warpgroups as u32) + warpgroup;
@@ -242,7 +168,10 @@ pub(super) fn walk(
                     let stage = ring.stage(step);
                     let q0 = tiles_q + stage * wide;
                     let k0 = tiles_k + stage * wide;
-                    let v0 = tiles_v + stage * narrow + warpgroup * comptime!(PANEL as u32);
+                    let v0 = tiles_v
+                        + stage * narrow
+                        + warpgroup * comptime!(plan.value_panel() as u32)
+                        + comptime!(128 * plan.rows_before() as u32);
                     let g0 = (stage * comptime!(plan.decays() as u32)) as usize;
                     // The scores, while the state goes to shared memory as an operand.
                     fence();
@@ -252,7 +181,7 @@ pub(super) fn walk(
                         mma_shared(SCORES, k_major(q0, CHUNK, n), k_major(k0, CHUNK, n), keep, false, false);
                     }
                     commit();
-                    if comptime!(plan.by_key()) {
+                    if comptime!(plan.by_channel()) {
                         if comptime!(plan.roles.borders == Borders::Write) {
                             if n + 1u32 == spans {
                                 write_border(borders, &p, chunk, panel, heads, unit, state, plan);
@@ -295,7 +224,7 @@ pub(super) fn walk(
                         }
                         commit();
                     }
-                    if comptime!(!plan.by_key()) {
+                    if comptime!(!plan.by_channel()) {
                         if comptime!(plan.roles.borders == Borders::Write) {
                             write_border(borders, &p, chunk, panel, heads, unit, state, plan);
                         }
@@ -311,8 +240,9 @@ pub(super) fn walk(
                     }
                     // Decayed scores, as the left operand of their product with the values.
                     let mut own = (f32::new(0.0), f32::new(0.0));
-                    if comptime!(plan.by_key()) {
-                        own = masked_scores(row, lane, count, out_scale, plan);
+                    if comptime!(plan.by_channel()) {
+                        let at = g0 + comptime!(2 * plan.decay_channels());
+                        own = masked_scores(&shared_g, at, row, lane, count, out_scale, plan);
                     } else {
                         decayed_scores(&shared_g, g0, row, lane, count, out_scale, plan);
                     }
@@ -325,7 +255,7 @@ pub(super) fn walk(
                         }
                         commit();
                     }
-                    if comptime!(plan.by_key()) {
+                    if comptime!(plan.by_channel()) {
                         plain_values(v0, count, warp, lane);
                         wait(0u32);
                         #[unroll]
@@ -353,16 +283,19 @@ pub(super) fn walk(
                             scale(out, n, if comptime!(n / 2 % 2 == 0) { e_low } else { e_high });
                         }
                     }
-                    let token = p.start + span.start;
+                    // Where the first row's output stands, and its products by channel.
+                    let token = token_at(p.start + span.start, &p, plan.out_rows(), plan);
+                    let prepared = token_at(p.start + span.start, &p, Rows::Prepared, plan);
+                    let kept = kept_rows(&p, &span, plan);
                     if comptime!(plan.extra_panels() > 0) {
                         ring_x.wait_full(step);
                     }
-                    if comptime!(!plan.by_key() && plan.roles.borders == Borders::Multiply) {
+                    if comptime!(!plan.by_channel() && plan.roles.borders == Borders::Multiply) {
                         // What the state alone contributes.
                         let later = comptime!(plan.outer_panels() as u32) + panel;
                         row_products(x0, dots, later * tokens + token, p.head, heads, row, lane, count, plan);
                     }
-                    if comptime!(plan.by_key() && plan.roles.borders == Borders::Multiply) {
+                    if comptime!(plan.by_channel() && plan.roles.borders == Borders::Multiply) {
                         if n == 0u32 {
                             sum_inter(ends, &p, chunk, panel, heads, x0, row, warp, lane, count, plan);
                         }
@@ -379,8 +312,12 @@ pub(super) fn walk(
                     }
                     commit();
                     wait(1u32);
-                    if comptime!(!plan.by_key() && plan.dots()) {
+                    if comptime!(!plan.by_channel() && plan.dots()) {
                         row_products(x0, dots, panel * tokens + token, p.head, heads, row, lane, count, plan);
+                    }
+                    if comptime!(plan.owns()) {
+                        let at = g0 + comptime!(2 * plan.decay_channels());
+                        add_beside(&shared_g, at, v0, row, lane, count, out_scale, plan);
                     }
                     let mut products_scale = f32::new(1.0);
                     if comptime!(plan.factors() && plan.dots()) {
@@ -390,8 +327,14 @@ pub(super) fn walk(
                             let to = border_at(&p, chunk, panel, heads, plan) * comptime!(CHUNK as u32) + first;
                             products_scale = products_of_span(product_scales, to, x0, row, lane, count, plan);
                         }
+                        if comptime!(plan.roles.borders == Borders::Multiply) {
+                            if n == 0u32 {
+                                let scale = products_scale + 0.0f32;
+                                sum_rounding(ends, &p, chunk, panel, heads, scale, row, warp, lane, count, plan);
+                            }
+                        }
                     }
-                    if count == comptime!(CHUNK as u32) {
+                    if whole(kept, count) {
                         if comptime!(plan.factors()) {
                             write_factored(
                                 rows,
@@ -402,11 +345,12 @@ pub(super) fn walk(
                                 f0,
                                 v0,
                                 own,
-                                0u32,
+                                (u32::new(0), u32::new(0)),
                                 channel,
                                 1u32,
                                 row,
                                 lane,
+                                kept,
                                 count,
                                 true,
                                 plan,
@@ -419,7 +363,7 @@ pub(super) fn walk(
                         if elected {
                             store_3d(o0, map_o, channel, p.head, token);
                             if comptime!(plan.factors() && plan.dots()) {
-                                store_3d(p0, map_p, channel, p.head, token);
+                                store_3d(p0, map_p, channel, p.head, prepared);
                             }
                             commit_stores();
                         }
@@ -434,17 +378,18 @@ pub(super) fn walk(
                                 f0,
                                 v0,
                                 own,
-                                token * heads + p.head,
+                                (token * heads + p.head, prepared * heads + p.head),
                                 channel,
                                 heads,
                                 row,
                                 lane,
+                                kept,
                                 count,
                                 false,
                                 plan,
                             );
                         } else {
-                            write_rows(rows, token, p.head, heads, channel, row, lane, count, plan);
+                            write_rows(rows, token, p.head, heads, channel, row, lane, kept, plan);
                         }
                         sync_warpgroup(id, 128u32);
                     }
@@ -454,7 +399,7 @@ pub(super) fn walk(
                         }
                     }
                     wait(0u32);
-                    if comptime!(plan.by_key()) {
+                    if comptime!(plan.by_channel()) {
                         let after = g0 + comptime!(plan.decay_channels());
                         scale_state(&shared_g, after, panel, row, lane, plan);
                         // The factors are read by all.
@@ -473,4 +418,11 @@ pub(super) fn walk(
             wait_stores_read(0u32);
         }
     }
+}
+
+/// Whether all rows of a span of `count` are kept, and it is a whole chunk.
+#[cube]
+fn whole(kept: (u32, u32), count: u32) -> bool {
+    let (first, end) = kept;
+    first == 0u32 && end == count && count == comptime!(CHUNK as u32)
 }

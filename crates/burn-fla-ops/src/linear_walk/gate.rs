@@ -40,7 +40,8 @@ pub(super) fn end_products(
 /// With a decay by value, q is the gradient of the outputs and dq the outputs, k the values and dk their gradient.
 ///
 /// With `exclusive`, where the state is read before the token, it is `⟨S_e, Z_e⟩ + Σ_{s > t} q_s dq_s − Σ_{s ≥ t} k_s dk_s`
-/// of the gradients without a token's own part; that of t, which both sums then have but for one, comes in `dg`.
+/// of the gradients without what has not decayed: a token's own part, and that of neighbours in the chunk, which are in both sums
+/// or in neither. With decays down to e^-30 their rounding alone was 1e-5 of the gradient.
 ///
 /// `dq` and `dk` are f32 as the walks summed them: from rounded ones the errors of a whole chunk would add up.
 #[cube(launch, address_type = "dynamic")]
@@ -73,7 +74,7 @@ pub(super) fn gate_gradient<E: Float>(
         let written = f32::cast_from(k[at]) * dk[at];
         if comptime!(exclusive) {
             sum -= written;
-            dg[at] += sum;
+            dg[at] = sum;
             sum += read;
         } else {
             sum += read - written;
@@ -95,13 +96,14 @@ pub(crate) fn sum_channels(x: &[f32], out: &mut [f32], count: usize, #[comptime]
     out[ABSOLUTE_POS] = sum;
 }
 
-/// `scale · do_t · v_t`, by which a token's own key and query are weighted in each other's gradient: one unit a token and
-/// head.
+/// `w_t = scale · do_t · v_t`, by which a token's own key and query are weighted in each other's gradient, and after them `w'_t =
+/// scale · do_t · v_{t−1}`, the same of its query and the key before it: one unit a token and head.
 #[cube(launch, address_type = "dynamic")]
-pub(super) fn own_weights<E: Float>(
+pub(super) fn pair_weights<E: Float>(
     grad: &[E],
     v: &[E],
     out: &mut [f32],
+    heads: usize,
     count: usize,
     scale: f32,
     #[comptime] values: usize,
@@ -110,23 +112,68 @@ pub(super) fn own_weights<E: Float>(
     if ABSOLUTE_POS >= count {
         terminate!();
     }
-    let mut sum = f32::new(0.0);
+    // The first token of all has none before it: what stands there for it is not used.
+    let before = max(ABSOLUTE_POS, heads) - heads;
+    let mut own = f32::new(0.0);
+    let mut other = f32::new(0.0);
     for c in 0..values {
-        sum += f32::cast_from(grad[ABSOLUTE_POS * values + c]) * f32::cast_from(v[ABSOLUTE_POS * values + c]);
+        let given = f32::cast_from(grad[ABSOLUTE_POS * values + c]);
+        own += given * f32::cast_from(v[ABSOLUTE_POS * values + c]);
+        other += given * f32::cast_from(v[before * values + c]);
     }
-    out[ABSOLUTE_POS] = sum * scale;
+    out[ABSOLUTE_POS] = own * scale;
+    out[count + ABSOLUTE_POS] = other * scale;
 }
 
-/// What a bonus u has of its own, with the weights w of [`own_weights`]: `q_t ∘ u ∘ k_t w_t`, the part of both `q_t ∘ dq_t` and
-/// `k_t ∘ dk_t`, and its gradient `Σ_t q_t ∘ k_t w_t` over each chunk, `[chunks, H, K]`. One unit a chunk and channel.
+/// What has not decayed in the gradient of the queries, `w_t u ∘ k_t + w'_t k_{t−1}`, or with `of_keys` in that of the keys, `w_t u ∘
+/// q_t + w'_{t+1} q_{t+1}`, added to the rest `y` of it; the second of them inside a chunk alone. `x` are the keys, or the queries.
+/// One unit a chunk and channel.
 #[cube(launch, address_type = "dynamic")]
-pub(super) fn own_parts<E: Float>(
-    q: &[E],
-    k: &[E],
+pub(super) fn add_undecayed<E: Float>(
+    x: &[E],
+    y: &[f32],
     weights: &[f32],
     bonus: &[f32],
     table: &[i32],
-    parts: &mut [f32],
+    out: &mut [E],
+    heads: usize,
+    tokens: usize,
+    count: usize,
+    #[comptime] keys: usize,
+    #[comptime] of_keys: bool,
+    #[define(E)] _dtype: ElemType,
+) {
+    if ABSOLUTE_POS >= count {
+        terminate!();
+    }
+    let head = (ABSOLUTE_POS / keys) % heads;
+    let chunk = ABSOLUTE_POS / keys / heads;
+    let start = table[chunk * comptime!(CHUNK_WORDS) + 1] as usize;
+    let len = table[chunk * comptime!(CHUNK_WORDS) + 2] as usize;
+    let factor = bonus[head * keys + ABSOLUTE_POS % keys];
+    // The value of the token before, against time the one after it.
+    let mut other = f32::new(0.0);
+    for n in 0..len {
+        let i = if comptime!(of_keys) { len - 1 - n } else { n };
+        let row = (start + i) * heads + head;
+        let at = row * keys + ABSOLUTE_POS % keys;
+        let value = f32::cast_from(x[at]);
+        let mut weight = f32::new(0.0);
+        if n > 0 {
+            weight = weights[tokens * heads + if comptime!(of_keys) { row + heads } else { row + 0 }];
+        }
+        out[at] = E::cast_from(y[at] + weights[row] * factor * value + weight * other);
+        other = value;
+    }
+}
+
+/// The gradient of a bonus, `Σ_t q_t ∘ k_t w_t` over each chunk, `[chunks, H, K]`. One unit a chunk and channel.
+#[cube(launch, address_type = "dynamic")]
+pub(super) fn bonus_gradient<E: Float>(
+    q: &[E],
+    k: &[E],
+    weights: &[f32],
+    table: &[i32],
     sums: &mut [f32],
     heads: usize,
     count: usize,
@@ -140,14 +187,11 @@ pub(super) fn own_parts<E: Float>(
     let chunk = ABSOLUTE_POS / keys / heads;
     let start = table[chunk * comptime!(CHUNK_WORDS) + 1] as usize;
     let len = table[chunk * comptime!(CHUNK_WORDS) + 2] as usize;
-    let factor = bonus[head * keys + ABSOLUTE_POS % keys];
     let mut sum = f32::new(0.0);
     for i in 0..len {
         let row = (start + i) * heads + head;
         let at = row * keys + ABSOLUTE_POS % keys;
-        let part = f32::cast_from(q[at]) * f32::cast_from(k[at]) * weights[row];
-        parts[at] = part * factor;
-        sum += part;
+        sum += f32::cast_from(q[at]) * f32::cast_from(k[at]) * weights[row];
     }
     sums[ABSOLUTE_POS] = sum;
 }

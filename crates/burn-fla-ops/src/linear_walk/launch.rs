@@ -70,7 +70,7 @@ impl LinearWalk {
 
     fn plan(&self, roles: &Roles<'_>) -> WalkPlan {
         let plan = WalkPlan::new(self.decay, self.keys, self.values, roles.rows_are_values, roles.against_time);
-        WalkPlan { exclusive: self.has_bonus, ..plan }
+        WalkPlan { exclusive: self.has_bonus, delayed: self.has_bonus && !roles.rows_are_values, ..plan }
     }
 
     /// The bonus among the inputs, or another buffer that is not read.
@@ -194,7 +194,6 @@ impl LinearWalk {
         [forward, backward]: [&CubeTensor; 2],
         table: &CubeTensor,
         like: &CubeTensor,
-        own: Option<CubeTensor>,
     ) -> CubeTensor {
         let client = &q.client;
         let by_value = self.decay == DecayKind::Value;
@@ -216,8 +215,7 @@ impl LinearWalk {
             self.values,
             by_value,
         );
-        let exclusive = own.is_some();
-        let by_channel = own.unwrap_or_else(|| alloc(q, q.meta.shape().dims::<4>(), DType::F32));
+        let by_channel = alloc(q, q.meta.shape().dims::<4>(), DType::F32);
         gate::gate_gradient::launch(
             client,
             flat(count),
@@ -233,7 +231,7 @@ impl LinearWalk {
             self.heads,
             count,
             channels,
-            exclusive,
+            self.has_bonus,
             storage(q.dtype),
         );
         if matches!(self.decay, DecayKind::Key | DecayKind::Value) {
@@ -255,51 +253,73 @@ impl LinearWalk {
     }
 }
 
-/// What [`gate::own_parts`] says.
-pub(super) struct Own {
-    pub(super) parts: CubeTensor,
-    /// The gradient of the bonus.
-    pub(super) grad: CubeTensor,
-}
-
 impl LinearWalk {
-    pub(super) fn own(&self, [q, k, v, grad_o]: [&CubeTensor; 4], bonus: &CubeTensor, table: &CubeTensor) -> Own {
-        let weights = alloc(q, [self.tokens, self.heads], DType::F32);
+    /// [`gate::pair_weights`].
+    pub(super) fn pair_weights(&self, grad_o: &CubeTensor, v: &CubeTensor) -> CubeTensor {
+        let weights = alloc(v, [2, self.tokens, self.heads], DType::F32);
         let count = self.tokens * self.heads;
-        gate::own_weights::launch(
-            &q.client,
+        gate::pair_weights::launch(
+            &v.client,
             flat(count),
             CubeDim::new_1d(FLAT_UNITS),
             self.address(),
             grad_o.clone().into_buffer_arg(),
             v.clone().into_buffer_arg(),
             weights.clone().into_buffer_arg(),
+            self.heads,
             count,
             self.scale,
             self.values,
             storage(v.dtype),
         );
-        let parts = alloc(q, q.meta.shape().dims::<4>(), DType::F32);
+        weights
+    }
+
+    /// [`gate::add_undecayed`].
+    pub(super) fn add_undecayed(&self, [x, y, weights, bonus, table]: [&CubeTensor; 5], of_keys: bool) -> CubeTensor {
+        let out = alloc(x, x.meta.shape().dims::<4>(), x.dtype);
+        let count = self.chunks * self.heads * self.keys;
+        gate::add_undecayed::launch(
+            &x.client,
+            flat(count),
+            CubeDim::new_1d(FLAT_UNITS),
+            self.address(),
+            x.clone().into_buffer_arg(),
+            y.clone().into_buffer_arg(),
+            weights.clone().into_buffer_arg(),
+            bonus.clone().into_buffer_arg(),
+            table.clone().into_buffer_arg(),
+            out.clone().into_buffer_arg(),
+            self.heads,
+            self.tokens,
+            count,
+            self.keys,
+            of_keys,
+            storage(x.dtype),
+        );
+        out
+    }
+
+    /// The gradient of the bonus.
+    pub(super) fn bonus_gradient(&self, [q, k, weights, table]: [&CubeTensor; 4]) -> CubeTensor {
         let sums = alloc(q, [self.chunks, self.heads * self.keys], DType::F32);
         let count = self.chunks * self.heads * self.keys;
-        gate::own_parts::launch(
+        gate::bonus_gradient::launch(
             &q.client,
             flat(count),
             CubeDim::new_1d(FLAT_UNITS),
             self.address(),
             q.clone().into_buffer_arg(),
             k.clone().into_buffer_arg(),
-            weights.into_buffer_arg(),
-            bonus.clone().into_buffer_arg(),
+            weights.clone().into_buffer_arg(),
             table.clone().into_buffer_arg(),
-            parts.clone().into_buffer_arg(),
             sums.clone().into_buffer_arg(),
             self.heads,
             count,
             self.keys,
             storage(q.dtype),
         );
-        Own { parts, grad: sum_rows(&sums, 0, [self.heads, self.keys]) }
+        sum_rows(&sums, 0, [self.heads, self.keys])
     }
 }
 

@@ -78,23 +78,28 @@ impl Operator for LinearWalk {
             let roles = Roles { a: &v, b: &k, rows_are_values: true, against_time: false, in_scale: 1.0 };
             self.read_out(&roles, &q, &g, &table, [&borders, &bonus], self.scale, DType::F32)
         });
-        let own = self.has_bonus.then(|| self.own([&q, &k, &v, &grad_o], &bonus, &table));
-        let (parts, grad_bonus) = own.map(|own| (own.parts, own.grad)).unzip();
         let (states, given) = ([&borders, &grad_borders], &inputs[3]);
         let dg = match (&dq, &dk, &o, &dv) {
-            (_, _, Some(o), Some(dv)) => Some(self.gate_gradient([&grad_o, &v, o, dv], states, &table, given, None)),
+            (_, _, Some(o), Some(dv)) => Some(self.gate_gradient([&grad_o, &v, o, dv], states, &table, given)),
             (Some(dq), Some(dk), _, _) if with_keys => {
-                Some(self.gate_gradient([&q, &k, dq, dk], states, &table, given, parts))
+                Some(self.gate_gradient([&q, &k, dq, dk], states, &table, given))
             }
             _ => None,
         };
-        let mut result = [(dq, &q), (dk, &k), (dv, &v)].map(|(x, like)| x.map(|x| cast(x, like.dtype))).to_vec();
-        result.push(dg);
+        let weights = self.has_bonus.then(|| self.pair_weights(&grad_o, &v));
+        let (dq, dk) = match &weights {
+            None => (dq.map(|x| cast(x, q.dtype)), dk.map(|x| cast(x, k.dtype))),
+            Some(weights) => (
+                dq.map(|y| self.add_undecayed([&k, &y, weights, &bonus, &table], false)),
+                dk.map(|y| self.add_undecayed([&q, &y, weights, &bonus, &table], true)),
+            ),
+        };
+        let mut result = vec![dq, dk, dv.map(|x| cast(x, v.dtype)), dg];
         if self.has_state {
             result.push(Some(grad_first));
         }
-        if self.has_bonus {
-            result.push(grad_bonus);
+        if let Some(weights) = &weights {
+            result.push(Some(self.bonus_gradient([&q, &k, weights, &table])));
         }
         result
     }

@@ -53,6 +53,9 @@ pub(super) struct WalkPlan {
     pub(super) against_time: bool,
     /// Read out before decaying and adding, with a bonus for what is added.
     pub(super) exclusive: bool,
+    /// Beside it: outputs without the token's own part, and without that of the token just before it in a chunk, which has
+    /// not decayed either. It is added after that one was read past.
+    pub(super) delayed: bool,
     pub(super) axis: DecayAxis,
     /// Rows a cube.
     pub(super) tile: usize,
@@ -79,8 +82,8 @@ impl WalkPlan {
         let tile = rows.min(MAX_UNITS / parts).clamp(1, 128);
         let stride = parts * per_unit;
         let block = SHARED_FLOATS / (3 * stride + parts * tile);
-        let (block, exclusive) = (block.clamp(1, 32), false);
-        Self { rows, inner, rows_are_values, against_time, exclusive, axis, tile, parts, per_unit, block }
+        let (block, exclusive, delayed) = (block.clamp(1, 32), false, false);
+        Self { rows, inner, rows_are_values, against_time, exclusive, delayed, axis, tile, parts, per_unit, block }
     }
 
     /// Distance of two tokens' inner vectors in shared memory: filled up so that every unit has `per_unit` channels.

@@ -43,6 +43,40 @@ fn place(table: &[i32], heads: usize, #[comptime] plan: WalkPlan) -> Place {
     }
 }
 
+/// Copies the inner vectors of `count` tokens of `chunk`, from `token` on, into shared memory, filled up with zeros to the stride;
+/// with `plan.delayed` those of the tokens walked just before them, which the chunk's first has not.
+#[cube]
+fn load_added<E: Float>(
+    from: &[E],
+    to: &mut [f32],
+    token: usize,
+    count: usize,
+    chunk: &Place,
+    heads: usize,
+    #[comptime] plan: WalkPlan,
+) {
+    let stride = comptime!(plan.stride());
+    let inner = comptime!(plan.inner);
+    for i in range_stepped(UNIT_POS as usize, count * stride, comptime!(plan.units())) {
+        let channel = i % stride;
+        let added = before(token + i / stride, chunk, plan);
+        let at = (added * heads + chunk.head) * inner + channel;
+        to[i] = if channel < inner { f32::cast_from(from[at]) } else { f32::new(0.0) };
+    }
+}
+
+/// The token that is added where `token` is read; the chunk's first one, which adds nothing, where it is that one.
+#[cube]
+fn before(token: usize, chunk: &Place, #[comptime] plan: WalkPlan) -> usize {
+    if comptime!(!plan.delayed) {
+        token + 0
+    } else if comptime!(plan.against_time) {
+        min(token + 1, chunk.start + chunk.len - 1)
+    } else {
+        max(token, chunk.start + 1) - 1
+    }
+}
+
 /// Copies the inner vectors of `count` tokens from `token` on into shared memory, filled up with zeros to the stride.
 #[cube]
 fn load<E: Float>(
@@ -191,6 +225,7 @@ pub(super) fn local_state<E: Float>(
 ///
 /// With `plan.exclusive` they are read before the token, `y_t = out_scale · (X + in_scale a_t (u ∘ b_t)ᵀ) c_t`, and then with
 /// time and against it `X ← decay ∘ X + in_scale a_t b_tᵀ`. `bonus`, u, is that of each key channel, on whichever side it is.
+/// With `plan.delayed`, what has not decayed in an output is left out: the bonus, and what the step just before has added.
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn read_out<E: Float, Y: Float>(
     a: &[E],
@@ -258,7 +293,7 @@ pub(super) fn read_out<E: Float, Y: Float>(
         let first = if comptime!(plan.against_time) { (blocks - 1 - n) * block } else { n * block };
         let count = min(block, p.len - first);
         sync_cube();
-        load::<E>(b, &mut shared_b, p.start + first, count, p.head, heads, plan);
+        load_added::<E>(b, &mut shared_b, p.start + first, count, &p, heads, plan);
         load::<E>(c, &mut shared_c, p.start + first, count, p.head, heads, plan);
         if comptime!(plan.axis == DecayAxis::Inner) {
             load_decay(g, &mut shared_g, p.start + first, count, p.head, heads, plan);
@@ -269,14 +304,23 @@ pub(super) fn read_out<E: Float, Y: Float>(
                 let in_block = if comptime!(plan.against_time) { count - 1 - j } else { j };
                 let token = p.start + first + in_block;
                 let out = (token * heads + p.head) * comptime!(plan.rows) + p.row;
-                let value = f32::cast_from(a[out]) * in_scale;
+                let added = before(token, &p, plan);
+                let mut value = f32::cast_from(a[(added * heads + p.head) * comptime!(plan.rows) + p.row]) * in_scale;
+                if comptime!(plan.delayed) {
+                    if added == token {
+                        value = f32::new(0.0);
+                    }
+                }
                 let decay = row_decay(g, token, p.head, p.row, heads, plan);
                 let at = in_block * stride + p.part * per_unit;
                 let mut sum = f32::new(0.0);
                 #[unroll]
                 for i in 0..per_unit {
                     let d = if comptime!(plan.axis == DecayAxis::Inner) { shared_g[at + i] } else { decay };
-                    if comptime!(plan.exclusive) {
+                    if comptime!(plan.delayed) {
+                        sum += x[i] * shared_c[at + i];
+                        x[i] = (x[i] + value * shared_b[at + i]) * d;
+                    } else if comptime!(plan.exclusive) {
                         let added = value * shared_b[at + i];
                         sum += (x[i] + own[i] * added) * shared_c[at + i];
                         x[i] = x[i] * d + added;

@@ -5,9 +5,9 @@ use cubecl::prelude::*;
 use super::outputs::{rows_at, store_block};
 use super::parts::{band_at, band_in_tile};
 use super::plan::{LEFT, MmaPlan, RIGHT};
-use crate::hopper_walk::key::{ends_at, factor_of};
 use crate::hopper_walk::parts::Place;
 use crate::hopper_walk::plan::CHUNK;
+use crate::hopper_walk::products::{ends_at, factor_of};
 use crate::tile::mma::{
     bf16_high, bf16_low, column_of, copy_16, load, pack_half_word, read, scale, unit_again, word, write,
 };
@@ -16,7 +16,7 @@ use crate::tile::mma::{
 /// contribution, then after it.
 #[cube]
 pub(super) fn load_factors(to: u32, vectors: u64, at: u32, #[comptime] plan: MmaPlan) {
-    let keys = comptime!(plan.walk.keys() as u32);
+    let keys = comptime!(plan.walk.decaying() as u32);
     let channels = comptime!(plan.walk.decay_channels() as u32);
     let pieces = comptime!(channels / 4);
     let mut piece = unit_again();
@@ -33,7 +33,7 @@ pub(super) fn load_factors(to: u32, vectors: u64, at: u32, #[comptime] plan: Mma
 /// Multiplies the state with `factors[at..]`, a number for each key channel.
 #[cube]
 pub(super) fn scale_states(factors: &[f32], at: usize, place: &Place, warp: u32, lane: u32, #[comptime] plan: MmaPlan) {
-    if comptime!(plan.walk.roles.outer_is_value) {
+    if comptime!(!plan.walk.factors()) {
         #[unroll]
         for j in 0..comptime!(2 * plan.steps()) {
             let channel = at + column_of(lane, comptime!(4 * j)) as usize;

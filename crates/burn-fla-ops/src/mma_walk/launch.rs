@@ -6,7 +6,7 @@ use cubecl::prelude::{CubeCount, CubeDim};
 use super::plan::MmaPlan;
 use super::{segments, walk};
 use crate::bridge::{CubeTensor, alloc};
-use crate::hopper_walk::operator::{Decays, Gate, HopperWalk, Walk};
+use crate::hopper_walk::launch::{Decays, Gate, HopperWalk, Walk};
 use crate::hopper_walk::plan::WalkPlan;
 use crate::tile::hopper::words;
 
@@ -28,7 +28,7 @@ impl HopperWalk {
         let out = alloc(w.v, w.v.meta.shape().dims::<4>(), w.v.dtype);
         let last = if w.last { alloc(g, self.state_shape(), DType::F32) } else { unused.clone() };
         let products = gate.map_or(&unused, |gate| &gate.products);
-        let by_key = shape.by_key();
+        let by_key = shape.by_channel();
         // SAFETY: as in `walk`.
         unsafe {
             walk::walk::launch_unchecked(
@@ -84,7 +84,7 @@ impl HopperWalk {
                 CubeDim::new_1d(plan.units() as u32),
                 words(w.k),
                 words(w.v),
-                if plan.walk.by_key() { unused } else { g.clone() }.into_buffer_arg(),
+                if plan.walk.by_channel() { unused } else { g.clone() }.into_buffer_arg(),
                 words(g),
                 decays.vectors.clone().into_buffer_arg(),
                 decays.levels.clone().into_buffer_arg(),

@@ -90,10 +90,10 @@ pub(super) fn load_early(
             units,
         );
     }
-    if comptime!(shape.by_key()) {
+    if comptime!(shape.by_channel()) {
         if parts == 1u32 {
             let to = shared_g + (step % 2u32) * comptime!(plan.decays() as u32 * 4);
-            let at = ((place.border + chunk) * heads + head) * comptime!(2 * shape.keys() as u32);
+            let at = ((place.border + chunk) * heads + head) * comptime!(2 * shape.decaying() as u32);
             load_factors(to, address_of(vectors), at, plan);
         }
     }

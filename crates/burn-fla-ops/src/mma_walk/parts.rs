@@ -116,14 +116,14 @@ pub(super) fn write_scores(
         let mut own_low = f32::new(0.0);
         let mut own_high = f32::new(0.0);
         let g_row = g0 + row as usize;
-        let g_low = if comptime!(plan.walk.by_key()) { f32::new(0.0) } else { decays[g_row] };
-        let g_high = if comptime!(plan.walk.by_key()) { f32::new(0.0) } else { decays[g_row + 8] };
+        let g_low = if comptime!(plan.walk.by_channel()) { f32::new(0.0) } else { decays[g_row] };
+        let g_high = if comptime!(plan.walk.by_channel()) { f32::new(0.0) } else { decays[g_row + 8] };
         #[unroll]
         for j in 0..comptime!(2 * groups) {
             let column = first * 16u32 + comptime!(8 * j as u32) + (lane % 4u32) * 2u32;
             let g_column = g0 + column as usize;
-            let g_a = if comptime!(plan.walk.by_key()) { f32::new(0.0) } else { decays[g_column] };
-            let g_b = if comptime!(plan.walk.by_key()) { f32::new(0.0) } else { decays[g_column + 1] };
+            let g_a = if comptime!(plan.walk.by_channel()) { f32::new(0.0) } else { decays[g_column] };
+            let g_b = if comptime!(plan.walk.by_channel()) { f32::new(0.0) } else { decays[g_column + 1] };
             #[unroll]
             for half in 0..2usize {
                 let row = row + comptime!(8 * half as u32);
@@ -131,7 +131,7 @@ pub(super) fn write_scores(
                 let a = read(SCORES, i) * out_scale;
                 let b = read(SCORES, comptime!(i + 1)) * out_scale;
                 let at = comptime!(2 * j + half);
-                if comptime!(plan.walk.by_key()) {
+                if comptime!(plan.walk.by_channel()) {
                     if comptime!(plan.walk.factors()) {
                         let found = select(column == row, a, select(column + 1u32 == row, b, 0.0f32));
                         if comptime!(half == 0) {
@@ -214,8 +214,9 @@ pub(super) fn scale_outputs(
     let from = g0 + comptime!(OF_OUTPUTS + half * plan.half_groups() * 16) + (lane % 4u32 * 2u32) as usize;
     #[unroll]
     for j in 0..comptime!(2 * plan.half_groups()) {
-        let even = if comptime!(plan.walk.by_key()) { out_scale * 1.0f32 } else { decays[from + comptime!(8 * j)] };
-        let odd = if comptime!(plan.walk.by_key()) { out_scale * 1.0f32 } else { decays[from + comptime!(8 * j + 1)] };
+        let even = if comptime!(plan.walk.by_channel()) { out_scale * 1.0f32 } else { decays[from + comptime!(8 * j)] };
+        let odd =
+            if comptime!(plan.walk.by_channel()) { out_scale * 1.0f32 } else { decays[from + comptime!(8 * j + 1)] };
         #[unroll]
         for band in 0..comptime!(plan.bands) {
             let out = comptime!(plan.out(band));
@@ -267,7 +268,7 @@ pub(super) fn outputs_of_chunk(
 /// Decays the state over the chunk, where the decay is not by key, and adds what its tokens contribute.
 #[cube]
 pub(super) fn update_state(k: u32, v: u32, decays: &[f32], g0: usize, warp: u32, lane: u32, #[comptime] plan: MmaPlan) {
-    if comptime!(!plan.walk.by_key()) {
+    if comptime!(!plan.walk.by_channel()) {
         let decay = exp2(decays[g0 + 63]);
         #[unroll]
         for band in 0..comptime!(plan.bands) {
@@ -285,7 +286,7 @@ pub(super) fn update_state(k: u32, v: u32, decays: &[f32], g0: usize, warp: u32,
         #[unroll]
         for band in 0..comptime!(plan.bands) {
             load(LEFT, band, band_in_tile(v, warp, lane, band, plan), comptime!(step * 2048), true);
-            if comptime!(!plan.walk.by_key()) {
+            if comptime!(!plan.walk.by_channel()) {
                 #[unroll]
                 for i in 0..4usize {
                     let register = comptime!(4 * band + i);

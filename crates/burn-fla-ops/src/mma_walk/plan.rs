@@ -1,6 +1,6 @@
 //! What a walk is specialised on beside its [`WalkPlan`], and how it is chosen.
 
-use crate::hopper_walk::plan::{Axis, Borders, PANEL, Roles, WalkPlan};
+use crate::hopper_walk::plan::{Axis, Borders, KeyHeads, PANEL, Roles, WalkPlan};
 use crate::tile::mma::{Acc, Frag};
 
 /// Numbers of a chunk's decays: the running sum at each token, the factors of its outputs, and those of its values.
@@ -43,6 +43,8 @@ impl MmaPlan {
                 warpgroups,
                 stages,
                 axis,
+                exclusive: false,
+                key_heads: KeyHeads::Own,
                 wide_gates: true,
                 initial: false,
                 segmented: false,
@@ -129,7 +131,7 @@ impl MmaPlan {
 
     /// Numbers of a step's decays, see [`DECAYS`], or two vectors of factors by key.
     pub(super) fn decays(&self) -> usize {
-        if self.walk.by_key() { self.walk.decays() } else { DECAYS }
+        if self.walk.by_channel() { self.walk.decays() } else { DECAYS }
     }
 
     /// Shared memory of a cube.

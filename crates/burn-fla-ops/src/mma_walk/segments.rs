@@ -8,10 +8,9 @@ use super::loads::load_tile;
 use super::parts::{band_at, update_state, write_decays};
 use super::plan::{LEFT, MmaPlan, RIGHT};
 use crate::hopper_walk::key::factors_of_span;
-use crate::hopper_walk::parts::{
-    Place, Span, blob_at, chunk_at, decay_at, load_state, parts_of, place, span_at, spans_of,
-};
+use crate::hopper_walk::parts::{Place, Span, chunk_at, decay_at, parts_of, place, span_at, spans_of};
 use crate::hopper_walk::plan::WalkPlan;
+use crate::hopper_walk::states::{blob_at, load_state};
 use crate::tile::mma::{address_of, commit_copies, declare, declare_fragment, read, wait_copies};
 
 /// The state at the end of each segment, from the initial one where the walk enters its sequence, from zero elsewhere; and
@@ -94,7 +93,7 @@ pub(crate) fn segment_states(
             load_both(tile_k, tile_v, k, v, &span, &p, heads, plan);
             commit_copies();
             if warp == 0u32 {
-                if comptime!(shape.by_key()) {
+                if comptime!(shape.by_channel()) {
                     factors_of_span(vectors, gates, &mut decays, g0, &p, chunk, parts, &span, heads, lane, shape);
                     #[unroll]
                     for c in 0..comptime!(shape.decay_channels() / 32) {
@@ -109,20 +108,20 @@ pub(crate) fn segment_states(
             }
             wait_copies(0u32);
             sync_cube();
-            if comptime!(shape.by_key()) {
+            if comptime!(shape.by_channel()) {
                 scale_states(&decays, g0, &p, warp, lane, plan);
             } else {
                 total += decays[g0 + 63];
             }
             update_state(tile_k, tile_v, &decays, g0, warp, lane, plan);
-            if comptime!(shape.by_key()) {
+            if comptime!(shape.by_channel()) {
                 scale_states(&decays, g0 + comptime!(shape.decay_channels()), &p, warp, lane, plan);
             }
             step += 1u32;
         }
     }
     if p.slice == 0u32 {
-        if comptime!(shape.by_key()) {
+        if comptime!(shape.by_channel()) {
             if warp == 0u32 {
                 let to = (p.item * heads + p.head) * comptime!(shape.decay_channels() as u32) + lane;
                 #[unroll]

@@ -19,11 +19,11 @@ use super::parts::{
     band_at, outputs_of_chunk, outputs_of_state, scale_outputs, update_state, write_decays, write_scores,
 };
 use super::plan::{LEFT, MmaPlan, RIGHT, SCORES};
-use crate::hopper_walk::key::{factors_of_span, multiply_rows};
-use crate::hopper_walk::parts::{
-    chunk_at, decay_at, load_state, multiply_border, parts_of, place, span_at, spans_of, store_state, write_border,
-};
+use crate::hopper_walk::key::factors_of_span;
+use crate::hopper_walk::parts::{chunk_at, decay_at, parts_of, place, span_at, spans_of};
 use crate::hopper_walk::plan::{Borders, CHUNK};
+use crate::hopper_walk::products::multiply_rows;
+use crate::hopper_walk::states::{load_state, multiply_border, store_state, write_border};
 use crate::tile::mma::{address_of_mut, commit_copies, declare, declare_fragment, exp2, unit_again, wait_copies};
 
 #[cube(launch_unchecked)]
@@ -99,7 +99,7 @@ pub(crate) fn walk(
         parts = parts_of(levels, &p, chunk, heads, shape);
         spans = spans_of(&p, chunk, parts, shape);
         let span = span_at(&p, chunk, 0u32, parts, spans, shape);
-        if comptime!(!shape.by_key()) {
+        if comptime!(!shape.by_channel()) {
             if warp == 0u32 {
                 let low = decay_at(g, &p, chunk * comptime!(CHUNK as u32) + lane, heads, shape);
                 let high = decay_at(g, &p, chunk * comptime!(CHUNK as u32) + 32u32 + lane, heads, shape);
@@ -151,7 +151,7 @@ pub(crate) fn walk(
         let next_chunk = chunk_at(u32::min(next_i, p.chunks - 1u32), p.chunks, shape);
         let mut next_parts = parts + 0u32;
         let mut next_spans = spans + 0u32;
-        if comptime!(shape.by_key()) {
+        if comptime!(shape.by_channel()) {
             if last_span && follows {
                 next_parts = parts_of(levels, &p, next_chunk, heads, shape);
                 next_spans = spans_of(&p, next_chunk, next_parts + 0u32, shape);
@@ -161,7 +161,7 @@ pub(crate) fn walk(
         // Its log decays by token, which are summed up at the end of this step.
         let unit = unit_again();
         let (warp, lane) = (unit / 32u32, unit % 32u32);
-        let sums = comptime!(!shape.by_key()) && warp == 0u32 && follows;
+        let sums = comptime!(!shape.by_channel()) && warp == 0u32 && follows;
         let mut next_low = f32::new(0.0);
         let mut next_high = f32::new(0.0);
         if sums {
@@ -222,7 +222,7 @@ pub(crate) fn walk(
         let unit = unit_again();
         let (warp, lane) = (unit / 32u32, unit % 32u32);
         write_scores(tile_p, q0, k0, &decays, g0, &mut own, warp, lane, out_scale, plan);
-        if comptime!(shape.by_key()) {
+        if comptime!(shape.by_channel()) {
             #[unroll]
             for band in 0..bands {
                 let at = band_at(&p, warp, lane, band, plan);
@@ -263,7 +263,7 @@ pub(crate) fn walk(
             outputs_of_state(q0, lane, half, plan);
             scale_outputs(&decays, g0, lane, out_scale, half, plan);
             if comptime!(half == 0) {
-                if comptime!(!shape.by_key()) {
+                if comptime!(!shape.by_channel()) {
                     #[unroll]
                     for band in 0..bands {
                         let at = band_at(&p, warp, lane, band, plan);
@@ -285,7 +285,7 @@ pub(crate) fn walk(
             }
             if comptime!(shape.roles.borders == Borders::Multiply) {
                 // What the state alone contributes.
-                if comptime!(shape.by_key()) {
+                if comptime!(shape.by_channel()) {
                     if first_span {
                         sum_of_state(ends, &p, chunk, heads, tile_x, warp, lane, half, plan);
                     }
@@ -298,7 +298,7 @@ pub(crate) fn walk(
             let (warp, lane) = (unit / 32u32, unit % 32u32);
             outputs_of_chunk(tile_p, v0, warp, lane, half, plan);
             if comptime!(shape.dots()) {
-                if comptime!(shape.by_key()) {
+                if comptime!(shape.by_channel()) {
                     let to = address_of_mut(product_rows);
                     let at = scales_at(&p, chunk, warp, heads, plan) + span.start % comptime!(CHUNK as u32);
                     write_products(to, product_scales, at, tile_x, &p, token, heads, warp, lane, count, half, plan);
@@ -317,7 +317,7 @@ pub(crate) fn walk(
         let unit = unit_again();
         let (warp, lane) = (unit / 32u32, unit % 32u32);
         update_state(k0, v0, &decays, g0, warp, lane, plan);
-        if comptime!(shape.by_key()) {
+        if comptime!(shape.by_channel()) {
             scale_states(&decays, g0 + comptime!(shape.decay_channels()), &p, warp, lane, plan);
             if follows && next_parts > 1u32 && warp == 0u32 {
                 factors_of_span(

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! This is [`simple_gla`](crate::simple_gla()) with queries `C`, keys `B`, values `Δ x`, log decay `Δ A` and scale 1, and runs on
-//! its kernels, with `B` and `C` repeated for each head.
+//! its kernels. Those for Hopper read `B` and `C` of a head's group where they are, the others a copy for each head.
 //!
 //! Dao, Gu: *Transformers are SSMs* (2024).
 

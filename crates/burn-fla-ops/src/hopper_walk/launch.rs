@@ -1,0 +1,396 @@
+//! One launch of each kernel, with the buffers and sizes of a problem.
+
+use burn::backend::DispatchDevice;
+use burn::tensor::{DType, Device};
+use cubecl::prelude::{CubeCount, CubeDim, TensorMapArg, Tiled};
+
+use super::engine::{Cores, Engine};
+use super::plan::{Axis, Borders, CHUNK, END_SUMS, KeyHeads, Roles, WalkPlan};
+use super::table::{ITEM_WORDS, SEQUENCE_WORDS};
+use super::{KEYS, gate, prepare, segments, walk};
+use crate::bridge::{CubeTensor, alloc, contiguous};
+use crate::mma_walk::plan::MmaPlan;
+use crate::tile::hopper::{panel_map, readable, words};
+
+/// Units of a cube of what is an element a unit.
+pub(crate) const SCAN_UNITS: usize = 256;
+
+/// A linear recurrence. Inputs: q, k, v, g, with `has_state` the initial state and with `has_bonus` the bonus, `[H, K]`.
+#[derive(Debug)]
+pub(crate) struct HopperWalk {
+    pub(crate) name: &'static str,
+    pub(crate) engine: Engine,
+    pub(crate) axis: Axis,
+    pub(crate) has_state: bool,
+    pub(crate) has_bonus: bool,
+    pub(crate) scale: f32,
+    pub(crate) tokens: usize,
+    /// Tokens, and with a bonus one row more for each sequence: see [`super::shift`].
+    pub(crate) rows: usize,
+    pub(crate) heads: usize,
+    /// Which heads of queries and keys they have.
+    pub(crate) key_heads: KeyHeads,
+    pub(crate) keys: usize,
+    pub(crate) values: usize,
+    pub(crate) sequences: usize,
+    pub(crate) items: usize,
+    pub(crate) chunks: usize,
+}
+
+/// Multiprocessors of a device.
+pub(crate) fn processors(device: &Device) -> usize {
+    match device.clone().inner().as_dispatch() {
+        DispatchDevice::Cube(device) => {
+            device.client().properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize
+        }
+        _ => 132,
+    }
+}
+
+/// One walk's tensors: tokens are compared along `q` and `k`, the output is of the channels of `v`.
+pub(crate) struct Walk<'a> {
+    pub(crate) roles: Roles,
+    pub(crate) q: &'a CubeTensor,
+    pub(crate) k: &'a CubeTensor,
+    pub(crate) v: &'a CubeTensor,
+    /// The state where the walk enters a sequence, and what to multiply it and the last one with.
+    pub(crate) initial: Option<&'a CubeTensor>,
+    pub(crate) in_factor: f32,
+    pub(crate) last_factor: f32,
+    /// Whether the last state is wanted.
+    pub(crate) last: bool,
+}
+
+/// The decays as the kernels read them.
+pub(crate) struct Decays {
+    /// Log decays, f32 or, by channel, also bf16.
+    pub(crate) g: CubeTensor,
+    /// By channel: what [`prepare`] made of them.
+    pub(crate) factors: CubeTensor,
+    pub(crate) vectors: CubeTensor,
+    pub(crate) levels: CubeTensor,
+    /// With a bonus: the weights of the tokens' own values, `[tokens, H]`.
+    pub(crate) weights: CubeTensor,
+    pub(crate) table: CubeTensor,
+}
+
+/// What the gate's gradient takes from two walks.
+pub(crate) struct Gate<'a> {
+    /// What the output is multiplied with.
+    pub(crate) x: &'a CubeTensor,
+    /// Its products: summed over channels, `[panels, tokens, H]`, or by channel like the output.
+    pub(crate) products: CubeTensor,
+    /// By channel: what they are to be multiplied with, `[chunks, H, panels, 64]` at the first token of each group.
+    pub(crate) scales: CubeTensor,
+    pub(crate) states: CubeTensor,
+    pub(crate) ends: CubeTensor,
+}
+
+impl HopperWalk {
+    pub(crate) fn state_shape(&self) -> [usize; 4] {
+        [self.sequences, self.heads, self.keys, self.values]
+    }
+
+    pub(crate) fn plan(&self, roles: Roles) -> WalkPlan {
+        let plan = self.engine.plan(roles, self.keys, self.values, self.axis, self.has_bonus);
+        WalkPlan { segmented: self.items > self.sequences, key_heads: self.key_heads, ..plan }
+    }
+
+    /// Where the table has its chunks.
+    pub(crate) fn chunks_at(&self) -> u32 {
+        (ITEM_WORDS * self.items + SEQUENCE_WORDS * self.sequences) as u32
+    }
+
+    /// The channels that decay, where it is by channel.
+    fn decaying(&self) -> usize {
+        if self.axis == Axis::Value { self.values } else { self.keys }
+    }
+
+    /// What reads and what writes the channels that decay, with their decays inside a chunk, and the decays; with
+    /// `with_factors` where a walk's outputs have such channels.
+    pub(crate) fn prepared(
+        &self,
+        reading: Option<CubeTensor>,
+        writing: CubeTensor,
+        decay: &CubeTensor,
+        bonus: Option<&CubeTensor>,
+        table: &CubeTensor,
+        with_factors: bool,
+    ) -> (Option<CubeTensor>, CubeTensor, Decays) {
+        let table = contiguous(table.clone());
+        if !self.axis.by_channel() {
+            let g = contiguous(burn_cubecl::kernel::cast(decay.clone(), DType::F32));
+            let unused = alloc(&g, [32], DType::F32);
+            let [factors, vectors, levels, weights] = [(); 4].map(|()| unused.clone());
+            return (reading, writing, Decays { g, factors, vectors, levels, weights, table });
+        }
+        let wide = decay.dtype != DType::BF16;
+        let g = if wide { burn_cubecl::kernel::cast(decay.clone(), DType::F32) } else { decay.clone() };
+        let g = readable(g);
+        let channels = self.decaying();
+        let unused = alloc(&g, [32], DType::BF16);
+        let like = |x: &CubeTensor| {
+            let [b, t, heads, channels] = x.meta.shape().dims::<4>();
+            let shape = if self.has_bonus { [1, self.rows, heads, channels] } else { [b, t, heads, channels] };
+            alloc(x, shape, DType::BF16)
+        };
+        let reading_out = reading.as_ref().map(like);
+        let writing_out = like(&writing);
+        let factors = if with_factors { like(&writing) } else { unused.clone() };
+        let weights = alloc(&g, [if bonus.is_some() { self.tokens } else { 1 }, self.heads], DType::F32);
+        let vectors = alloc(&g, [self.chunks, self.heads, 2, channels], DType::F32);
+        let levels = alloc(&g, [self.chunks, self.heads], DType::U32);
+        if self.chunks > 0 {
+            // SAFETY: the table has `chunks` chunks of tokens inside of the tensors, and the buffers above have one
+            // number for each of what a cube writes.
+            unsafe {
+                prepare::prepare::launch_unchecked(
+                    &g.client,
+                    CubeCount::new_1d((self.chunks * self.heads) as u32),
+                    CubeDim::new_1d((channels / 2).next_multiple_of(32) as u32),
+                    words(reading.as_ref().unwrap_or(&unused)),
+                    words(&writing),
+                    words(&g),
+                    table.clone().into_buffer_arg(),
+                    words(reading_out.as_ref().unwrap_or(&unused)),
+                    words(&writing_out),
+                    words(&factors),
+                    vectors.clone().into_buffer_arg(),
+                    levels.clone().into_buffer_arg(),
+                    bonus.unwrap_or(&weights).clone().into_buffer_arg(),
+                    weights.clone().into_buffer_arg(),
+                    self.heads as u32,
+                    self.chunks_at(),
+                    channels as u32,
+                    wide,
+                    reading.is_some(),
+                    with_factors,
+                    bonus.is_some(),
+                );
+            }
+        }
+        (reading_out, writing_out, Decays { g, factors, vectors, levels, weights, table })
+    }
+
+    /// A map of `[B, T, H, channels]` in boxes of 64 tokens of one head.
+    fn map(&self, x: &CubeTensor) -> TensorMapArg<Tiled> {
+        self.map_of(x, CHUNK)
+    }
+
+    /// The same in boxes of so many tokens.
+    fn map_of(&self, x: &CubeTensor, rows: usize) -> TensorMapArg<Tiled> {
+        let [b, t, heads, channels] = x.meta.shape().dims::<4>();
+        let strides = [heads * channels, channels, 1];
+        panel_map(x, [b * t, heads, channels], strides, [rows, 1, 64])
+    }
+
+    /// Runs a walk: its output, and the state that it arrives at.
+    pub(crate) fn walk(&self, w: &Walk<'_>, decays: &Decays, gate: Option<&Gate<'_>>) -> [CubeTensor; 2] {
+        let g = &decays.g;
+        let client = g.client.clone();
+        let wide_gates = g.dtype != DType::BF16;
+        let plan = WalkPlan { initial: w.initial.is_some(), last: w.last, wide_gates, ..self.plan(w.roles) };
+        if self.engine.cores == Cores::Mma {
+            return self.mma_walk(w, decays, gate, plan);
+        }
+        let work = self.items * self.heads * plan.slices();
+        let cubes = CubeCount::new_1d(work.min(self.engine.processors) as u32);
+        let units = CubeDim::new_1d(plan.units() as u32);
+        let unused = alloc(g, [32], DType::F32);
+        let initial = w.initial.unwrap_or(&unused);
+        let blobs = if plan.segmented { self.segment_states(w, decays, plan, None) } else { unused.clone() };
+        // Somewhere to map f16 where there are no products.
+        let spare = alloc(g, [1, 1, 1, 64], DType::F16);
+        // Gradients of what heads share come head by head; and those of queries by token where keys are by row.
+        let [b, t, _, _] = if plan.values_of_other_rows() { w.q } else { w.v }.meta.shape().dims::<4>();
+        let out = alloc(w.v, [b, t, self.heads, plan.outer], w.v.dtype);
+        let last = if w.last { alloc(g, self.state_shape(), DType::F32) } else { unused.clone() };
+        let ends = gate.map_or(&unused, |gate| &gate.ends).clone();
+        // Products by channel are f16 and copied like the output, sums over channels are f32.
+        let products = gate.map_or(&unused, |gate| &gate.products);
+        let by_channel = gate.is_some() && plan.by_channel();
+        // SAFETY: rows, states and products are indexed inside of what the table and the shapes, checked by the public
+        // function, say; the buffers above have these sizes.
+        unsafe {
+            walk::walk::launch_unchecked(
+                &client,
+                cubes,
+                units,
+                self.map(w.q),
+                self.map(w.k),
+                self.map_of(w.v, plan.value_panel() / 128),
+                self.map(gate.map_or(w.v, |gate| gate.x)),
+                self.map(if plan.factors() { &decays.factors } else { w.v }),
+                self.map(&out),
+                self.map(if by_channel { products } else { &spare }),
+                words(&out),
+                words(if by_channel { products } else { &unused }),
+                gate.map_or(&unused, |gate| &gate.scales).clone().into_buffer_arg(),
+                if plan.by_channel() { unused.clone() } else { g.clone() }.into_buffer_arg(),
+                words(g),
+                decays.vectors.clone().into_buffer_arg(),
+                decays.levels.clone().into_buffer_arg(),
+                decays.weights.clone().into_buffer_arg(),
+                decays.table.clone().into_buffer_arg(),
+                initial.clone().into_buffer_arg(),
+                last.clone().into_buffer_arg(),
+                blobs.into_buffer_arg(),
+                words(gate.map_or(&unused, |gate| &gate.states)),
+                ends.into_buffer_arg(),
+                if by_channel { &unused } else { products }.clone().into_buffer_arg(),
+                self.heads as u32,
+                self.items as u32,
+                self.tokens as u32,
+                self.scale,
+                w.in_factor,
+                w.last_factor,
+                plan,
+            );
+        }
+        [out, last]
+    }
+
+    /// The states from which segments are walked.
+    pub(crate) fn segment_states(
+        &self,
+        w: &Walk<'_>,
+        decays: &Decays,
+        plan: WalkPlan,
+        mma: Option<MmaPlan>,
+    ) -> CubeTensor {
+        let g = &decays.g;
+        let client = g.client.clone();
+        let blobs = alloc(g, [self.items, self.heads, plan.blob()], DType::F32);
+        let per_head = if plan.by_channel() { plan.decay_channels() } else { 1 };
+        let totals = alloc(g, [self.items, self.heads, per_head], DType::F32);
+        let unused = alloc(g, [32], DType::F32);
+        let initial = w.initial.cloned().unwrap_or_else(|| alloc(g, [32], DType::F32));
+        let work = self.items * self.heads * plan.slices();
+        if let Some(mma) = mma {
+            self.mma_segment_states(w, decays, [&initial, &blobs, &totals], mma);
+        } else {
+            // SAFETY: as in `walk`.
+            unsafe {
+                segments::segment_states::launch_unchecked(
+                    &client,
+                    CubeCount::new_1d(work.min(self.engine.processors) as u32),
+                    CubeDim::new_1d(plan.units() as u32),
+                    self.map(w.k),
+                    self.map(w.v),
+                    if plan.by_channel() { unused } else { g.clone() }.into_buffer_arg(),
+                    words(g),
+                    decays.vectors.clone().into_buffer_arg(),
+                    decays.levels.clone().into_buffer_arg(),
+                    decays.table.clone().into_buffer_arg(),
+                    initial.into_buffer_arg(),
+                    blobs.clone().into_buffer_arg(),
+                    totals.clone().into_buffer_arg(),
+                    self.heads as u32,
+                    self.items as u32,
+                    w.in_factor,
+                    plan,
+                );
+            }
+        }
+        let count = self.sequences * self.heads * plan.blob();
+        segments::pass_states::launch(
+            &client,
+            CubeCount::new_1d(count.div_ceil(SCAN_UNITS) as u32),
+            CubeDim::new_1d(SCAN_UNITS as u32),
+            blobs.clone().into_buffer_arg(),
+            totals.into_buffer_arg(),
+            decays.table.clone().into_buffer_arg(),
+            self.heads as u32,
+            self.items as u32,
+            count as u32,
+            plan,
+        );
+        blobs
+    }
+
+    /// The gradient of the log decay; by channel it is added to `sum`, where there is one.
+    pub(crate) fn gate_gradient(
+        &self,
+        reading: &Gate<'_>,
+        writing: &Gate<'_>,
+        decays: &Decays,
+        like: &CubeTensor,
+        sum: Option<CubeTensor>,
+    ) -> CubeTensor {
+        let table = &decays.table;
+        if self.axis.by_channel() {
+            return self.channel_gate_gradient(reading, writing, decays, like, sum);
+        }
+        let dg = alloc(like, like.meta.shape().dims::<3>(), DType::F32);
+        let warps = self.chunks * self.heads;
+        let parts = reading.products.meta.shape().dims::<3>()[0];
+        let ends = writing.ends.meta.shape().dims::<3>()[2];
+        gate::gate_gradient::launch(
+            &like.client,
+            CubeCount::new_1d(warps.div_ceil(gate::WARPS) as u32),
+            CubeDim::new_1d(32 * gate::WARPS as u32),
+            reading.products.clone().into_buffer_arg(),
+            writing.products.clone().into_buffer_arg(),
+            writing.ends.clone().into_buffer_arg(),
+            table.clone().into_buffer_arg(),
+            dg.clone().into_buffer_arg(),
+            self.heads as u32,
+            self.chunks as u32,
+            self.chunks_at(),
+            self.tokens as u32,
+            parts as u32,
+            ends as u32,
+        );
+        burn_cubecl::kernel::cast(dg, like.dtype)
+    }
+
+    fn channel_gate_gradient(
+        &self,
+        reading: &Gate<'_>,
+        writing: &Gate<'_>,
+        decays: &Decays,
+        like: &CubeTensor,
+        sum: Option<CubeTensor>,
+    ) -> CubeTensor {
+        let Decays { table, levels, .. } = decays;
+        let wide = like.dtype != DType::BF16;
+        let add = sum.is_some();
+        let dtype = if wide { DType::F32 } else { DType::BF16 };
+        let dg = sum.unwrap_or_else(|| alloc(like, like.meta.shape().dims::<4>(), dtype));
+        let padded = writing.ends.meta.shape().dims::<3>()[2] / END_SUMS;
+        let share = padded / writing.scales.meta.shape().dims::<4>()[2];
+        let roles = Roles { borders: Borders::Multiply, ..KEYS };
+        let sums = match self.engine.cores {
+            Cores::Hopper => END_SUMS,
+            Cores::Mma => self.engine.mma_plan(roles, self.keys, self.values, self.axis).end_sums(),
+        };
+        if self.chunks > 0 {
+            // SAFETY: the table has `chunks` chunks of tokens inside of the tensors.
+            unsafe {
+                gate::channel_gate_gradient::launch_unchecked(
+                    &like.client,
+                    CubeCount::new_1d((self.chunks * self.heads) as u32),
+                    CubeDim::new_1d((self.decaying() / 2).next_multiple_of(32) as u32),
+                    words(&reading.products),
+                    words(&writing.products),
+                    reading.scales.clone().into_buffer_arg(),
+                    writing.scales.clone().into_buffer_arg(),
+                    levels.clone().into_buffer_arg(),
+                    writing.ends.clone().into_buffer_arg(),
+                    table.clone().into_buffer_arg(),
+                    words(&dg),
+                    self.heads as u32,
+                    self.chunks_at(),
+                    self.decaying() as u32,
+                    padded as u32,
+                    share as u32,
+                    sums,
+                    wide,
+                    self.has_bonus,
+                    add,
+                );
+            }
+        }
+        burn_cubecl::kernel::cast(dg, like.dtype)
+    }
+}

@@ -1,0 +1,266 @@
+//! The outputs of a walk whose output channels decay: their factors, and their products with what the decay's gradient is made of
+//! (see [`super::gate`]).
+
+use cubecl::prelude::*;
+
+use super::parts::Place;
+use super::plan::{BORDER_WORDS, END_SUMS, WalkPlan};
+use super::states::border_at;
+use crate::tile::hopper::{
+    Acc, bf16_high, bf16_low, column_of, f16_high, f16_low, load_u32, pack_half_word, pack_word, read, reciprocal,
+    store_u32, swizzled, write,
+};
+
+/// Multiplies the outputs without their own tokens with the tile `x`, into the registers [`WalkPlan::products`], and returns by
+/// how much they are to be multiplied so that the largest of a warp uses all of f16; the inverse goes to `scales[at]`.
+#[cube]
+pub(super) fn products_of_span(
+    scales: &mut [f32],
+    at: u32,
+    x: u32,
+    row: u32,
+    lane: u32,
+    count: u32,
+    #[comptime] plan: WalkPlan,
+) -> f32 {
+    let out = comptime!(plan.out());
+    let products = comptime!(plan.products());
+    let base = swizzled(x, row, (lane % 4u32) * 4u32);
+    let mut largest = f32::new(0.0);
+    #[unroll]
+    for j in 0..8usize {
+        #[unroll]
+        for half in 0..2usize {
+            let word = load_u32((base ^ comptime!((j * 16) as u32)) + comptime!((half * 1024) as u32));
+            let i = comptime!(4 * j + 2 * half);
+            let a = read(out, i) * bf16_low(word);
+            let b = read(out, comptime!(i + 1)) * bf16_high(word);
+            write(products, i, a);
+            write(products, comptime!(i + 1), b);
+            // Rows beyond the span may hold anything.
+            let found = f32::max(f32::abs(a), f32::abs(b));
+            largest = select(row + comptime!(8 * half as u32) < count, f32::max(largest, found), largest);
+        }
+    }
+    let largest = plane_max(largest);
+    // The exponent of the largest, with room for its inverse.
+    let exponent = u32::max(u32::reinterpret(largest) >> 23u32, 15u32);
+    if lane == 0u32 {
+        scales[at as usize] = f32::reinterpret((exponent - 14u32) << 23u32);
+    }
+    f32::reinterpret((268u32 - exponent) << 23u32)
+}
+
+/// Writes the outputs of a span, each with its own token's part and its factor; with `plan.dots()`, also the products
+/// times `products_scale`, in f16.
+///
+/// A whole chunk goes to the tiles `outputs` and `products`, otherwise straight to device memory: what stands beside it belongs
+/// to other spans. `first` says where the first row is, of outputs and of products; the outputs of the rows `kept` are.
+#[cube]
+pub(super) fn write_factored(
+    rows: &mut [u32],
+    product_rows: &mut [u32],
+    outputs: u32,
+    products: u32,
+    products_scale: f32,
+    factors: u32,
+    values: u32,
+    own: (f32, f32),
+    first: (u32, u32),
+    channel: u32,
+    stride: u32,
+    row: u32,
+    lane: u32,
+    kept: (u32, u32),
+    count: u32,
+    #[comptime] whole: bool,
+    #[comptime] plan: WalkPlan,
+) {
+    let out = comptime!(plan.out());
+    let base = swizzled(0u32, row, (lane % 4u32) * 4u32);
+    let (own_low, own_high) = own;
+    let (first_row, first_product) = first;
+    let (begin, end) = kept;
+    let kept = comptime!(plan.products());
+    #[unroll]
+    for j in 0..8usize {
+        let column = channel + column_of(lane, comptime!(4 * j));
+        #[unroll]
+        for half in 0..2usize {
+            let at = (base ^ comptime!((j * 16) as u32)) + comptime!((half * 1024) as u32);
+            let i = comptime!(4 * j + 2 * half);
+            let own = if comptime!(half == 0) { own_low } else { own_high };
+            let value = load_u32(values + at);
+            let factor = load_u32(factors + at);
+            let a = (read(out, i) + own * bf16_low(value)) * factor_of(bf16_low(factor), plan);
+            let b = (read(out, comptime!(i + 1)) + own * bf16_high(value)) * factor_of(bf16_high(factor), plan);
+            let word = pack_word(a, b);
+            let token = row + comptime!(8 * half as u32);
+            let inside = column < comptime!(plan.outer as u32);
+            if comptime!(whole) {
+                store_u32(outputs + at, word);
+            } else if token >= begin && token < end && inside {
+                let to = (first_row + token * stride) * comptime!(plan.outer as u32 / 2) + column / 2u32;
+                rows[to as usize] = word;
+            }
+            if comptime!(plan.dots()) {
+                let a = read(kept, i) * products_scale;
+                let b = read(kept, comptime!(i + 1)) * products_scale;
+                let word = pack_half_word(a, b);
+                if comptime!(whole) {
+                    store_u32(products + at, word);
+                } else if token < count && inside {
+                    let to = (first_product + token * stride) * comptime!(plan.outer as u32 / 2) + column / 2u32;
+                    product_rows[to as usize] = word;
+                }
+            }
+        }
+    }
+}
+
+/// Where the sums at the end of a chunk stand, of each channel: one of the state, then one a warp of what its later tokens
+/// contribute, and one a warp of the rounding of their products.
+#[cube]
+pub(crate) fn ends_at(place: &Place, chunk: u32, panel: u32, heads: u32, #[comptime] plan: WalkPlan) -> u32 {
+    border_at(place, chunk, panel, heads, plan) * comptime!(END_SUMS as u32 * 64)
+}
+
+/// The sums over a span's tokens of the tile `x` times what the state alone gives to the outputs, in the registers.
+#[cube]
+pub(super) fn sum_inter(
+    ends: &mut [f32],
+    place: &Place,
+    chunk: u32,
+    panel: u32,
+    heads: u32,
+    x: u32,
+    row: u32,
+    warp: u32,
+    lane: u32,
+    count: u32,
+    #[comptime] plan: WalkPlan,
+) {
+    let out = comptime!(plan.out());
+    let base = swizzled(x, row, (lane % 4u32) * 4u32);
+    let to = ends_at(place, chunk, panel, heads, plan) + (warp + 1u32) * 64u32;
+    #[unroll]
+    for j in 0..8usize {
+        let mut low = f32::new(0.0);
+        let mut high = f32::new(0.0);
+        #[unroll]
+        for half in 0..2usize {
+            let word = load_u32((base ^ comptime!((j * 16) as u32)) + comptime!((half * 1024) as u32));
+            let i = comptime!(4 * j + 2 * half);
+            let inside = row + comptime!(8 * half as u32) < count;
+            low += select(inside, bf16_low(word) * read(out, i), 0.0f32);
+            high += select(inside, bf16_high(word) * read(out, comptime!(i + 1)), 0.0f32);
+        }
+        write_column_sums(ends, to, low, high, lane, j);
+    }
+}
+
+/// The sums over a span's tokens of what f16 leaves of the products in the registers, times `scale`, is more than they are.
+#[cube]
+pub(super) fn sum_rounding(
+    ends: &mut [f32],
+    place: &Place,
+    chunk: u32,
+    panel: u32,
+    heads: u32,
+    scale: f32,
+    row: u32,
+    warp: u32,
+    lane: u32,
+    count: u32,
+    #[comptime] plan: WalkPlan,
+) {
+    let products = comptime!(plan.products());
+    let to = ends_at(place, chunk, panel, heads, plan) + (warp + 5u32) * 64u32;
+    // A power of two.
+    let back = 1.0f32 / scale;
+    #[unroll]
+    for j in 0..8usize {
+        let mut low = f32::new(0.0);
+        let mut high = f32::new(0.0);
+        #[unroll]
+        for half in 0..2usize {
+            let i = comptime!(4 * j + 2 * half);
+            let (a, b) = (read(products, i) * scale, read(products, comptime!(i + 1)) * scale);
+            let word = pack_half_word(a, b);
+            let inside = row + comptime!(8 * half as u32) < count;
+            low += select(inside, f16_low(word) - a, 0.0f32);
+            high += select(inside, f16_high(word) - b, 0.0f32);
+        }
+        write_column_sums(ends, to, low * back, high * back, lane, j);
+    }
+}
+
+/// Sums up a warp's rows of the columns of block `j`, and writes the sums to `ends[to..]`.
+#[cube]
+fn write_column_sums(ends: &mut [f32], to: u32, low: f32, high: f32, lane: u32, #[comptime] j: usize) {
+    let mut low = low + 0.0f32;
+    let mut high = high + 0.0f32;
+    #[unroll]
+    for step in 2..5usize {
+        low += plane_shuffle_xor(low, comptime!(1u32 << step as u32));
+        high += plane_shuffle_xor(high, comptime!(1u32 << step as u32));
+    }
+    if lane < 4u32 {
+        let at = (to + column_of(lane, comptime!(4 * j))) as usize;
+        ends[at] = low;
+        ends[at + 1] = high;
+    }
+}
+
+/// What reads the state is multiplied with the factor, what is written into it divided by it.
+#[cube]
+pub(crate) fn factor_of(factor: f32, #[comptime] plan: WalkPlan) -> f32 {
+    if comptime!(plan.roles.against_time) { reciprocal(factor) } else { factor * 1.0f32 }
+}
+
+/// The product of the state before a chunk's last span with the gradient of that after it, which is in the registers,
+/// times the decay between them, `factors[at..]`: one sum a channel.
+#[cube]
+pub(crate) fn multiply_rows(
+    borders: &mut [u32],
+    ends: &mut [f32],
+    factors: &[f32],
+    at: usize,
+    place: &Place,
+    chunk: u32,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    unit: u32,
+    factor: f32,
+    #[comptime] state: Acc,
+    #[comptime] plan: WalkPlan,
+) {
+    let block = border_at(place, chunk, panel, heads, plan) as usize;
+    let from = block * comptime!(plan.panels() * BORDER_WORDS) + unit as usize;
+    let mut low = f32::new(0.0);
+    let mut high = f32::new(0.0);
+    #[unroll]
+    for n in 0..comptime!(16 * plan.panels()) {
+        let word = borders[from + n * 128];
+        let a = bf16_low(word) * read(state, comptime!(2 * n));
+        let b = bf16_high(word) * read(state, comptime!(2 * n + 1));
+        if comptime!(n % 2 == 0) {
+            low += a + b;
+        } else {
+            high += a + b;
+        }
+    }
+    low += plane_shuffle_xor(low, 1u32);
+    low += plane_shuffle_xor(low, 2u32);
+    high += plane_shuffle_xor(high, 1u32);
+    high += plane_shuffle_xor(high, 2u32);
+    if lane % 4u32 == 0u32 {
+        let channel = at + (panel * 64u32 + row) as usize;
+        let after = comptime!(plan.decay_channels());
+        let to = (ends_at(place, chunk, panel, heads, plan) + row) as usize;
+        ends[to] = low * factor * factors[channel] * factors[channel + after];
+        ends[to + 8] = high * factor * factors[channel + 8] * factors[channel + 8 + after];
+    }
+}
