@@ -81,7 +81,8 @@ fn kernels_are_the_reference_at_odd_sizes() {
 fn cubes_walk_over_many_rows() {
     for (name, device) in kernel_devices() {
         for problem in problems([1, 1700, 516], 4) {
-            let walks = matches!(problem.op, Op::Rms { .. } | Op::AddRms | Op::Gated { .. } | Op::LogGate { .. });
+            let walks =
+                matches!(problem.op, Op::Rms { .. } | Op::L2 | Op::AddRms | Op::Gated { .. } | Op::LogGate { .. });
             if walks || matches!(problem.op, Op::Linear { residual: false, .. }) {
                 compare(&problem, &Way::new(&device, DType::F32), name, 1e-5);
             }
@@ -123,7 +124,7 @@ fn kernels_take_any_inputs_and_losses() {
                 Op::Gated { .. } | Op::SwiGlu | Op::SwiGluLinear => {
                     compare(&problem, &Way { shared: true, ..way }, name, 1e-5)
                 }
-                Op::Rms { .. } | Op::LogGate { .. } | Op::Linear { .. } | Op::Rotary => {}
+                Op::Rms { .. } | Op::L2 | Op::LogGate { .. } | Op::Linear { .. } | Op::Rotary => {}
             }
         }
     }

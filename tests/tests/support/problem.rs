@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_fla_ops::bridge::poison_outputs;
 use burn_fla_ops::{
-    Activation, CuSeqlens, Engine, Epilogue, GateActivation, ShortConvOptions, add_rms_norm, gated_rms_norm,
+    Activation, CuSeqlens, Engine, Epilogue, GateActivation, ShortConvOptions, add_rms_norm, gated_rms_norm, l2_norm,
     linear_with, log_gate, rms_norm, rotary, short_conv, swiglu, swiglu_linear,
 };
 use burn_fla_tests::{assert_close, numbers, reference_device, tensor, uniform};
@@ -16,6 +16,7 @@ const OUT: usize = 24;
 #[derive(Clone, Debug)]
 pub enum Op {
     Rms { weight: bool },
+    L2,
     AddRms,
     Gated { weight: bool, act: GateActivation },
     SwiGlu,
@@ -58,6 +59,7 @@ impl Problem {
             Op::Rms { weight } => [vec![x], vec![w; usize::from(*weight)]].concat(),
             Op::AddRms => vec![x, x, w],
             Op::Gated { weight, .. } => [vec![x, x], vec![w; usize::from(*weight)]].concat(),
+            Op::L2 => vec![x],
             Op::SwiGlu => vec![x, x],
             Op::SwiGluLinear => vec![x, x, parameter([1, OUT, d])],
             Op::LogGate { bias } => [vec![x], vec![w; usize::from(*bias)]].concat(),
@@ -86,6 +88,8 @@ impl Problem {
                 let x = next();
                 vec![rms_norm(x, weight.then(|| next().reshape([d])), EPS, engine).unwrap()]
             }
+            // In tensor operations where there are no kernels; it takes no engine.
+            Op::L2 => vec![l2_norm(next(), EPS).unwrap()],
             Op::AddRms => {
                 let (y, s) = add_rms_norm(next(), next(), next().reshape([d]), EPS, engine).unwrap();
                 vec![y, s]
@@ -231,6 +235,7 @@ pub fn problems(shape: [usize; 3], taps: usize) -> Vec<Problem> {
     let mut ops = vec![
         Op::Rms { weight: true },
         Op::Rms { weight: false },
+        Op::L2,
         Op::AddRms,
         Op::Gated { weight: true, act: GateActivation::Silu },
         Op::Gated { weight: false, act: GateActivation::Sigmoid },

@@ -229,8 +229,7 @@ impl Arguments {
     #[cfg(feature = "cuda")]
     fn on_hopper(self, scale: f64, state: Option<Tensor<4>>, sequences: CuSeqlens) -> (Tensor<4>, Tensor<4>) {
         // Operands of matrix units are bf16.
-        let normalised =
-            |x: Tensor<4>| if self.options.l2_norm { l2_norm(x, l2_norm::EPS).cast(DType::BF16) } else { x };
+        let normalised = |x: Tensor<4>| if self.options.l2_norm { l2_norm::unchecked(x, l2_norm::EPS) } else { x };
         crate::hopper_delta::run(crate::hopper_delta::Problem {
             op: self.op,
             q: normalised(self.q),

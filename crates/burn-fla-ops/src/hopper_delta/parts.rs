@@ -6,8 +6,8 @@ use super::plan::{CHUNK, ChainPlan};
 use crate::hopper_walk::parts::LOG2_E;
 use crate::hopper_walk::table::ITEM_WORDS;
 use crate::tile::hopper::{
-    Acc, Frag, bf16_high, bf16_low, column_of, exp2, load_transposed, load_u32, pack, pack_pair, pack_word,
-    put, read, store_transposed, store_u32, swizzled, write, zero,
+    Acc, Frag, bf16_high, bf16_low, column_of, exp2, load_transposed, load_u32, pack, pack_pair, pack_word, put, read,
+    store_transposed, store_u32, swizzled, write, zero,
 };
 
 /// The least writing strength in size: one of zero counts as this much, which is nothing beside what it writes to, and lets

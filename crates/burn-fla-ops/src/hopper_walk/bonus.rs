@@ -41,8 +41,8 @@ pub(super) fn weights_of_span(
     }
 }
 
-/// Adds the value of the one row whose token's value is not among those of a chunk, but beside them: the last one, against time
-/// the first. `values` is the address of the chunk's first.
+/// Adds the value of the one row whose token's value is not among those of a chunk, but beside them: the last one,
+/// against time the first. `values` is the address of the chunk's first.
 #[cube]
 pub(super) fn add_beside(
     weights: &[f32],
@@ -78,9 +78,9 @@ pub(super) fn add_beside(
     }
 }
 
-/// With `w_t = scale · do_t · v_t`: adds `w_t u ∘ k_t` to the gradient of the queries, where it is wanted, writes that of the keys,
-/// where it is, with `w_t u ∘ q_t` from the rows of `dk` to `keys_out`, and writes `Σ_t w_t q_t ∘ k_t` over each chunk,
-/// `[chunks, H · K]`. One cube a chunk and head, one unit two channels.
+/// With `w_t = scale · do_t · v_t`: adds `w_t u ∘ k_t` to the gradient of the queries, where it is wanted, writes that of
+/// the keys, where it is, with `w_t u ∘ q_t` from the rows of `dk` to `keys_out`, and writes `Σ_t w_t q_t ∘ k_t` over
+/// each chunk, `[chunks, H · K]`. One cube a chunk and head, one unit two channels.
 #[cube(launch_unchecked)]
 pub(super) fn own_gradients(
     q: &[u32],
@@ -200,8 +200,8 @@ pub(super) fn own_gradients(
 }
 
 impl HopperWalk {
-    /// The gradients of queries and keys with a bonus' part, and its own, from those of the queries by token and of the keys by row
-    /// (see [`super::shift`]).
+    /// The gradients of queries and keys with a bonus' part, and its own, from those of the queries by token and of the
+    /// keys by row (see [`super::shift`]).
     pub(super) fn own_gradients(
         &self,
         [q, k, v, grad_o, bonus]: [&CubeTensor; 5],

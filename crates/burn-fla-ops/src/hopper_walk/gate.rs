@@ -11,10 +11,11 @@ pub(super) const WARPS: usize = 8;
 
 /// `dg_t = X + Σ_{i ≥ t} (q_i · dq_i − k_i · dk_i + inter_i) + Σ_{j < t} inter_j` inside a chunk: one warp a chunk and head.
 ///
-/// The products come in `parts` sums, each of some channels; `X` in `sums`. `inter_j` is the part of `k_j · dk_j` that later chunks contribute, and `X` the product of the state before the chunk
-/// with the gradient of that after it, times the chunk's decay. Written so, no two large numbers cancel: the products of
-/// pairs inside the chunk are rounded alike on both sides, and every other term is a part of the answer. The simpler
-/// `⟨S, Z⟩ + Σ (q · dq − k · dk)` from the last state on was off by 3e-2, and by 0.3 with decays down to −30.
+/// The products come in `parts` sums, each of some channels; `X` in `sums`. `inter_j` is the part of `k_j · dk_j` that
+/// later chunks contribute, and `X` the product of the state before the chunk with the gradient of that after it, times
+/// the chunk's decay. Written so, no two large numbers cancel: the products of pairs inside the chunk are rounded alike
+/// on both sides, and every other term is a part of the answer. The simpler `⟨S, Z⟩ + Σ (q · dq − k · dk)` from the last
+/// state on was off by 3e-2, and by 0.3 with decays down to −30.
 #[cube(launch)]
 pub(super) fn gate_gradient(
     query_dots: &[f32],
@@ -102,15 +103,16 @@ const BATCH: usize = 8;
 ///
 /// `a_i = q_i ∘ dq_i` and `b_i = k_i ∘ dk_i` come without the part of a token's own key and value, which is in both and
 /// would cancel. The parts of pairs of one span are products of the same rounded numbers in both, and cancel exactly
-/// where they must; both are kept in f16 with a scale for each 16 tokens and `share` channels, because their own rounding is summed up over a
-/// chunk. `X`, the product of the state after the chunk with its gradient, comes as that of the state before the last
-/// span, and what the span's tokens contribute, as it is contained in their `b_i`, in `sums` of the [`END_SUMS`] places. Both in bf16, and with `X` computed from
-/// the state after the chunk, a gradient was 1 to 8 % off. A chunk's last tokens contribute most, all but undecayed: `X` also has
-/// what their `b_i` were rounded up by, so that it is in the gradients after them, of which they are a part, and not in all those
-/// before them. With a state's gradient large beside those of the outputs, and log decays from −8 to −1, it was 1.5e-2 there.
+/// where they must; both are kept in f16 with a scale for each 16 tokens and `share` channels, because their own rounding
+/// is summed up over a chunk. `X`, the product of the state after the chunk with its gradient, comes as that of the state
+/// before the last span, and what the span's tokens contribute, as it is contained in their `b_i`, in `sums` of the
+/// [`END_SUMS`] places. Both in bf16, and with `X` computed from the state after the chunk, a gradient was 1 to 8 % off.
+/// A chunk's last tokens contribute most, all but undecayed: `X` also has what their `b_i` were rounded up by, so that it
+/// is in the gradients after them, of which they are a part, and not in all those before them. With a state's gradient
+/// large beside those of the outputs, and log decays from −8 to −1, it was 1.5e-2 there.
 ///
-/// Where the state is read before a token (`exclusive`), rows are those of [`super::shift`]. With `add`, it is added to what is
-/// there.
+/// Where the state is read before a token (`exclusive`), rows are those of [`super::shift`]. With `add`, it is added to
+/// what is there.
 #[cube(launch_unchecked)]
 pub(super) fn channel_gate_gradient(
     query_products: &[u32],

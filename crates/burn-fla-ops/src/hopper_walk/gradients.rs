@@ -35,7 +35,8 @@ impl Wanted {
     }
 }
 
-/// The gradients; with a bonus, that of `writing` by row (see [`super::shift`]). `reading` of a decay by value is what the outputs are, and of use for the decay's gradient alone.
+/// The gradients; with a bonus, that of `writing` by row (see [`super::shift`]). `reading` of a decay by value is what
+/// the outputs are, and of use for the decay's gradient alone.
 pub(super) struct Gradients {
     pub(super) reading: Option<CubeTensor>,
     pub(super) writing: Option<CubeTensor>,

@@ -1,5 +1,5 @@
-//! The steps of a walk with a decay by key, or by value. Its tensors come prepared (see [`super::prepare`]), so that a span of tokens is
-//! walked as if nothing decayed in it, between two factors of each of the state's channels that decay.
+//! The steps of a walk with a decay by key, or by value. Its tensors come prepared (see [`super::prepare`]), so that a
+//! span of tokens is walked as if nothing decayed in it, between two factors of each of the state's channels that decay.
 
 use cubecl::prelude::*;
 
@@ -95,8 +95,8 @@ pub(super) fn scale_state(factors: &[f32], at: usize, panel: u32, row: u32, lane
     }
 }
 
-/// Whether a row's output takes part of a column's token. An output whose channels decay leaves its own token out: that is added to it
-/// afterwards, but not to what the decay's gradient is made of.
+/// Whether a row's output takes part of a column's token. An output whose channels decay leaves its own token out: that
+/// is added to it afterwards, but not to what the decay's gradient is made of.
 #[cube]
 pub(crate) fn sees(row: u32, column: u32, count: u32, #[comptime] plan: WalkPlan) -> bool {
     let own = column == row && comptime!(!plan.factors());
@@ -104,8 +104,8 @@ pub(crate) fn sees(row: u32, column: u32, count: u32, #[comptime] plan: WalkPlan
 }
 
 /// The scores, masked, as the left operand of their product with the values; and each of the two rows' own score. With
-/// `plan.owns()`, `weights[at..]` stand in the operand where the value of a row's token does: in the next column, against time
-/// in the one before.
+/// `plan.owns()`, `weights[at..]` stand in the operand where the value of a row's token does: in the next column, against
+/// time in the one before.
 #[cube]
 pub(super) fn masked_scores(
     weights: &[f32],

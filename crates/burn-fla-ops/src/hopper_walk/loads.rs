@@ -1,5 +1,5 @@
-//! What the loader's warps do while the others walk: one for the tensors, one for the decays, one for what outputs are multiplied
-//! with.
+//! What the loader's warps do while the others walk: one for the tensors, one for the decays, one for what outputs are
+//! multiplied with.
 
 use cubecl::prelude::*;
 
@@ -10,7 +10,8 @@ use super::plan::{PANEL, WalkPlan};
 use super::shift::{Rows, token_at};
 use crate::tile::hopper::{Ring, barrier_arrive, barrier_expect};
 
-/// Queries, keys and values of each span, to the tiles of a stage; `maps` are theirs. With `for_states`, keys and values alone.
+/// Queries, keys and values of each span, to the tiles of a stage; `maps` are theirs. With `for_states`, keys and values
+/// alone.
 #[cube]
 pub(super) fn load_tensors(
     ring: &Ring,

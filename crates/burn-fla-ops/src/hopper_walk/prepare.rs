@@ -16,9 +16,9 @@
 //! its two roundings whatever its decay is. A chunk in which `G` falls further is cut into 2, 4, … 64 spans, the fewest
 //! that do. The decay at a span's first token does not count: no pair inside contains it.
 //!
-//! Where the state is read before a token (`exclusive`), keys and decays come one row later (see [`super::shift`]), and what is
-//! written here has a row for each. The weight of a token's own value, `Σ q_i u k_i` over the key channels, is summed up here
-//! too.
+//! Where the state is read before a token (`exclusive`), keys and decays come one row later (see [`super::shift`]), and
+//! what is written here has a row for each. The weight of a token's own value, `Σ q_i u k_i` over the key channels, is
+//! summed up here too.
 
 use cubecl::prelude::*;
 
@@ -37,8 +37,8 @@ const BATCH: usize = 16;
 /// One cube a chunk and head, one unit two channels.
 ///
 /// `vectors` gets `e^M` and `e^{G_last − M}` of chunks that are one span, `[chunks, H, 2, K]`; `levels` the number of
-/// spans of each chunk, `[chunks, H]`. With `exclusive`, `weights` gets those of the tokens' own values, `[tokens, H]`, with the
-/// bonus `[H, K]`.
+/// spans of each chunk, `[chunks, H]`. With `exclusive`, `weights` gets those of the tokens' own values, `[tokens, H]`,
+/// with the bonus `[H, K]`.
 #[cube(launch_unchecked)]
 pub(super) fn prepare(
     q: &[u32],
@@ -261,6 +261,8 @@ fn own_weights(
     sync_cube();
     for token in range_stepped(UNIT_POS, length, CUBE_DIM_X) {
         let mut sum = f32::new(0.0);
+        // As above.
+        #[allow(clippy::reversed_empty_ranges)]
         for warp in 0..CUBE_DIM_X / 32u32 {
             sum += own[(warp * comptime!(CHUNK as u32) + token) as usize];
         }

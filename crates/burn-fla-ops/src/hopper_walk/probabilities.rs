@@ -10,8 +10,8 @@ pub(super) const UNITS: usize = 256;
 /// Units of a row: neighbours in a plane.
 pub(super) const LANES: usize = 8;
 
-/// `softmax(scores) ∘ factors` of each row of `2 · width` bf16, or with `backward` `softmax(scores) ∘ (grads − ⟨softmax(scores),
-/// grads⟩) ∘ factors`: eight units a row.
+/// `softmax(scores) ∘ factors` of each row of `2 · width` bf16, or with `backward`
+/// `softmax(scores) ∘ (grads − ⟨softmax(scores), grads⟩) ∘ factors`: eight units a row.
 #[cube(launch)]
 pub(super) fn probabilities(
     scores: &[u32],

@@ -1,5 +1,5 @@
-//! The outputs of a walk whose output channels decay: their factors, and their products with what the decay's gradient is made of
-//! (see [`super::gate`]).
+//! The outputs of a walk whose output channels decay: their factors, and their products with what the decay's gradient is
+//! made of (see [`super::gate`]).
 
 use cubecl::prelude::*;
 
@@ -11,8 +11,9 @@ use crate::tile::hopper::{
     store_u32, swizzled, write,
 };
 
-/// Multiplies the outputs without their own tokens with the tile `x`, into the registers [`WalkPlan::products`], and returns by
-/// how much they are to be multiplied so that the largest of a warp uses all of f16; the inverse goes to `scales[at]`.
+/// Multiplies the outputs without their own tokens with the tile `x`, into the registers [`WalkPlan::products`], and
+/// returns by how much they are to be multiplied so that the largest of a warp uses all of f16; the inverse goes to
+/// `scales[at]`.
 #[cube]
 pub(super) fn products_of_span(
     scales: &mut [f32],
@@ -54,8 +55,9 @@ pub(super) fn products_of_span(
 /// Writes the outputs of a span, each with its own token's part and its factor; with `plan.dots()`, also the products
 /// times `products_scale`, in f16.
 ///
-/// A whole chunk goes to the tiles `outputs` and `products`, otherwise straight to device memory: what stands beside it belongs
-/// to other spans. `first` says where the first row is, of outputs and of products; the outputs of the rows `kept` are.
+/// A whole chunk goes to the tiles `outputs` and `products`, otherwise straight to device memory: what stands beside it
+/// belongs to other spans. `first` says where the first row is, of outputs and of products; the outputs of the rows
+/// `kept` are.
 #[cube]
 pub(super) fn write_factored(
     rows: &mut [u32],

@@ -2,16 +2,17 @@
 //! after them like any other.
 //!
 //! ```text
-//! o_i = scale · S_{i−1}ᵀ q_i = scale · S'_iᵀ q_i ,   S'_i = diag(e^{g'_i}) S'_{i−1} + k'_i v'_iᵀ ,   g', k', v'_i = g, k, v_{i−1}
+//! o_i = scale · S_{i−1}ᵀ q_i = scale · S'_iᵀ q_i
+//! S'_i = diag(e^{g'_i}) S'_{i−1} + k'_i v'_iᵀ ,   g', k', v'_i = g, k, v_{i−1}
 //! ```
 //!
-//! A sequence of `T` tokens has `T + 1` rows: row `r` reads with token `r` (queries, and gradients of the outputs) and writes
-//! token `r − 1` (keys, values, decays). Row 0 writes nothing and row `T` reads nothing. What [`super::prepare`] writes has
-//! all rows, with zeros there; all else stands by token, and is loaded and stored beside its row.
+//! A sequence of `T` tokens has `T + 1` rows: row `r` reads with token `r` (queries, and gradients of the outputs) and
+//! writes token `r − 1` (keys, values, decays). Row 0 writes nothing and row `T` reads nothing. What [`super::prepare`]
+//! writes has all rows, with zeros there; all else stands by token, and is loaded and stored beside its row.
 //!
-//! So the token just before, which has not decayed in what is read, is a row's own, and no part of a decay's gradient. Walked
-//! with the decays of the token before instead, its part cancels in that gradient but for its rounding, which was 4e-3 with log
-//! decays down to −4, 1.4e-2 from −8 to −1, and 5.8e-2 from −30 to 0.
+//! So the token just before, which has not decayed in what is read, is a row's own, and no part of a decay's gradient.
+//! Walked with the decays of the token before instead, its part cancels in that gradient but for its rounding, which was
+//! 4e-3 with log decays down to −4, 1.4e-2 from −8 to −1, and 5.8e-2 from −30 to 0.
 
 use cubecl::prelude::*;
 

@@ -24,9 +24,17 @@ pub(crate) struct Table {
 }
 
 /// Cuts every sequence into segments of about `segment` tokens, in whole chunks. A sequence without tokens has one empty
-/// segment, which hands its state on. With `shifted`, every other sequence has one row more than tokens (see
-/// [`super::shift`]).
-pub(crate) fn build(sequences: &CuSeqlens, segment: usize, shifted: bool) -> Table {
+/// segment, which hands its state on.
+pub(crate) fn build(sequences: &CuSeqlens, segment: usize) -> Table {
+    build_rows(sequences, segment, false)
+}
+
+/// The same, but every sequence that has tokens has one row more: see [`super::shift`].
+pub(super) fn build_shifted(sequences: &CuSeqlens, segment: usize) -> Table {
+    build_rows(sequences, segment, true)
+}
+
+fn build_rows(sequences: &CuSeqlens, segment: usize, shifted: bool) -> Table {
     let segment = segment.next_multiple_of(CHUNK);
     let (mut items, mut per_sequence, mut chunks) = (Vec::new(), Vec::new(), Vec::new());
     let mut more = 0;
@@ -84,7 +92,7 @@ mod tests {
     #[test]
     fn segments_and_chunks_cover_each_sequence() {
         let packed = CuSeqlens::new(vec![0, 5, 5, 1605]).unwrap();
-        let table = build(&packed, 1024, false);
+        let table = build(&packed, 1024);
         assert_eq!((table.items, table.chunks), (4, 26));
         let item = |i: usize| &table.entries[i * ITEM_WORDS..(i + 1) * ITEM_WORDS];
         assert_eq!(item(0), [0, 5, 0, 3, 0, 0]);
@@ -102,7 +110,7 @@ mod tests {
 
     #[test]
     fn a_shifted_sequence_has_one_row_more() {
-        let table = build(&CuSeqlens::new(vec![0, 64, 64, 65]).unwrap(), 1024, true);
+        let table = build_shifted(&CuSeqlens::new(vec![0, 64, 64, 65]).unwrap(), 1024);
         assert_eq!((table.items, table.chunks, table.rows), (3, 3, 67));
         assert_eq!(table.entries[..ITEM_WORDS], [0, 65, 0, 3, 0, 0]);
         assert_eq!(table.entries[2 * ITEM_WORDS..3 * ITEM_WORDS], [64, 2, 2, 3, 2, 1]);

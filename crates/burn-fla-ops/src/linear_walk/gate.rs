@@ -39,9 +39,10 @@ pub(super) fn end_products(
 /// `dg_t = ⟨S_e, Z_e⟩ + Σ_{s ≥ t} (q_s dq_s − k_s dk_s)` inside each chunk, by key channel: one unit a chunk and channel.
 /// With a decay by value, q is the gradient of the outputs and dq the outputs, k the values and dk their gradient.
 ///
-/// With `exclusive`, where the state is read before the token, it is `⟨S_e, Z_e⟩ + Σ_{s > t} q_s dq_s − Σ_{s ≥ t} k_s dk_s`
-/// of the gradients without what has not decayed: a token's own part, and that of neighbours in the chunk, which are in both sums
-/// or in neither. With decays down to e^-30 their rounding alone was 1e-5 of the gradient.
+/// With `exclusive`, where the state is read before the token, it is
+/// `⟨S_e, Z_e⟩ + Σ_{s > t} q_s dq_s − Σ_{s ≥ t} k_s dk_s` of the gradients without what has not decayed: a token's own
+/// part, and that of neighbours in the chunk, which are in both sums or in neither. With decays down to e^-30 their
+/// rounding alone was 1e-5 of the gradient.
 ///
 /// `dq` and `dk` are f32 as the walks summed them: from rounded ones the errors of a whole chunk would add up.
 #[cube(launch, address_type = "dynamic")]
@@ -96,8 +97,8 @@ pub(crate) fn sum_channels(x: &[f32], out: &mut [f32], count: usize, #[comptime]
     out[ABSOLUTE_POS] = sum;
 }
 
-/// `w_t = scale · do_t · v_t`, by which a token's own key and query are weighted in each other's gradient, and after them `w'_t =
-/// scale · do_t · v_{t−1}`, the same of its query and the key before it: one unit a token and head.
+/// `w_t = scale · do_t · v_t`, by which a token's own key and query are weighted in each other's gradient, and after them
+/// `w'_t = scale · do_t · v_{t−1}`, the same of its query and the key before it: one unit a token and head.
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn pair_weights<E: Float>(
     grad: &[E],
@@ -125,9 +126,9 @@ pub(super) fn pair_weights<E: Float>(
     out[count + ABSOLUTE_POS] = other * scale;
 }
 
-/// What has not decayed in the gradient of the queries, `w_t u ∘ k_t + w'_t k_{t−1}`, or with `of_keys` in that of the keys, `w_t u ∘
-/// q_t + w'_{t+1} q_{t+1}`, added to the rest `y` of it; the second of them inside a chunk alone. `x` are the keys, or the queries.
-/// One unit a chunk and channel.
+/// What has not decayed in the gradient of the queries, `w_t u ∘ k_t + w'_t k_{t−1}`, or with `of_keys` in that of the
+/// keys, `w_t u ∘ q_t + w'_{t+1} q_{t+1}`, added to the rest `y` of it; the second of them inside a chunk alone. `x` are
+/// the keys, or the queries. One unit a chunk and channel.
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn add_undecayed<E: Float>(
     x: &[E],
@@ -160,7 +161,7 @@ pub(super) fn add_undecayed<E: Float>(
         let value = f32::cast_from(x[at]);
         let mut weight = f32::new(0.0);
         if n > 0 {
-            weight = weights[tokens * heads + if comptime!(of_keys) { row + heads } else { row + 0 }];
+            weight = weights[(tokens + comptime!(usize::from(of_keys))) * heads + row];
         }
         out[at] = E::cast_from(y[at] + weights[row] * factor * value + weight * other);
         other = value;

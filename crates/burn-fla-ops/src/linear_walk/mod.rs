@@ -25,8 +25,8 @@
 //! A decay by value, `S_t = S_{t−1} diag(e^{g_t}) + k_t v_tᵀ`, is the same with keys and values exchanged: its gradient is
 //! `⟨S_e, Z_e⟩ + Σ_{s ≥ t} (do_s ∘ o_s − v_s ∘ dv_s)`, with the outputs walked once more.
 //!
-//! With a bonus u for the token's own key, the state is read before the token: `o_t = scale · (S_{t−1} + (u ∘ k_t) v_tᵀ)ᵀ q_t`.
-//! In a walk, reading then comes first in both directions of time.
+//! With a bonus u for the token's own key, the state is read before the token:
+//! `o_t = scale · (S_{t−1} + (u ∘ k_t) v_tᵀ)ᵀ q_t`. In a walk, reading then comes first in both directions of time.
 //!
 //! Saved between forward and backward, besides the inputs: the states at the chunk borders, `4 H K V / 64` bytes a token.
 

@@ -43,8 +43,8 @@ fn place(table: &[i32], heads: usize, #[comptime] plan: WalkPlan) -> Place {
     }
 }
 
-/// Copies the inner vectors of `count` tokens of `chunk`, from `token` on, into shared memory, filled up with zeros to the stride;
-/// with `plan.delayed` those of the tokens walked just before them, which the chunk's first has not.
+/// Copies the inner vectors of `count` tokens of `chunk`, from `token` on, into shared memory, filled up with zeros to
+/// the stride; with `plan.delayed` those of the tokens walked just before them, which the chunk's first has not.
 #[cube]
 fn load_added<E: Float>(
     from: &[E],
@@ -68,13 +68,13 @@ fn load_added<E: Float>(
 /// The token that is added where `token` is read; the chunk's first one, which adds nothing, where it is that one.
 #[cube]
 fn before(token: usize, chunk: &Place, #[comptime] plan: WalkPlan) -> usize {
-    if comptime!(!plan.delayed) {
-        token + 0
-    } else if comptime!(plan.against_time) {
-        min(token + 1, chunk.start + chunk.len - 1)
-    } else {
-        max(token, chunk.start + 1) - 1
+    let mut added = token;
+    if comptime!(plan.delayed && plan.against_time) {
+        added = min(token + 1, chunk.start + chunk.len - 1);
+    } else if comptime!(plan.delayed) {
+        added = max(token, chunk.start + 1) - 1;
     }
+    added
 }
 
 /// Copies the inner vectors of `count` tokens from `token` on into shared memory, filled up with zeros to the stride.
@@ -223,9 +223,10 @@ pub(super) fn local_state<E: Float>(
 
 /// Each chunk's outputs `y_t = out_scale · X_t c_t`, walked from the state at its start (against time: at its end).
 ///
-/// With `plan.exclusive` they are read before the token, `y_t = out_scale · (X + in_scale a_t (u ∘ b_t)ᵀ) c_t`, and then with
-/// time and against it `X ← decay ∘ X + in_scale a_t b_tᵀ`. `bonus`, u, is that of each key channel, on whichever side it is.
-/// With `plan.delayed`, what has not decayed in an output is left out: the bonus, and what the step just before has added.
+/// With `plan.exclusive` they are read before the token, `y_t = out_scale · (X + in_scale a_t (u ∘ b_t)ᵀ) c_t`, and then
+/// with time and against it `X ← decay ∘ X + in_scale a_t b_tᵀ`. `bonus`, u, is that of each key channel, on whichever
+/// side it is. With `plan.delayed`, what has not decayed in an output is left out: the bonus, and what the step just
+/// before has added.
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn read_out<E: Float, Y: Float>(
     a: &[E],

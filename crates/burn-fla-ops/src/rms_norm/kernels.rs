@@ -135,8 +135,8 @@ fn backward_kernel<E: Float, N: Size>(
 
 /// Inputs: `x` `[rows, D]`, `weight` f32 `[D]`. Output: `y` `[rows, D]`.
 #[derive(Clone, Debug)]
-pub(super) struct RmsNorm {
-    pub(super) eps: f64,
+pub(crate) struct RmsNorm {
+    pub(crate) eps: f64,
 }
 
 impl Operator for RmsNorm {
