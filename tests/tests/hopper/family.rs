@@ -321,6 +321,7 @@ fn every_decay_is_right() {
     check(&[
         Case { decay: (0.0, 0.0), ..BASE },
         Case { decay: (-4.0, 0.0), ..BASE },
+        Case { decay: (-8.0, -1.0), ..BASE },
         Case { decay: (-30.0, 0.0), tokens: 600, ..BASE },
         Case { decay: (-30.0, 0.0), gates: DType::BF16, keys: 48, values: 80, ..BASE },
         Case { decay: (-30.0, -29.0), ..BASE },
