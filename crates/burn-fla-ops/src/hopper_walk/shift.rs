@@ -12,7 +12,10 @@
 //!
 //! So the token just before, which has not decayed in what is read, is a row's own, and no part of a decay's gradient.
 //! Walked with the decays of the token before instead, its part cancels in that gradient but for its rounding, which was
-//! 4e-3 with log decays down to −4, 1.4e-2 from −8 to −1, and 5.8e-2 from −30 to 0.
+//! 4e-3 with log decays down to −4, 1.4e-2 from −8 to −1, and 5.8e-2 from −30 to 0. It was also faster, 0.585 ms forward
+//! and 2.742 both where this takes 0.625 and 2.906 (8 × 2048 × 32 × 128 × 128 on an H200): 2,048 tokens are 33 chunks
+//! here, the first and last of which are stored row by row, and [`super::bonus`] sums up `do · v` itself, as a token's own
+//! value is not always in its row's chunk.
 
 use cubecl::prelude::*;
 
