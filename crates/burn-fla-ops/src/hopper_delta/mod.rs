@@ -38,19 +38,20 @@
 #![allow(clippy::identity_op)]
 
 mod chain;
-mod gradient_parts;
+pub(crate) mod gradient_parts;
 mod gradients;
 mod groups;
-mod operator;
-mod parts;
-mod plan;
-mod prepare;
+pub(crate) mod operator;
+pub(crate) mod parts;
+pub(crate) mod plan;
+pub(crate) mod prepare;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
-use crate::CuSeqlens;
-use crate::bridge::{apply, is_hopper};
+use crate::bridge::{apply, has_mma, is_hopper};
 use crate::hopper_walk::table;
+use crate::hopper_walk::{Cores, shared_memory};
+use crate::{CuSeqlens, Engine};
 use operator::HopperDelta;
 
 /// The most key channels of a head.
@@ -61,6 +62,7 @@ const MOST_VALUES: usize = 512;
 /// A checked problem.
 pub(crate) struct Problem {
     pub(crate) op: &'static str,
+    pub(crate) cores: Cores,
     /// bf16 `[B, T, H, K]`
     pub(crate) q: Tensor<4>,
     /// bf16 `[B, T, H, K]`
@@ -77,22 +79,33 @@ pub(crate) struct Problem {
     pub(crate) sequences: CuSeqlens,
 }
 
-/// Whether this engine takes such values with so many key channels: bf16 on a Hopper GPU, channels in multiples of 16, and
-/// some sequence of more than one token.
-pub(crate) fn takes(v: &Tensor<4>, keys: usize, sequences: &CuSeqlens) -> bool {
+/// The kernels that take such values with so many key channels, these or those of [`crate::mma_delta`]: bf16 on a GPU that
+/// has them, channels in multiples of 16, and some sequence of more than one token.
+pub(crate) fn takes(v: &Tensor<4>, keys: usize, sequences: &CuSeqlens, engine: Engine) -> Option<Cores> {
     let values = v.dims()[3];
-    v.dtype() == DType::BF16
+    let device = v.device();
+    let taken = v.dtype() == DType::BF16
         && sequences.lengths().any(|n| n > 1)
         && keys.is_multiple_of(16)
         && keys <= MOST_KEYS
         && values.is_multiple_of(16)
-        && values <= MOST_VALUES
-        && is_hopper(&v.device())
+        && values <= MOST_VALUES;
+    if !taken {
+        return None;
+    }
+    let mma = || has_mma(&device) && crate::mma_delta::plan::fits(keys, values, shared_memory(&device));
+    if engine == Engine::Mma && mma() {
+        return Some(Cores::Mma);
+    }
+    if is_hopper(&device) {
+        return Some(Cores::Hopper);
+    }
+    mma().then_some(Cores::Mma)
 }
 
 /// Runs a problem that [`takes`] accepts: `o` and the last state.
 pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
-    let Problem { op, q, k, v, beta, decay, scale, state, sequences } = problem;
+    let Problem { op, cores, q, k, v, beta, decay, scale, state, sequences } = problem;
     let [b, t, key_heads, keys] = q.dims();
     let [.., heads, values] = v.dims();
     let device = v.device().inner();
@@ -110,6 +123,7 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
         values,
         sequences: sequences.num_sequences(),
         chunks: table.chunks,
+        cores,
     };
     let size = table.entries.len();
     let table = Tensor::<1, Int>::from_data(TensorData::new(table.entries, [size]), &device);

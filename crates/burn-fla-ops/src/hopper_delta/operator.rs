@@ -6,42 +6,60 @@ use cubecl::prelude::{CubeCount, CubeDim, TensorMapArg, Tiled};
 use super::plan::{CHUNK, ChainPlan, GRADIENT_UNITS, GradientPlan, PREPARE_UNITS, Task};
 use super::{chain, gradients, groups, prepare};
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, zeros};
+use crate::hopper_walk::Cores;
 use crate::hopper_walk::table::{ITEM_WORDS, SEQUENCE_WORDS};
 use crate::tile::hopper::{panel_map, readable, words};
 
 /// A delta rule. Inputs: q, k, v, beta, with `gated` the log decays, and with `has_state` the initial state.
 #[derive(Debug)]
-pub(super) struct HopperDelta {
-    pub(super) name: &'static str,
-    pub(super) gated: bool,
-    pub(super) has_state: bool,
-    pub(super) scale: f32,
-    pub(super) tokens: usize,
+pub(crate) struct HopperDelta {
+    pub(crate) name: &'static str,
+    pub(crate) gated: bool,
+    pub(crate) has_state: bool,
+    pub(crate) scale: f32,
+    pub(crate) tokens: usize,
     /// Value heads.
-    pub(super) heads: usize,
+    pub(crate) heads: usize,
     /// Value heads that share a key head.
-    pub(super) groups: usize,
-    pub(super) keys: usize,
-    pub(super) values: usize,
-    pub(super) sequences: usize,
-    pub(super) chunks: usize,
+    pub(crate) groups: usize,
+    pub(crate) keys: usize,
+    pub(crate) values: usize,
+    pub(crate) sequences: usize,
+    pub(crate) chunks: usize,
+    /// Which kernels run: these, or those of [`crate::mma_delta`].
+    pub(crate) cores: Cores,
 }
 
 /// The inputs as the kernels read them.
-struct Operands {
-    q: CubeTensor,
-    k: CubeTensor,
-    v: CubeTensor,
-    beta: CubeTensor,
-    g: CubeTensor,
+pub(crate) struct Operands {
+    pub(crate) q: CubeTensor,
+    pub(crate) k: CubeTensor,
+    pub(crate) v: CubeTensor,
+    pub(crate) beta: CubeTensor,
+    pub(crate) g: CubeTensor,
     initial: Option<CubeTensor>,
-    table: CubeTensor,
+    pub(crate) table: CubeTensor,
     /// M of [`prepare`], `[tokens, HV, 64]`.
-    inverse: CubeTensor,
+    pub(crate) inverse: CubeTensor,
+    /// The scores of [`crate::mma_delta::prepare`], likewise, where its kernels run.
+    pub(crate) scores: CubeTensor,
+}
+
+/// What the gradients of queries, keys, strengths and decays are computed from, and where they go.
+pub(crate) struct Gradients<'a> {
+    pub(crate) written: &'a CubeTensor,
+    pub(crate) grad_o: &'a CubeTensor,
+    pub(crate) grad_v: &'a CubeTensor,
+    pub(crate) states: &'a CubeTensor,
+    pub(crate) grad_states: &'a CubeTensor,
+    pub(crate) dq: &'a CubeTensor,
+    pub(crate) dk: &'a CubeTensor,
+    pub(crate) dbeta: &'a CubeTensor,
+    pub(crate) dg: &'a CubeTensor,
 }
 
 impl HopperDelta {
-    fn state_shape(&self) -> [usize; 4] {
+    pub(crate) fn state_shape(&self) -> [usize; 4] {
         [self.sequences, self.heads, self.keys, self.values]
     }
 
@@ -51,7 +69,7 @@ impl HopperDelta {
     }
 
     /// Where the table has its chunks.
-    fn chunks_at(&self) -> u32 {
+    pub(crate) fn chunks_at(&self) -> u32 {
         ((ITEM_WORDS + SEQUENCE_WORDS) * self.sequences) as u32
     }
 
@@ -67,26 +85,34 @@ impl HopperDelta {
         let initial = self.has_state.then(|| contiguous(inputs[self.state_index()].clone()));
         let table = contiguous(ints[0].clone());
         let inverse = alloc(&v, [self.tokens, self.heads, CHUNK], DType::BF16);
-        let plan = self.gradient_plan();
+        let scores = if self.cores == Cores::Mma { self.mma_scores(&v) } else { inverse.clone() };
+        let x = Operands { q, k, v, beta, g, initial, table, inverse, scores };
+        match self.cores {
+            Cores::Hopper => self.prepare(&x),
+            Cores::Mma => self.mma_prepare(&x),
+        }
+        x
+    }
+
+    fn prepare(&self, x: &Operands) {
         // SAFETY: the table has `chunks` chunks of tokens inside of the tensors, whose shapes the public function checked.
         unsafe {
             prepare::prepare::launch_unchecked(
-                &v.client,
+                &x.v.client,
                 CubeCount::new_1d((self.chunks * self.heads) as u32),
                 CubeDim::new_1d(PREPARE_UNITS),
-                self.map(&k, self.heads / self.groups, self.keys),
-                g.clone().into_buffer_arg(),
-                beta.clone().into_buffer_arg(),
-                table.clone().into_buffer_arg(),
-                words(&inverse),
+                self.map(&x.k, self.heads / self.groups, self.keys),
+                x.g.clone().into_buffer_arg(),
+                x.beta.clone().into_buffer_arg(),
+                x.table.clone().into_buffer_arg(),
+                words(&x.inverse),
                 self.heads as u32,
                 self.groups as u32,
                 self.chunks_at(),
-                plan.panels(),
+                self.gradient_plan().panels(),
                 self.gated,
             );
         }
-        Operands { q, k, v, beta, g, initial, table, inverse }
     }
 
     /// A map of `[tokens, heads, channels]` in boxes of 64 tokens of one head.
@@ -100,8 +126,13 @@ impl HopperDelta {
         panel_map(x, [count, rows, columns], [rows * columns, columns, 1], [1, 64, 64])
     }
 
-    fn gradient_plan(&self) -> GradientPlan {
-        GradientPlan { keys: self.keys, values: self.values, gated: self.gated }
+    pub(crate) fn gradient_plan(&self) -> GradientPlan {
+        GradientPlan { keys: self.keys, values: self.values, gated: self.gated, cores: self.cores }
+    }
+
+    /// Processors of the device that has `x`.
+    pub(crate) fn processors(&self, x: &CubeTensor) -> usize {
+        x.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize
     }
 
     /// One warpgroup a cube where that does not lengthen the work of the busiest processor.
@@ -114,8 +145,11 @@ impl HopperDelta {
 
     /// Walks: the output, the state that it arrives at, and the states at the chunks' borders.
     fn chain(&self, task: Task, x: &Operands, v: &CubeTensor, initial: Option<&CubeTensor>) -> [CubeTensor; 3] {
+        if self.cores == Cores::Mma {
+            return self.mma_chain(task, x, v, initial);
+        }
         let client = v.client.clone();
-        let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
+        let processors = self.processors(v);
         let plan = ChainPlan { initial: initial.is_some(), ..self.chain_plan(task, processors) };
         let work = self.sequences * self.heads * plan.slices();
         let unused = alloc(&x.g, [32], DType::F32);
@@ -123,7 +157,7 @@ impl HopperDelta {
         let last = if task == Task::Values { unused.clone() } else { alloc(&x.g, self.state_shape(), DType::F32) };
         let borders = alloc(v, if plan.with_borders() { self.borders_shape() } else { [1, 64, 64] }, DType::BF16);
         let key_heads = self.heads / self.groups;
-        // SAFETY: as in `operands`.
+        // SAFETY: as in `prepare`.
         unsafe {
             chain::chain::launch_unchecked(
                 &client,
@@ -148,6 +182,42 @@ impl HopperDelta {
             );
         }
         [out, last, borders]
+    }
+
+    /// The gradients of all but the values and the state.
+    fn gradients(&self, x: &Operands, to: &Gradients<'_>) {
+        let key_heads = self.heads / self.groups;
+        let values = |x: &CubeTensor| self.map(x, self.heads, self.values);
+        // SAFETY: as in `prepare`.
+        unsafe {
+            gradients::gradients::launch_unchecked(
+                &x.v.client,
+                CubeCount::new_1d((self.chunks * self.heads).min(self.processors(&x.v)) as u32),
+                CubeDim::new_1d(GRADIENT_UNITS),
+                self.map(&x.q, key_heads, self.keys),
+                self.map(&x.k, key_heads, self.keys),
+                values(to.written),
+                values(to.grad_o),
+                values(to.grad_v),
+                self.border_map(to.states),
+                self.border_map(to.grad_states),
+                self.map(to.dq, self.heads, self.keys),
+                self.map(to.dk, self.heads, self.keys),
+                words(to.dq),
+                words(to.dk),
+                to.dbeta.clone().into_buffer_arg(),
+                to.dg.clone().into_buffer_arg(),
+                x.g.clone().into_buffer_arg(),
+                x.beta.clone().into_buffer_arg(),
+                x.table.clone().into_buffer_arg(),
+                self.heads as u32,
+                self.groups as u32,
+                self.chunks as u32,
+                self.chunks_at(),
+                self.scale,
+                self.gradient_plan(),
+            );
+        }
     }
 
     /// The sum of the heads that share a key head.
@@ -209,38 +279,20 @@ impl Operator for HopperDelta {
             let tokens = inputs[3].meta.shape().dims::<3>();
             let dbeta = alloc(&x.g, tokens, DType::F32);
             let dg = if self.gated { alloc(&x.g, tokens, DType::F32) } else { alloc(&x.g, [32], DType::F32) };
-            let processors = x.v.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
-            let key_heads = self.heads / self.groups;
-            let values = |x: &CubeTensor| self.map(x, self.heads, self.values);
-            // SAFETY: as in `operands`.
-            unsafe {
-                gradients::gradients::launch_unchecked(
-                    &x.v.client,
-                    CubeCount::new_1d((self.chunks * self.heads).min(processors) as u32),
-                    CubeDim::new_1d(GRADIENT_UNITS),
-                    self.map(&x.q, key_heads, self.keys),
-                    self.map(&x.k, key_heads, self.keys),
-                    values(&written),
-                    values(&grad_o),
-                    values(&dv),
-                    self.border_map(&states),
-                    self.border_map(&grad_states),
-                    self.map(&dq, self.heads, self.keys),
-                    self.map(&dk, self.heads, self.keys),
-                    words(&dq),
-                    words(&dk),
-                    dbeta.clone().into_buffer_arg(),
-                    dg.clone().into_buffer_arg(),
-                    x.g.clone().into_buffer_arg(),
-                    x.beta.clone().into_buffer_arg(),
-                    x.table.clone().into_buffer_arg(),
-                    self.heads as u32,
-                    self.groups as u32,
-                    self.chunks as u32,
-                    self.chunks_at(),
-                    self.scale,
-                    self.gradient_plan(),
-                );
+            let to = Gradients {
+                written: &written,
+                grad_o: &grad_o,
+                grad_v: &dv,
+                states: &states,
+                grad_states: &grad_states,
+                dq: &dq,
+                dk: &dk,
+                dbeta: &dbeta,
+                dg: &dg,
+            };
+            match self.cores {
+                Cores::Hopper => self.gradients(&x, &to),
+                Cores::Mma => self.mma_gradients(&x, &to),
             }
             result[0] = Some(self.by_key_head(dq, &x.q));
             result[1] = Some(self.by_key_head(dk, &x.k));

@@ -16,7 +16,7 @@ const LEAST: f32 = 1.0e-12;
 
 /// The writing strength of token `i` of a chunk.
 #[cube]
-pub(super) fn strength(beta: &[f32], start: u32, length: u32, i: u32, head: u32, heads: u32) -> f32 {
+pub(crate) fn strength(beta: &[f32], start: u32, length: u32, i: u32, head: u32, heads: u32) -> f32 {
     let mut value = f32::new(1.0);
     if i < length {
         value = beta[((start + i) * heads + head) as usize];
@@ -27,15 +27,15 @@ pub(super) fn strength(beta: &[f32], start: u32, length: u32, i: u32, head: u32,
 /// The running sums of a chunk's log decays, in powers of two, at tokens `lane` and `lane + 32`; tokens after the last one
 /// add nothing.
 #[derive(CubeType, Clone, Copy)]
-pub(super) struct Decays {
-    pub(super) low: f32,
-    pub(super) high: f32,
+pub(crate) struct Decays {
+    pub(crate) low: f32,
+    pub(crate) high: f32,
 }
 
 #[cube]
 impl Decays {
     /// A whole warp calls it.
-    pub(super) fn of(
+    pub(crate) fn of(
         g: &[f32],
         start: u32,
         length: u32,
@@ -60,7 +60,7 @@ impl Decays {
     }
 
     /// Writes the sums, their exponentials and the decays to the chunk's end, the last two zero after its last token.
-    pub(super) fn write(&self, to: &mut [f32], at: usize, length: u32, lane: u32) {
+    pub(crate) fn write(&self, to: &mut [f32], at: usize, length: u32, lane: u32) {
         let last = plane_broadcast(self.high, 31u32);
         let at = at + lane as usize;
         to[at] = self.low;

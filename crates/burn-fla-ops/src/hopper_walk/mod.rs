@@ -53,8 +53,8 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::bridge::{apply, has_mma, is_hopper};
 use crate::recurrence::{Decay, Problem};
-pub(crate) use engine::Cores;
 use engine::Engine;
+pub(crate) use engine::{Cores, shared_memory};
 use operator::HopperWalk;
 use plan::{Axis, Borders, Roles};
 
