@@ -110,6 +110,7 @@ suite!(Auto: hopper, Mma: mma; {
     packed_sequences_are_right,
     value_heads_of_a_key_head_are_right,
     products_are_right,
+    few_heads_are_right,
     two_runs_are_equal_bit_for_bit,
 });
 
@@ -165,6 +166,15 @@ fn packed_sequences_are_right(engine: Engine) {
     }
 }
 
+/// Sequences that are cut into segments on Hopper.
+fn few_heads_are_right(engine: Engine) {
+    for op in BOTH {
+        let problem = Problem { heads: 1, keys: 64, values: 32, batch: 1, ..base(op, 3300) };
+        let packed = Some(vec![0, 3110, 3110, 3174, 3300]);
+        check(engine, &[problem.clone(), Problem { keys: 48, values: 80, packed, ..problem }]);
+    }
+}
+
 fn value_heads_of_a_key_head_are_right(engine: Engine) {
     for op in BOTH {
         check(
@@ -183,7 +193,10 @@ fn two_runs_are_equal_bit_for_bit(engine: Engine) {
     let Some(device) = device_for(engine) else { return };
     for op in BOTH {
         let problem = Problem { groups: 2, ..base(op, 600) };
-        let once = || run(&problem, as_they_are, &device, Some(engine));
-        assert_eq!(once(), once());
+        let long = Problem { heads: 1, keys: 64, values: 32, batch: 1, ..base(op, 3300) };
+        for problem in [problem, long] {
+            let once = || run(&problem, as_they_are, &device, Some(engine));
+            assert_eq!(once(), once());
+        }
     }
 }

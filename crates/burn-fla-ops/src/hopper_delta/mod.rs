@@ -20,16 +20,23 @@
 //! chunks' borders are known, all other gradients are those of a linear attention that writes W, and of another one that
 //! reads −dv with its keys.
 //!
-//! Nothing but the inputs is saved between forward and backward; while backward runs, W, M and the states S and Z hold
+//! Heads too few to keep the processors busy have their sequences cut into [`segments`], which are walked side by side: first
+//! for what each makes of no state and of unit vectors, then, from the states that follow, for its outputs.
+//!
+//! Nothing but the inputs is saved between forward and backward, and of segments, where there are any, two states:
+//! `4 K (2 V + K)` bytes for a head and 1024 tokens or more. While backward runs, W, M and the states S and Z hold
 //! `2 V + 128 + 4 K V / 64` bytes a token and head.
 //!
-//! Measured on an H200 beside flash-linear-attention: `benches/results/68-hopper-delta.json`. What is known to be left:
-//! - [`prepare`] keeps shared memory busy 91 % of its time (0.17 ms, twice in 1.48). Forward substitution over whole columns by
-//!   64 units took as long as blocks joined by products, 0.166 and 0.177 ms. Products of warps in tf32 would read a quarter.
-//! - Few heads and long sequences are serial: a chunk of a chain takes 1.7 µs, 2.4 with a gate (1 × 16,384 × 16 × 128 × 128),
-//!   where its products alone are 0.7. Scores are written with loads of decays between the stores, each waiting for the one
-//!   before; and outputs could be another warpgroup's, which leaves three products to the walk.
-//! - More than 128 key channels, a decay by key and Comba's feedback run on the portable engine.
+//! Measured on an H200: `benches/results/68-hopper-delta.json`. What was tried, in milliseconds, forward / both:
+//! - Scores first, so that they become P under the other products, and all loads of decays before the first store (each store
+//!   is volatile, and held up the load behind it), and triangles joined by products of warps in three tf32 parts:
+//!   8 × 2048 × 32 × 128 × 128 went from 0.365 / 1.388 to 0.294 / 1.248, with a gate from 0.415 / 1.481 to 0.355 / 1.350.
+//! - Segments: 1 × 16,384 × 16 × 128 × 128 went from 0.542 / 1.691 to 0.331 / 1.061, with a gate from 0.758 / 2.045 to
+//!   0.369 / 1.174. Two segments would walk as far as one; three pay.
+//! - In `prepare`, forward substitution over whole columns by 64 units took as long as blocks joined by products of units,
+//!   0.166 and 0.177.
+//! - Left: outputs could be another warpgroup's, which leaves three products to the walk. More than 128 key channels and
+//!   Comba's feedback run on the portable engine.
 //!
 //! Value heads may outnumber key heads: the kernels read a key head for each value head, and what its gradients' parts are
 //! is summed up at the end.
@@ -45,6 +52,7 @@ pub(crate) mod operator;
 pub(crate) mod parts;
 pub(crate) mod plan;
 pub(crate) mod prepare;
+mod segments;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
@@ -110,7 +118,16 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
     let [.., heads, values] = v.dims();
     let device = v.device().inner();
     let longest = sequences.lengths().max().unwrap_or(0);
-    let table = table::build(&sequences, longest.max(1));
+    let count = sequences.num_sequences();
+    let segment = match cores {
+        // Each cube walks 64 value channels.
+        Cores::Hopper => {
+            let cubes = heads * values.div_ceil(64);
+            segments::segment_tokens(longest, count, cubes, crate::hopper_walk::operator::processors(&device))
+        }
+        Cores::Mma => longest.max(1),
+    };
+    let table = table::build(&sequences, segment);
     let operator = HopperDelta {
         name: op,
         gated: decay.is_some(),
@@ -121,7 +138,8 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
         groups: heads / key_heads,
         keys,
         values,
-        sequences: sequences.num_sequences(),
+        sequences: count,
+        items: table.items,
         chunks: table.chunks,
         cores,
     };

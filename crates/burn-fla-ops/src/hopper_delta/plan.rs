@@ -40,6 +40,10 @@ pub(crate) enum Task {
     Values,
     /// Against time: the gradients of the values, and that of the state after each chunk.
     Gradients,
+    /// With time: what a segment makes of no state, and, in columns of their own behind it, of each unit vector.
+    SegmentStates,
+    /// Against time: what the outputs of a segment alone make of the gradient of the state before it.
+    SegmentGradients,
 }
 
 /// A walk from chunk to chunk.
@@ -59,8 +63,8 @@ pub(super) struct ChainPlan {
 impl ChainPlan {
     /// `narrow`: one warpgroup a cube, where that fills more of the device.
     pub(super) fn new(task: Task, keys: usize, values: usize, gated: bool, narrow: bool) -> Self {
-        let warpgroups = if narrow || values <= 64 { 1 } else { 2 };
-        let plan = Self { task, keys, values, gated, warpgroups, stages: 0, initial: false };
+        let plan = Self { task, keys, values, gated, warpgroups: 1, stages: 0, initial: false };
+        let plan = Self { warpgroups: if narrow || plan.columns() <= 64 { 1 } else { 2 }, ..plan };
         let stages = (SHARED - plan.fixed_bytes()) / (plan.stage_bytes() + 4 * DECAYS);
         Self { stages: stages.min(4), ..plan }
     }
@@ -72,19 +76,34 @@ impl ChainPlan {
 
     /// Cubes that share the value channels of a head.
     pub(super) fn slices(&self) -> usize {
-        self.values.div_ceil(64 * self.warpgroups)
+        self.columns().div_ceil(64 * self.warpgroups)
     }
 
     pub(super) fn with_queries(&self) -> bool {
-        self.task != Task::Values
+        !matches!(self.task, Task::Values | Task::SegmentStates)
     }
 
     pub(super) fn with_borders(&self) -> bool {
-        self.task != Task::Outputs
+        matches!(self.task, Task::Values | Task::Gradients)
     }
 
     pub(super) fn against_time(&self) -> bool {
-        self.task == Task::Gradients
+        matches!(self.task, Task::Gradients | Task::SegmentGradients)
+    }
+
+    /// Whether chunks leave something in memory; else only the state at the end counts.
+    pub(super) fn stores(&self) -> bool {
+        !matches!(self.task, Task::SegmentStates | Task::SegmentGradients)
+    }
+
+    /// Columns of the state, which are value channels, or with a segment's transition also key channels.
+    pub(super) fn columns(&self) -> usize {
+        if self.task == Task::SegmentStates { self.transition() + self.keys.next_multiple_of(64) } else { self.values }
+    }
+
+    /// The first column of a segment's transition.
+    pub(super) fn transition(&self) -> usize {
+        self.values.next_multiple_of(64)
     }
 
     /// Bytes that copies bring to a stage.
@@ -166,12 +185,15 @@ impl GradientPlan {
 mod tests {
     use super::*;
 
+    const TASKS: [Task; 5] =
+        [Task::Outputs, Task::Values, Task::Gradients, Task::SegmentStates, Task::SegmentGradients];
+
     #[test]
     fn every_size_that_is_promised_has_a_plan() {
         for keys in (16..=128).step_by(16) {
             for values in (16..=512).step_by(16) {
                 for narrow in [false, true] {
-                    for task in [Task::Outputs, Task::Values, Task::Gradients] {
+                    for task in TASKS {
                         let plan = ChainPlan::new(task, keys, values, true, narrow);
                         assert!(plan.stages >= 2, "{plan:?}");
                     }
