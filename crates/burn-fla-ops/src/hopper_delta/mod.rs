@@ -27,7 +27,7 @@
 //! `4 K (2 V + K)` bytes for a head and 1024 tokens or more. While backward runs, W, M and the states S and Z hold
 //! `2 V + 128 + 4 K V / 64` bytes a token and head.
 //!
-//! Measured on an H200: `benches/results/68-hopper-delta.json`. What was tried, in milliseconds, forward / both:
+//! Measured on an H200: `benches/results/68-hopper-delta.json` and `68-hopper-delta-segments.json`. What was tried, in milliseconds, forward / both:
 //! - Scores first, so that they become P under the other products, and all loads of decays before the first store (each store
 //!   is volatile, and held up the load behind it), and triangles joined by products of warps in three tf32 parts:
 //!   8 × 2048 × 32 × 128 × 128 went from 0.365 / 1.388 to 0.294 / 1.248, with a gate from 0.415 / 1.481 to 0.355 / 1.350.
