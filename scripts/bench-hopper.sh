@@ -2,7 +2,7 @@
 # Times operators beside flash-linear-attention, and matrix products beside PyTorch's cuBLAS, on a machine with a GPU and no
 # Rust.
 # usage: bench-hopper.sh FOLDER operators OPERATOR,… BxTxHxKxV,… | bench-hopper.sh FOLDER step OPERATOR,… BxTxHxKxV,…
-#      | bench-hopper.sh FOLDER linear TOKENS,… NxK,… | bench-hopper.sh FOLDER support [OPERATOR,…]
+#      | bench-hopper.sh FOLDER linear[:mma|:burn] TOKENS,… NxK,… | bench-hopper.sh FOLDER support [OPERATOR,…]
 #   OPERATOR is one of tests/src/operators (with :mma on the kernels for any NVIDIA GPU since Ampere), or all.
 #   FOLDER holds bench-hopper.xz: `cargo build --release -p burn-fla-tests --features cuda --bin bench-hopper`, stripped.
 #   Lines of JSON go to the standard output, for `report add --operators` and `--steps`.
@@ -42,7 +42,7 @@ for _ in range(50):
     times.append((time.perf_counter() - start) / 20)
 print(f"copy of 256 MiB: {2 * x.numel() * 2 / statistics.median(times) / 1e12:.2f} TB/s")
 PYTHON
-elif [ "$1" = linear ]; then
+elif [ "${1%%:*}" = linear ]; then
     python3 scripts/cublas.py "$2" "$3"
 elif [ "$1" = operators ]; then
     if python3 -c 'import fla' 2>/dev/null; then

@@ -2,6 +2,22 @@
 //! it.
 #![cfg(feature = "cuda")]
 
+/// The tests of a file, functions of the engine, with each of several engines.
+macro_rules! suite {
+    ($($engine:ident: $module:ident),*; $tests:tt) => {
+        $(mod $module {
+            use burn_fla_ops::Engine::$engine as ENGINE;
+            suite!(@ $tests);
+        })*
+    };
+    (@ {$($test:ident,)*}) => {
+        $(#[test]
+        fn $test() {
+            super::$test(ENGINE);
+        })*
+    };
+}
+
 #[path = "hopper/delta.rs"]
 mod delta;
 #[path = "hopper/epilogue.rs"]

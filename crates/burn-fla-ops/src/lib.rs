@@ -50,6 +50,8 @@ pub mod logcumsumexp;
 pub mod matmul;
 pub mod mesa_net;
 #[cfg(feature = "cuda")]
+mod mma_delta;
+#[cfg(feature = "cuda")]
 mod mma_walk;
 pub mod nsa;
 #[cfg(feature = "cube")]
@@ -95,7 +97,7 @@ pub use linear_attn::linear_attn;
 pub use linear_cross_entropy::{CrossEntropyOptions, linear_cross_entropy};
 pub use log_gate::log_gate;
 pub use logcumsumexp::logcumsumexp;
-pub use matmul::{Activation, Epilogue, linear, linear_with, linears, matmul};
+pub use matmul::{Activation, Epilogue, linear, linear_with, linears, linears_with, matmul};
 pub use mesa_net::{MesaOptions, MesaState, mesa_net};
 pub use nsa::{NsaOptions, nsa};
 pub use options::{Engine, ScanOptions, SequenceOptions};

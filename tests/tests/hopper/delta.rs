@@ -1,4 +1,4 @@
-//! The delta rules on the tensor cores, against the token recurrence in f64 over the same bf16 inputs.
+//! The delta rules on the tensor cores of Hopper GPUs and of any since Ampere, against the token recurrence in f64 over the same bf16 inputs.
 
 // The suite of the references uses more of it.
 #[allow(dead_code)]
@@ -6,11 +6,11 @@
 mod delta_problem;
 
 use burn::tensor::{DType, Device, Tensor};
-use burn_fla_ops::bridge;
+use burn_fla_ops::{Engine, bridge};
 use burn_fla_tests::{numbers, ratio, reference_device, tensor, uniform};
 
 use self::delta_problem::{Op, Problem};
-use super::hopper;
+use super::device_for;
 
 const NAMES: [&str; 9] = ["o", "state", "dq", "dk", "dv", "dp", "dg", "dbeta", "dh0"];
 /// Relative RMS errors: bf16 operands round to 2^-9, and each number is a sum of their products. At two tokens dβ is eight
@@ -21,8 +21,10 @@ fn base(op: Op, tokens: usize) -> Problem {
     Problem { heads: 2, groups: 1, keys: 128, values: 128, l2_norm: false, ..Problem::new(op, tokens) }
 }
 
-/// Outputs and gradients: of the public function, or of the recurrence in f64. `keys`: what to make of the keys' numbers.
-fn run(problem: &Problem, keys: fn(&mut [f64], usize), device: &Device, exact: bool) -> Vec<Vec<f64>> {
+/// Outputs and gradients: of the public function with an engine, or of the recurrence in f64. `keys`: what to make of the keys' numbers.
+fn run(problem: &Problem, keys: fn(&mut [f64], usize), device: &Device, engine: Option<Engine>) -> Vec<Vec<f64>> {
+    let exact = engine.is_none();
+    let problem = &Problem { engine: engine.unwrap_or_default(), ..problem.clone() };
     let device = device.clone().autodiff();
     let wide = if exact { DType::F64 } else { DType::F32 };
     let leaves: Vec<Tensor<1>> = problem
@@ -65,13 +67,13 @@ fn repeated(keys: &mut [f64], width: usize) {
     }
 }
 
-fn check_with(problems: &[Problem], keys: fn(&mut [f64], usize), times: f64) {
-    let Some(device) = hopper() else { return };
+fn check_with(engine: Engine, problems: &[Problem], keys: fn(&mut [f64], usize), times: f64) {
+    let Some(device) = device_for(engine) else { return };
     bridge::poison_outputs(true);
     let mut wrong = Vec::new();
     for problem in problems {
-        let found = run(problem, keys, &device, false);
-        let exact = run(problem, keys, &reference_device(), true);
+        let found = run(problem, keys, &device, Some(engine));
+        let exact = run(problem, keys, &reference_device(), None);
         let mut line = String::new();
         for (i, (found, exact)) in found.iter().zip(&exact).enumerate() {
             if found.is_empty() && exact.is_empty() {
@@ -83,96 +85,118 @@ fn check_with(problems: &[Problem], keys: fn(&mut [f64], usize), times: f64) {
             let vanishes = i == 6 && problem.decay.1 < -1.0;
             let small = found.iter().zip(exact).all(|(a, b)| (a - b).abs() <= 1e-5);
             if !(error <= times * BOUNDS[i] || vanishes && small) {
-                wrong.push(format!("{problem:?}: {} is off by {error:.1e}", NAMES[i]));
+                wrong.push(format!("{engine:?} {problem:?}: {} is off by {error:.1e}", NAMES[i]));
             }
         }
-        println!("{problem:?}:{line}");
+        println!("{engine:?} {problem:?}:{line}");
     }
     bridge::poison_outputs(false);
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-fn check(problems: &[Problem]) {
-    check_with(problems, as_they_are, 1.0);
+fn check(engine: Engine, problems: &[Problem]) {
+    check_with(engine, problems, as_they_are, 1.0);
 }
 
 const BOTH: [Op; 2] = [Op::Delta, Op::Gated];
 
-#[test]
-fn every_length_is_right() {
+suite!(Auto: hopper, Mma: mma; {
+    every_length_is_right,
+    every_size_is_right,
+    many_heads_are_right,
+    every_decay_is_right,
+    keys_that_repeat_are_right,
+    normalised_keys_are_right,
+    packed_sequences_are_right,
+    value_heads_of_a_key_head_are_right,
+    products_are_right,
+    few_heads_are_right,
+    two_runs_are_equal_bit_for_bit,
+});
+
+fn every_length_is_right(engine: Engine) {
     for op in BOTH {
-        check(&[2, 63, 64, 65, 131, 300].map(|tokens| base(op, tokens)));
+        check(engine, &[2, 63, 64, 65, 131, 300].map(|tokens| base(op, tokens)));
     }
 }
 
-#[test]
-fn every_size_is_right() {
+fn every_size_is_right(engine: Engine) {
     let sizes = [(16, 16), (64, 64), (128, 64), (64, 128), (48, 80), (96, 176), (128, 256), (112, 512)];
     for op in BOTH {
-        check(&sizes.map(|(keys, values)| Problem { keys, values, batch: 1, ..base(op, 100) }));
+        check(engine, &sizes.map(|(keys, values)| Problem { keys, values, batch: 1, ..base(op, 100) }));
     }
 }
 
 /// Enough heads for cubes that walk 128 value channels.
-#[test]
-fn many_heads_are_right() {
+fn many_heads_are_right(engine: Engine) {
     for op in BOTH {
-        check(&[Problem { heads: 70, ..base(op, 70) }, Problem { heads: 140, values: 80, keys: 32, ..base(op, 70) }]);
+        check(
+            engine,
+            &[Problem { heads: 70, ..base(op, 70) }, Problem { heads: 140, values: 80, keys: 32, ..base(op, 70) }],
+        );
     }
 }
 
-#[test]
-fn every_decay_is_right() {
+fn every_decay_is_right(engine: Engine) {
     let ranges = [(0.0, 0.0), (-3.0, 0.0), (-30.0, 0.0), (-30.0, -29.0)];
-    check(&ranges.map(|decay| Problem { decay, ..base(Op::Gated, 131) }));
+    check(engine, &ranges.map(|decay| Problem { decay, ..base(Op::Gated, 131) }));
 }
 
 /// Every token writes where all others read: their roundings add up.
-#[test]
-fn keys_that_repeat_are_right() {
+fn keys_that_repeat_are_right(engine: Engine) {
     for op in BOTH {
-        check_with(&[base(op, 131), Problem { l2_norm: true, ..base(op, 131) }], repeated, 3.0);
+        check_with(engine, &[base(op, 131), Problem { l2_norm: true, ..base(op, 131) }], repeated, 3.0);
     }
 }
 
 /// Keys of length one are rounded to bf16 after the norm, which the recurrence here does not do, and with a β of up to 2
 /// nothing shortens a state and its errors.
-#[test]
-fn normalised_keys_are_right() {
+fn normalised_keys_are_right(engine: Engine) {
     for op in BOTH {
         let problem = Problem { l2_norm: true, ..base(op, 131) };
-        check_with(&[problem.clone(), Problem { keys: 16, values: 16, ..problem }], as_they_are, 2.0);
+        check_with(engine, &[problem.clone(), Problem { keys: 16, values: 16, ..problem }], as_they_are, 2.0);
     }
 }
 
-#[test]
-fn packed_sequences_are_right() {
+fn packed_sequences_are_right(engine: Engine) {
     for op in BOTH {
         let packed = Some(vec![0, 64, 64, 65, 73, 140, 300]);
         let problem = Problem { batch: 1, packed, ..base(op, 300) };
-        check(&[problem.clone(), Problem { keys: 64, values: 48, ..problem }]);
+        check(engine, &[problem.clone(), Problem { keys: 64, values: 48, ..problem }]);
     }
 }
 
-#[test]
-fn value_heads_of_a_key_head_are_right() {
+/// Sequences that are cut into segments on Hopper.
+fn few_heads_are_right(engine: Engine) {
     for op in BOTH {
-        check(&[Problem { groups: 3, ..base(op, 131) }, Problem { groups: 4, keys: 48, values: 64, ..base(op, 70) }]);
+        let problem = Problem { heads: 1, keys: 64, values: 32, batch: 1, ..base(op, 3300) };
+        let packed = Some(vec![0, 3110, 3110, 3174, 3300]);
+        check(engine, &[problem.clone(), Problem { keys: 48, values: 80, packed, ..problem }]);
+    }
+}
+
+fn value_heads_of_a_key_head_are_right(engine: Engine) {
+    for op in BOTH {
+        check(
+            engine,
+            &[Problem { groups: 3, ..base(op, 131) }, Problem { groups: 4, keys: 48, values: 64, ..base(op, 70) }],
+        );
     }
 }
 
 /// Several steps a token.
-#[test]
-fn products_are_right() {
-    check(&[Op::Product(3), Op::ProductUngated(2)].map(|op| base(op, 131)));
+fn products_are_right(engine: Engine) {
+    check(engine, &[Op::Product(3), Op::ProductUngated(2)].map(|op| base(op, 131)));
 }
 
-#[test]
-fn two_runs_are_equal_bit_for_bit() {
-    let Some(device) = hopper() else { return };
+fn two_runs_are_equal_bit_for_bit(engine: Engine) {
+    let Some(device) = device_for(engine) else { return };
     for op in BOTH {
         let problem = Problem { groups: 2, ..base(op, 600) };
-        let once = || run(&problem, as_they_are, &device, false);
-        assert_eq!(once(), once());
+        let long = Problem { heads: 1, keys: 64, values: 32, batch: 1, ..base(op, 3300) };
+        for problem in [problem, long] {
+            let once = || run(&problem, as_they_are, &device, Some(engine));
+            assert_eq!(once(), once());
+        }
     }
 }

@@ -1,10 +1,10 @@
 //! What follows a product before it is rounded, against plain f64 arithmetic.
 
 use burn::tensor::{DType, Device, Tensor};
-use burn_fla_ops::{Activation, Epilogue, bridge, linear, linear_with, linears};
+use burn_fla_ops::{Activation, Engine, Epilogue, bridge, linear_with, linears_with};
 use burn_fla_tests::{assert_close, numbers, reference_device, tensor};
 
-use super::hopper;
+use super::device_for;
 use super::linear::rounded;
 
 const ACTIVATIONS: [Activation; 6] = [
@@ -81,14 +81,22 @@ impl Problem {
         [y, dx, dw, db, self.dy.clone()]
     }
 
-    fn found(&self, device: &Device, activation: Activation, bias: bool, residual: bool) -> [Vec<f64>; 5] {
+    fn found(
+        &self,
+        device: &Device,
+        engine: Engine,
+        activation: Activation,
+        bias: bool,
+        residual: bool,
+    ) -> [Vec<f64>; 5] {
         let [m, n, k] = self.sizes;
         let device = device.clone().autodiff();
         let x: Tensor<3> = tensor(&self.x, [1, m, k], &device, DType::BF16).require_grad();
         let w: Tensor<2> = tensor(&self.w, [n, k], &device, DType::F32).require_grad();
         let b: Tensor<1> = tensor(&self.bias, [n], &device, DType::F32).require_grad();
         let r: Tensor<3> = tensor(&self.residual, [1, m, n], &device, DType::BF16).require_grad();
-        let epilogue = Epilogue { bias: bias.then(|| b.clone()), activation, residual: residual.then(|| r.clone()) };
+        let epilogue =
+            Epilogue { bias: bias.then(|| b.clone()), activation, residual: residual.then(|| r.clone()), engine };
         let y = linear_with(x.clone(), w.clone(), epilogue).unwrap();
         let grads = (y.clone() * tensor(&self.dy, [1, m, n], &device, DType::BF16)).sum().backward();
         [
@@ -101,9 +109,15 @@ impl Problem {
     }
 }
 
-#[test]
-fn layers_with_an_epilogue_equal_f64() {
-    let Some(device) = hopper() else { return };
+suite!(Auto: hopper, Mma: mma; {
+    layers_with_an_epilogue_equal_f64,
+    an_epilogue_is_the_steps_one_after_the_other,
+    a_run_with_an_epilogue_repeats_to_the_last_bit,
+    biases_of_several_layers_equal_f64,
+});
+
+fn layers_with_an_epilogue_equal_f64(engine: Engine) {
+    let Some(device) = device_for(engine) else { return };
     bridge::poison_outputs(true);
     for (at, sizes) in SIZES.into_iter().enumerate() {
         let problem = Problem::new(sizes);
@@ -116,7 +130,7 @@ fn layers_with_an_epilogue_equal_f64() {
                 if !most && (at + number + turn) % 8 != 0 {
                     continue;
                 }
-                let found = problem.found(&device, activation, bias, residual);
+                let found = problem.found(&device, engine, activation, bias, residual);
                 let exact = problem.exact(activation, bias, residual);
                 // Results are rounded to 2^-9, and so is what tells the slope; then dz once more.
                 for ((what, bound), (found, exact)) in
@@ -136,9 +150,8 @@ fn layers_with_an_epilogue_equal_f64() {
 }
 
 /// The function of a layer is one, whichever way it is computed: up to the roundings between the steps.
-#[test]
-fn an_epilogue_is_the_steps_one_after_the_other() {
-    let Some(device) = hopper() else { return };
+fn an_epilogue_is_the_steps_one_after_the_other(engine: Engine) {
+    let Some(device) = device_for(engine) else { return };
     let problem = Problem::new([513, 264, 512]);
     let [m, n, k] = problem.sizes;
     let x: Tensor<2> = tensor(&problem.x, [m, k], &device, DType::BF16);
@@ -146,28 +159,27 @@ fn an_epilogue_is_the_steps_one_after_the_other() {
     let b: Tensor<1> = tensor(&problem.bias, [n], &device, DType::F32);
     let r: Tensor<2> = tensor(&problem.residual, [m, n], &device, DType::BF16);
     for activation in ACTIVATIONS {
-        let epilogue = Epilogue { bias: Some(b.clone()), activation, residual: Some(r.clone()) };
+        let epilogue = Epilogue { bias: Some(b.clone()), activation, residual: Some(r.clone()), engine };
         let at_once = linear_with(x.clone(), w.clone(), epilogue).unwrap();
-        let plain = linear(x.clone(), w.clone(), None).unwrap() + b.clone().cast(DType::BF16).unsqueeze();
+        let plain = linear_with(x.clone(), w.clone(), Epilogue { engine, ..Default::default() }).unwrap()
+            + b.clone().cast(DType::BF16).unsqueeze();
         let steps = activation.apply(plain) + r.clone();
         assert_close(&format!("{activation:?}"), &numbers(at_once), &numbers(steps), 6e-3);
     }
 }
 
-#[test]
-fn a_run_with_an_epilogue_repeats_to_the_last_bit() {
-    let Some(device) = hopper() else { return };
+fn a_run_with_an_epilogue_repeats_to_the_last_bit(engine: Engine) {
+    let Some(device) = device_for(engine) else { return };
     for sizes in [[131, 264, 256], [256, 256, 8192]] {
         let problem = Problem::new(sizes);
-        let run = || problem.found(&device, Activation::Silu, true, true);
+        let run = || problem.found(&device, engine, Activation::Silu, true, true);
         assert_eq!(run(), run());
     }
 }
 
 /// Biases of several layers of one input, which are one launch.
-#[test]
-fn biases_of_several_layers_equal_f64() {
-    let Some(device) = hopper() else { return };
+fn biases_of_several_layers_equal_f64(engine: Engine) {
+    let Some(device) = device_for(engine) else { return };
     bridge::poison_outputs(true);
     for (rows, inner, outs) in [(1, 64, &[48, 8][..]), (513, 256, &[512, 16, 264]), (130, 4096, &[64, 64])] {
         let x = rounded(1, rows * inner);
@@ -183,7 +195,7 @@ fn biases_of_several_layers_equal_f64() {
                 (w, Some(b))
             };
             let layers: Vec<_> = outs.iter().enumerate().map(layer).collect();
-            let outputs = linears(x.clone(), layers.clone()).unwrap();
+            let outputs = linears_with(x.clone(), layers.clone(), engine).unwrap();
             let mut loss = Tensor::<1>::zeros([1], (&device, dtype));
             for (i, y) in outputs.iter().enumerate() {
                 loss = loss + (y.clone() * tensor(&dys[i], [rows, outs[i]], &device, dtype)).sum();

@@ -2,10 +2,10 @@
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_fla_ops::matmul::hopper::{accumulate, product, takes};
-use burn_fla_ops::{bridge, linear, linears};
+use burn_fla_ops::{Engine, Epilogue, bridge, linear_with, linears_with};
 use burn_fla_tests::{assert_close, numbers, reference_device, tensor, uniform};
 
-use super::hopper;
+use super::device_for;
 
 /// bf16 numbers, as f64.
 pub(super) fn rounded(seed: u64, count: usize) -> Vec<f64> {
@@ -26,9 +26,16 @@ const SIZES: [[usize; 3]; 9] = [
     [2048, 4096, 512],
 ];
 
-#[test]
-fn products_equal_f64() {
-    let Some(device) = hopper() else { return };
+suite!(Auto: hopper, Mma: mma; {
+    products_equal_f64,
+    a_linear_layer_and_its_gradients_equal_f64,
+    two_products_are_equal_bit_for_bit,
+    several_layers_of_one_input_equal_each_by_itself,
+    a_product_is_added_to_a_sum,
+});
+
+fn products_equal_f64(engine: Engine) {
+    let Some(device) = device_for(engine) else { return };
     bridge::poison_outputs(true);
     for [m, n, k] in SIZES {
         let (a, b) = (rounded(1, m * k), rounded(2, n * k));
@@ -51,7 +58,7 @@ fn products_equal_f64() {
             assert!(takes(&x, &y));
             // bf16 outputs round to 2^-9; f32 ones only differ in the order of the sum.
             for (dtype, bound) in [(DType::BF16, 2.5e-3), (DType::F32, 2e-6)] {
-                let found = numbers(product(x.clone(), y.clone(), a_rows, b_rows, dtype));
+                let found = numbers(product(x.clone(), y.clone(), a_rows, b_rows, dtype, engine));
                 let found: Vec<f64> = rows.iter().flat_map(|i| found[i * n..(i + 1) * n].to_vec()).collect();
                 let what = format!("{m} × {n} × {k}, by rows {a_rows} {b_rows}, {dtype:?}");
                 assert_close(&what, &found, &expected, bound);
@@ -61,9 +68,8 @@ fn products_equal_f64() {
     bridge::poison_outputs(false);
 }
 
-#[test]
-fn a_linear_layer_and_its_gradients_equal_f64() {
-    let Some(device) = hopper() else { return };
+fn a_linear_layer_and_its_gradients_equal_f64(engine: Engine) {
+    let Some(device) = device_for(engine) else { return };
     for (rows, inner, out, wide) in
         [(1, 64, 48, false), (100, 256, 512, true), (513, 1024, 264, true), (4096, 128, 128, false)]
     {
@@ -71,7 +77,7 @@ fn a_linear_layer_and_its_gradients_equal_f64() {
         let run = |device: &Device, dtype, weight_dtype| {
             let x: Tensor<3> = tensor(&x, [1, rows, inner], device, dtype).require_grad();
             let w: Tensor<2> = tensor(&w, [out, inner], device, weight_dtype).require_grad();
-            let y = linear(x.clone(), w.clone(), None).unwrap();
+            let y = linear_with(x.clone(), w.clone(), Epilogue { engine, ..Default::default() }).unwrap();
             let grads = (y.clone() * tensor(&dy, [1, rows, out], device, dtype)).sum().backward();
             let (dx, dw) = (x.grad(&grads).unwrap(), w.grad(&grads).unwrap());
             assert_eq!((dx.dtype(), dw.dtype()), (dtype, weight_dtype));
@@ -87,21 +93,19 @@ fn a_linear_layer_and_its_gradients_equal_f64() {
     }
 }
 
-#[test]
-fn two_products_are_equal_bit_for_bit() {
-    let Some(device) = hopper() else { return };
+fn two_products_are_equal_bit_for_bit(engine: Engine) {
+    let Some(device) = device_for(engine) else { return };
     // Few tiles and a long contraction: it is split.
     let (m, n, k) = (256, 256, 8192);
     let a: Tensor<2> = tensor(&rounded(1, m * k), [m, k], &device, DType::BF16);
     let b: Tensor<2> = tensor(&rounded(2, n * k), [n, k], &device, DType::BF16);
-    let run = || numbers(product(a.clone(), b.clone(), false, false, DType::F32));
+    let run = || numbers(product(a.clone(), b.clone(), false, false, DType::F32, engine));
     assert_eq!(run(), run());
 }
 
 /// Their products are one launch, and the gradient of what they share is one product: of all layers, of some, of one.
-#[test]
-fn several_layers_of_one_input_equal_each_by_itself() {
-    let Some(device) = hopper() else { return };
+fn several_layers_of_one_input_equal_each_by_itself(engine: Engine) {
+    let Some(device) = device_for(engine) else { return };
     bridge::poison_outputs(true);
     for (rows, inner, outs, wide) in [
         (1, 64, &[48, 8][..], false),
@@ -119,7 +123,7 @@ fn several_layers_of_one_input_equal_each_by_itself() {
                 .zip(outs)
                 .map(|(w, out)| tensor(w, [*out, inner], device, weight_dtype).require_grad())
                 .collect();
-            let outputs = linears(x.clone(), weights.iter().map(|w| (w.clone(), None)).collect()).unwrap();
+            let outputs = linears_with(x.clone(), weights.iter().map(|w| (w.clone(), None)).collect(), engine).unwrap();
             let mut loss = Tensor::<1>::zeros([1], (device, dtype));
             for (i, y) in outputs.iter().enumerate().filter(|(i, _)| used(*i)) {
                 loss = loss + (y.clone() * tensor(&dys[i], [1, rows, outs[i]], device, dtype)).sum();
@@ -153,9 +157,8 @@ fn several_layers_of_one_input_equal_each_by_itself() {
 }
 
 /// Whole tiles, edges, and a contraction that is split.
-#[test]
-fn a_product_is_added_to_a_sum() {
-    let Some(device) = hopper() else { return };
+fn a_product_is_added_to_a_sum(engine: Engine) {
+    let Some(device) = device_for(engine) else { return };
     for [m, n, k] in [[65, 200, 136], [300, 520, 264], [256, 256, 8192]] {
         let (a, b) = (rounded(1, m * k), rounded(2, n * k));
         let before = uniform(3, m * n, (-100.0, 100.0));
@@ -163,8 +166,8 @@ fn a_product_is_added_to_a_sum() {
         let [x, y] = [(&a, m), (&b, n)].map(|(numbers, rows)| tensor(numbers, [rows, k], &device, DType::BF16));
         let sum: Tensor<2> = tensor(&before, [m, n], &device, DType::F32);
         let kept = sum.clone();
-        let found = numbers(accumulate(sum, x.clone(), y.clone(), false, false));
-        let product = numbers(product(x, y, false, false, DType::F32));
+        let found = numbers(accumulate(sum, x.clone(), y.clone(), false, false, engine));
+        let product = numbers(product(x, y, false, false, DType::F32, engine));
         for ((found, before), product) in found.iter().zip(&before).zip(&product) {
             // One addition in f32.
             assert_eq!(*found as f32, *before as f32 + *product as f32);

@@ -138,22 +138,6 @@ impl Case {
 
 const KEY: Case = Case { by: By::Key(DType::F32), ..BASE };
 
-/// The tests below with one engine.
-macro_rules! suite {
-    ($($engine:ident: $module:ident),*; $tests:tt) => {
-        $(mod $module {
-            use burn_fla_ops::Engine::$engine as ENGINE;
-            suite!(@ $tests);
-        })*
-    };
-    (@ {$($test:ident,)*}) => {
-        $(#[test]
-        fn $test() {
-            super::$test(ENGINE);
-        })*
-    };
-}
-
 suite!(Auto: hopper, Mma: mma; {
     every_length_is_right,
     every_size_is_right,

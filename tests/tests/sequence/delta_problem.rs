@@ -2,8 +2,8 @@
 
 use burn::tensor::Tensor;
 use burn_fla_ops::{
-    CuSeqlens, DeltaOptions, OpError, SequenceOptions, comba, delta, delta_rule, gated_delta_product, gated_delta_rule,
-    kda,
+    CuSeqlens, DeltaOptions, Engine, OpError, SequenceOptions, comba, delta, delta_rule, gated_delta_product,
+    gated_delta_rule, kda,
 };
 use burn_fla_tests::agree::{Input, assert_agree, flat, view};
 
@@ -39,6 +39,7 @@ pub struct Problem {
     pub l2_norm: bool,
     pub scale: Option<f64>,
     pub chunk: Option<usize>,
+    pub engine: Engine,
 }
 
 impl Problem {
@@ -56,6 +57,7 @@ impl Problem {
             l2_norm: true,
             scale: None,
             chunk: None,
+            engine: Engine::Auto,
         }
     }
 
@@ -111,7 +113,7 @@ impl Problem {
             initial_state: Some(x.state.clone()),
             cu_seqlens: self.packed.clone().map(|offsets| CuSeqlens::new(offsets).unwrap()),
             chunk: self.chunk,
-            ..Default::default()
+            engine: self.engine,
         };
         let options = DeltaOptions { sequence, l2_norm: self.l2_norm };
         let Views { q, k, v, p, g, beta, .. } = x.clone();

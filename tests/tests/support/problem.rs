@@ -109,7 +109,8 @@ impl Problem {
             }
             Op::Linear { activation, residual } => {
                 let (x, weight, bias) = (next(), next().reshape([OUT, d]), Some(next().reshape([OUT])));
-                let epilogue = Epilogue { bias, activation: *activation, residual: residual.then(next) };
+                let epilogue =
+                    Epilogue { bias, activation: *activation, residual: residual.then(next), ..Default::default() };
                 vec![linear_with(x, weight, epilogue).unwrap()]
             }
             Op::Conv { silu, bias, initial, packed } => {

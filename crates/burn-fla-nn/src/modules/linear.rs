@@ -55,7 +55,7 @@ impl Linear {
     /// Shapes that do not fit.
     pub fn activated<const D: usize>(&self, x: Tensor<D>, activation: Activation) -> Result<Tensor<D>, NnError> {
         let (weight, bias) = self.for_input(x.dtype());
-        Ok(ops::linear_with(x, weight, Epilogue { bias, activation, residual: None })?)
+        Ok(ops::linear_with(x, weight, Epilogue { bias, activation, ..Default::default() })?)
     }
 
     /// W and b as they stand beside an input of `dtype`: with bf16 they stay f32, and W is rounded once for both directions.

@@ -17,6 +17,8 @@ pub mod reference;
 
 use burn::tensor::{DType, Device, Tensor};
 
+#[cfg(feature = "cube")]
+use crate::Engine;
 use crate::arguments::activation;
 use crate::bridge::{same_device, same_dtype, same_shape};
 use crate::chunked::compute_dtype;
@@ -113,7 +115,7 @@ impl Arguments {
         #[cfg(feature = "cube")]
         if crate::delta_walk::takes(&self.v, dk, t, engine) {
             let sequences = cu_seqlens.unwrap_or_else(|| CuSeqlens::dense(b, t));
-            return Ok(self.on_kernels(scale, initial_state, sequences, chunk));
+            return Ok(self.on_kernels(scale, initial_state, sequences, chunk, engine));
         }
         #[cfg(not(feature = "cube"))]
         let _ = engine;
@@ -199,16 +201,19 @@ impl Arguments {
         state: Option<Tensor<4>>,
         sequences: CuSeqlens,
         chunk: Option<usize>,
+        engine: Engine,
     ) -> (Tensor<4>, Tensor<4>) {
         use crate::delta_walk::{Form, Problem, run};
         #[cfg(feature = "cuda")]
         if self.p.is_none()
             && chunk.is_none()
             && !matches!(self.gate, Some(Gate::Key(_)))
-            && crate::hopper_delta::takes(&self.v, self.q.dims()[3], &sequences)
+            && let Some(cores) = crate::hopper_delta::takes(&self.v, self.q.dims()[3], &sequences, engine)
         {
-            return self.on_hopper(scale, state, sequences);
+            return self.on_tensor_cores(cores, scale, state, sequences);
         }
+        #[cfg(not(feature = "cuda"))]
+        let _ = engine;
         // The norms are not rounded to bf16, as they are not in the reference.
         let normalised = |x: Tensor<4>| if self.options.l2_norm { l2_norm(x, l2_norm::EPS) } else { x };
         run(Problem {
@@ -227,11 +232,18 @@ impl Arguments {
     }
 
     #[cfg(feature = "cuda")]
-    fn on_hopper(self, scale: f64, state: Option<Tensor<4>>, sequences: CuSeqlens) -> (Tensor<4>, Tensor<4>) {
+    fn on_tensor_cores(
+        self,
+        cores: crate::hopper_walk::Cores,
+        scale: f64,
+        state: Option<Tensor<4>>,
+        sequences: CuSeqlens,
+    ) -> (Tensor<4>, Tensor<4>) {
         // Operands of matrix units are bf16.
         let normalised = |x: Tensor<4>| if self.options.l2_norm { l2_norm::unchecked(x, l2_norm::EPS) } else { x };
         crate::hopper_delta::run(crate::hopper_delta::Problem {
             op: self.op,
+            cores,
             q: normalised(self.q),
             k: normalised(self.k),
             v: self.v,

@@ -1,4 +1,4 @@
-//! The chain: one cube takes one sequence of one head and 64 or 128 value channels from chunk to chunk, with the transposed
+//! The chain: one cube takes one segment of one head and 64 or 128 value channels from chunk to chunk, with the transposed
 //! state in registers, value channels × key channels.
 //!
 //! ```text
@@ -46,7 +46,7 @@ pub(super) fn chain(
     last: &mut [f32],
     heads: u32,
     groups: u32,
-    sequences: u32,
+    items: u32,
     out_scale: f32,
     #[comptime] plan: ChainPlan,
 ) {
@@ -92,7 +92,7 @@ pub(super) fn chain(
     }
     sync_cube();
 
-    let work = sequences * heads * comptime!(plan.slices() as u32);
+    let work = items * heads * comptime!(plan.slices() as u32);
     let warpgroup = UNIT_POS / 128u32;
     let warp = (UNIT_POS % 128u32) / 32u32;
     let lane = UNIT_POS % 32u32;
@@ -187,7 +187,7 @@ pub(super) fn chain(
                 } else {
                     with_time(&t, &shared_g, warpgroup, warp, lane, count, out_scale, plan);
                 }
-                if comptime!(!plan.with_borders()) {
+                if comptime!(plan.task == Task::Outputs) {
                     if elected {
                         wait_stores_read(0u32);
                     }
@@ -197,7 +197,9 @@ pub(super) fn chain(
                 let channel = panel * 64u32;
                 fence_shared();
                 sync_warpgroup(id, 128u32);
-                store_tiles(&p, &t, rows, map_o, map_s, chunk, panel, channel, count, heads, unit, plan);
+                if comptime!(plan.stores()) {
+                    store_tiles(&p, &t, rows, map_o, map_s, chunk, panel, channel, count, heads, unit, plan);
+                }
                 if elected {
                     ring.release(step);
                 }
@@ -336,7 +338,7 @@ fn with_time(
             mma_registers(OUT, TOKENS, n, k_major(t.p, CHUNK, n), 1u32, false);
         }
         commit();
-    } else {
+    } else if comptime!(plan.stores()) {
         publish_transposed(t.o, READ, warp, lane);
     }
     wait(0u32);
@@ -407,7 +409,9 @@ fn against_time(
         mma_registers(state, TOKENS, n, mn_major(t.k, CHUNK, n), 1u32, true);
     }
     commit();
-    publish_transposed(t.o, WRITTEN, warp, lane);
+    if comptime!(plan.stores()) {
+        publish_transposed(t.o, WRITTEN, warp, lane);
+    }
     wait(0u32);
 }
 

@@ -4,36 +4,38 @@ use cubecl::prelude::*;
 
 use super::parts::copy_rows;
 use super::plan::{CHUNK, DECAYED, DECAYS, GradientPlan, PANEL, TOKENS};
+use crate::hopper_walk::Cores;
 use crate::hopper_walk::table::CHUNK_WORDS;
+use crate::mma_delta::parts::add_rows;
 use crate::tile::hopper::{
     Acc, Frag, Ring, bf16_high, bf16_low, column_of, commit, commit_stores, exp2, fence, fence_shared, k_major,
     load_u32, mma_registers, mma_shared, mn_major, pack, read, row_of, scale, store_3d, swizzled, sync_warpgroup, wait,
 };
 
 /// Products of output gradients and written values; those of value gradients.
-pub(super) const OUTER: Acc = Acc::new("a", 64);
-pub(super) const INNER: Acc = Acc::new("x", 64);
+pub(crate) const OUTER: Acc = Acc::new("a", 64);
+pub(crate) const INNER: Acc = Acc::new("x", 64);
 /// Sums of a token, of which each chunk has two sets in turn: `q · dq`, `k · dk'`, `k · dk″`, inter.
-pub(super) const SUMS: usize = 4 * CHUNK;
+pub(crate) const SUMS: usize = 4 * CHUNK;
 
 /// Where the tiles are.
 #[derive(CubeType, Clone, Copy)]
-pub(super) struct Tiles {
-    pub(super) slices: u32,
-    pub(super) q: u32,
-    pub(super) k: u32,
-    pub(super) out: u32,
+pub(crate) struct Tiles {
+    pub(crate) slices: u32,
+    pub(crate) q: u32,
+    pub(crate) k: u32,
+    pub(crate) out: u32,
 }
 
 #[derive(CubeType, Clone, Copy)]
-pub(super) struct Chunk {
-    pub(super) head: u32,
-    pub(super) start: u32,
-    pub(super) length: u32,
+pub(crate) struct Chunk {
+    pub(crate) head: u32,
+    pub(crate) start: u32,
+    pub(crate) length: u32,
 }
 
 #[cube]
-pub(super) fn chunk_of(index: u32, table: &[i32], table_at: u32, heads: u32) -> Chunk {
+pub(crate) fn chunk_of(index: u32, table: &[i32], table_at: u32, heads: u32) -> Chunk {
     let at = (table_at + index / heads * comptime!(CHUNK_WORDS as u32)) as usize;
     Chunk { head: index % heads, start: table[at] as u32, length: table[at + 1] as u32 }
 }
@@ -100,7 +102,7 @@ pub(super) fn write_slices(t: &Tiles, ring: &Ring, first: u32, #[comptime] plan:
 
 /// dq, the part of dk with which tokens read, dβ and what dg takes of them.
 #[cube]
-pub(super) fn reader(
+pub(crate) fn reader(
     t: &Tiles,
     g: &[f32],
     sums: &mut [f32],
@@ -123,17 +125,7 @@ pub(super) fn reader(
     let products = diagonal(INNER, row, lane);
     pack_between(TOKENS, OUTER, g, row, lane, c.length, out_scale, false, false, plan);
     pack_between(DECAYED, INNER, g, row, lane, c.length, -1.0f32, true, false, plan);
-    fence();
-    #[unroll]
-    for n in 0..4usize {
-        mma_registers(of_queries, TOKENS, n, mn_major(t.k, CHUNK, n), 1u32, true);
-    }
-    #[unroll]
-    for n in 0..4usize {
-        mma_registers(of_keys, DECAYED, n, mn_major(t.k, CHUNK, n), 1u32, true);
-    }
-    commit();
-    wait(0u32);
+    add_tokens(of_queries, t.k, of_keys, t.k, 0u32, warp, lane, plan);
     let keys = row_sums(of_keys, t.k, row, lane);
     let queries = row_sums(of_queries, t.q, row, lane);
     if lane % 4u32 == 0u32 {
@@ -156,7 +148,7 @@ pub(super) fn reader(
 
 /// The part of dk with which tokens write, and what dg takes of it.
 #[cube]
-pub(super) fn writer(
+pub(crate) fn writer(
     t: &Tiles,
     g: &[f32],
     sums: &mut [f32],
@@ -173,17 +165,7 @@ pub(super) fn writer(
     pack_between(TOKENS, OUTER, g, row, lane, c.length, out_scale, false, true, plan);
     pack_between(DECAYED, INNER, g, row, lane, c.length, -1.0f32, true, true, plan);
     let inter = row_sums(of_keys, t.k, row, lane);
-    fence();
-    #[unroll]
-    for n in 0..4usize {
-        mma_registers(of_keys, TOKENS, n, mn_major(t.q, CHUNK, n), 1u32, true);
-    }
-    #[unroll]
-    for n in 0..4usize {
-        mma_registers(of_keys, DECAYED, n, mn_major(t.k, CHUNK, n), 1u32, true);
-    }
-    commit();
-    wait(0u32);
+    add_tokens(of_keys, t.q, of_keys, t.k, warp, 3u32, lane, plan);
     if comptime!(plan.gated) {
         let all = row_sums(of_keys, t.k, row, lane);
         if lane % 4u32 == 0u32 {
@@ -193,6 +175,37 @@ pub(super) fn writer(
             sums[at + 3 * CHUNK] = inter.low;
             sums[at + 3 * CHUNK + 8] = inter.high;
         }
+    }
+}
+
+/// Adds what tokens take from each other: the products of [`TOKENS`] with a tile, and of [`DECAYED`] with another one. A
+/// warp's tokens take something from groups `from` to `to` of 16 alone.
+#[cube]
+fn add_tokens(
+    #[comptime] first: Acc,
+    tile: u32,
+    #[comptime] second: Acc,
+    other: u32,
+    from: u32,
+    to: u32,
+    lane: u32,
+    #[comptime] plan: GradientPlan,
+) {
+    if comptime!(plan.cores == Cores::Mma) {
+        add_rows(first, TOKENS, tile, from, to, lane, comptime!(plan.keys / 16));
+        add_rows(second, DECAYED, other, from, to, lane, comptime!(plan.keys / 16));
+    } else {
+        fence();
+        #[unroll]
+        for n in 0..4usize {
+            mma_registers(first, TOKENS, n, mn_major(tile, CHUNK, n), 1u32, true);
+        }
+        #[unroll]
+        for n in 0..4usize {
+            mma_registers(second, DECAYED, n, mn_major(other, CHUNK, n), 1u32, true);
+        }
+        commit();
+        wait(0u32);
     }
 }
 
@@ -342,7 +355,7 @@ pub(super) fn store_panels(
 
 /// One warp sums up a chunk's dg: see the equations above.
 #[cube]
-pub(super) fn finish_gate(sums: &[f32], set: u32, dg: &mut [f32], across: f32, c: &Chunk, heads: u32, lane: u32) {
+pub(crate) fn finish_gate(sums: &[f32], set: u32, dg: &mut [f32], across: f32, c: &Chunk, heads: u32, lane: u32) {
     let at = (set * comptime!(SUMS as u32) + lane) as usize;
     let after_low = select(lane < c.length, sums[at] + sums[at + CHUNK] - sums[at + 2 * CHUNK], 0.0f32);
     let inter_low = select(lane < c.length, sums[at + 3 * CHUNK], 0.0f32);

@@ -20,19 +20,27 @@
 //! chunks' borders are known, all other gradients are those of a linear attention that writes W, and of another one that
 //! reads −dv with its keys.
 //!
-//! Nothing but the inputs is saved between forward and backward; while backward runs, W, M and the states S and Z hold
+//! Heads too few to keep the processors busy have their sequences cut into [`segments`], which are walked side by side: first
+//! for what each makes of no state and of unit vectors, then, from the states that follow, for its outputs.
+//!
+//! Nothing but the inputs is saved between forward and backward, and of segments, where there are any, two states:
+//! `4 K (2 V + K)` bytes for a head and 1024 tokens or more. While backward runs, W, M and the states S and Z hold
 //! `2 V + 128 + 4 K V / 64` bytes a token and head.
 //!
-//! Measured on an H200 beside flash-linear-attention: `benches/results/68-hopper-delta.json`. What is known to be left:
-//! - [`prepare`] keeps shared memory busy 91 % of its time (0.17 ms, twice in 1.48). Forward substitution over whole columns by
-//!   64 units took as long as blocks joined by products, 0.166 and 0.177 ms. Products of warps in tf32 would read a quarter.
-//! - Few heads and long sequences are serial: a chunk of a chain takes 1.7 µs, 2.4 with a gate (1 × 16,384 × 16 × 128 × 128),
-//!   where its products alone are 0.7. Scores are written with loads of decays between the stores, each waiting for the one
-//!   before; and outputs could be another warpgroup's, which leaves three products to the walk.
+//! Measured on an H200: `benches/results/68-hopper-delta.json` and `68-hopper-delta-segments.json`. What was tried, in
+//! milliseconds, forward / both:
+//! - Scores first, so that they become P under the other products, and all loads of decays before the first store (each store
+//!   is volatile, and held up the load behind it), and triangles joined by products of warps in three tf32 parts:
+//!   8 × 2048 × 32 × 128 × 128 went from 0.365 / 1.388 to 0.294 / 1.248, with a gate from 0.415 / 1.481 to 0.355 / 1.350.
+//! - Segments: 1 × 16,384 × 16 × 128 × 128 went from 0.542 / 1.691 to 0.331 / 1.061, with a gate from 0.758 / 2.045 to
+//!   0.369 / 1.174. Two segments would walk as far as one; three pay.
+//! - In `prepare`, forward substitution over whole columns by 64 units took as long as blocks joined by products of units,
+//!   0.166 and 0.177.
 //! - The L2 norms of queries and keys are row-wise kernels before these. Inside, they would save 10 passes over a tensor: counted
 //!   for the 340M configuration of DeltaNet at 8 × 2048 tokens 0.34 GB, 0.08 ms, where a layer's products take 1.9 ms and the rule,
 //!   its convolutions and norms another 0.7. Not built. A scalar gate's activation is a number a token and head.
-//! - More than 128 key channels, a decay by key and Comba's feedback run on the portable engine.
+//! - Left: outputs could be another warpgroup's, which leaves three products to the walk. More than 128 key channels and
+//!   Comba's feedback run on the portable engine.
 //!
 //! Value heads may outnumber key heads: the kernels read a key head for each value head, and what its gradients' parts are
 //! is summed up at the end.
@@ -41,19 +49,21 @@
 #![allow(clippy::identity_op)]
 
 mod chain;
-mod gradient_parts;
+pub(crate) mod gradient_parts;
 mod gradients;
 mod groups;
-mod operator;
-mod parts;
-mod plan;
-mod prepare;
+pub(crate) mod operator;
+pub(crate) mod parts;
+pub(crate) mod plan;
+pub(crate) mod prepare;
+mod segments;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
-use crate::CuSeqlens;
-use crate::bridge::{apply, is_hopper};
+use crate::bridge::{apply, has_mma, is_hopper};
 use crate::hopper_walk::table;
+use crate::hopper_walk::{Cores, shared_memory};
+use crate::{CuSeqlens, Engine};
 use operator::HopperDelta;
 
 /// The most key channels of a head.
@@ -64,6 +74,7 @@ const MOST_VALUES: usize = 512;
 /// A checked problem.
 pub(crate) struct Problem {
     pub(crate) op: &'static str,
+    pub(crate) cores: Cores,
     /// bf16 `[B, T, H, K]`
     pub(crate) q: Tensor<4>,
     /// bf16 `[B, T, H, K]`
@@ -80,27 +91,47 @@ pub(crate) struct Problem {
     pub(crate) sequences: CuSeqlens,
 }
 
-/// Whether this engine takes such values with so many key channels: bf16 on a Hopper GPU, channels in multiples of 16, and
-/// some sequence of more than one token.
-pub(crate) fn takes(v: &Tensor<4>, keys: usize, sequences: &CuSeqlens) -> bool {
+/// The kernels that take such values with so many key channels, these or those of [`crate::mma_delta`]: bf16 on a GPU that
+/// has them, channels in multiples of 16, and some sequence of more than one token.
+pub(crate) fn takes(v: &Tensor<4>, keys: usize, sequences: &CuSeqlens, engine: Engine) -> Option<Cores> {
     let values = v.dims()[3];
-    v.dtype() == DType::BF16
+    let device = v.device();
+    let taken = v.dtype() == DType::BF16
         && sequences.lengths().any(|n| n > 1)
         && keys.is_multiple_of(16)
         && keys <= MOST_KEYS
         && values.is_multiple_of(16)
-        && values <= MOST_VALUES
-        && is_hopper(&v.device())
+        && values <= MOST_VALUES;
+    if !taken {
+        return None;
+    }
+    let mma = || has_mma(&device) && crate::mma_delta::plan::fits(keys, values, shared_memory(&device));
+    if engine == Engine::Mma && mma() {
+        return Some(Cores::Mma);
+    }
+    if is_hopper(&device) {
+        return Some(Cores::Hopper);
+    }
+    mma().then_some(Cores::Mma)
 }
 
 /// Runs a problem that [`takes`] accepts: `o` and the last state.
 pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
-    let Problem { op, q, k, v, beta, decay, scale, state, sequences } = problem;
+    let Problem { op, cores, q, k, v, beta, decay, scale, state, sequences } = problem;
     let [b, t, key_heads, keys] = q.dims();
     let [.., heads, values] = v.dims();
     let device = v.device().inner();
     let longest = sequences.lengths().max().unwrap_or(0);
-    let table = table::build(&sequences, longest.max(1));
+    let count = sequences.num_sequences();
+    let segment = match cores {
+        // Each cube walks 64 value channels.
+        Cores::Hopper => {
+            let cubes = heads * values.div_ceil(64);
+            segments::segment_tokens(longest, count, cubes, crate::hopper_walk::launch::processors(&device))
+        }
+        Cores::Mma => longest.max(1),
+    };
+    let table = table::build(&sequences, segment);
     let operator = HopperDelta {
         name: op,
         gated: decay.is_some(),
@@ -111,8 +142,10 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
         groups: heads / key_heads,
         keys,
         values,
-        sequences: sequences.num_sequences(),
+        sequences: count,
+        items: table.items,
         chunks: table.chunks,
+        cores,
     };
     let size = table.entries.len();
     let table = Tensor::<1, Int>::from_data(TensorData::new(table.entries, [size]), &device);

@@ -4,44 +4,65 @@ use burn::tensor::{DType, Shape};
 use cubecl::prelude::{CubeCount, CubeDim, TensorMapArg, Tiled};
 
 use super::plan::{CHUNK, ChainPlan, GRADIENT_UNITS, GradientPlan, PREPARE_UNITS, Task};
+use super::segments::{self, PassPlan};
 use super::{chain, gradients, groups, prepare};
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, zeros};
+use crate::hopper_walk::Cores;
 use crate::hopper_walk::table::{ITEM_WORDS, SEQUENCE_WORDS};
 use crate::tile::hopper::{panel_map, readable, words};
 
 /// A delta rule. Inputs: q, k, v, beta, with `gated` the log decays, and with `has_state` the initial state.
 #[derive(Debug)]
-pub(super) struct HopperDelta {
-    pub(super) name: &'static str,
-    pub(super) gated: bool,
-    pub(super) has_state: bool,
-    pub(super) scale: f32,
-    pub(super) tokens: usize,
+pub(crate) struct HopperDelta {
+    pub(crate) name: &'static str,
+    pub(crate) gated: bool,
+    pub(crate) has_state: bool,
+    pub(crate) scale: f32,
+    pub(crate) tokens: usize,
     /// Value heads.
-    pub(super) heads: usize,
+    pub(crate) heads: usize,
     /// Value heads that share a key head.
-    pub(super) groups: usize,
-    pub(super) keys: usize,
-    pub(super) values: usize,
-    pub(super) sequences: usize,
-    pub(super) chunks: usize,
+    pub(crate) groups: usize,
+    pub(crate) keys: usize,
+    pub(crate) values: usize,
+    pub(crate) sequences: usize,
+    /// Segments of them all: more than sequences where heads are few.
+    pub(crate) items: usize,
+    pub(crate) chunks: usize,
+    /// Which kernels run: these, or those of [`crate::mma_delta`].
+    pub(crate) cores: Cores,
 }
 
 /// The inputs as the kernels read them.
-struct Operands {
-    q: CubeTensor,
-    k: CubeTensor,
-    v: CubeTensor,
-    beta: CubeTensor,
-    g: CubeTensor,
+pub(crate) struct Operands {
+    pub(crate) q: CubeTensor,
+    pub(crate) k: CubeTensor,
+    pub(crate) v: CubeTensor,
+    pub(crate) beta: CubeTensor,
+    pub(crate) g: CubeTensor,
     initial: Option<CubeTensor>,
-    table: CubeTensor,
+    pub(crate) table: CubeTensor,
     /// M of [`prepare`], `[tokens, HV, 64]`.
-    inverse: CubeTensor,
+    pub(crate) inverse: CubeTensor,
+    /// The scores of [`crate::mma_delta::prepare`], likewise, where its kernels run.
+    pub(crate) scores: CubeTensor,
+}
+
+/// What the gradients of queries, keys, strengths and decays are computed from, and where they go.
+pub(crate) struct Gradients<'a> {
+    pub(crate) written: &'a CubeTensor,
+    pub(crate) grad_o: &'a CubeTensor,
+    pub(crate) grad_v: &'a CubeTensor,
+    pub(crate) states: &'a CubeTensor,
+    pub(crate) grad_states: &'a CubeTensor,
+    pub(crate) dq: &'a CubeTensor,
+    pub(crate) dk: &'a CubeTensor,
+    pub(crate) dbeta: &'a CubeTensor,
+    pub(crate) dg: &'a CubeTensor,
 }
 
 impl HopperDelta {
-    fn state_shape(&self) -> [usize; 4] {
+    pub(crate) fn state_shape(&self) -> [usize; 4] {
         [self.sequences, self.heads, self.keys, self.values]
     }
 
@@ -51,8 +72,18 @@ impl HopperDelta {
     }
 
     /// Where the table has its chunks.
-    fn chunks_at(&self) -> u32 {
-        ((ITEM_WORDS + SEQUENCE_WORDS) * self.sequences) as u32
+    pub(crate) fn chunks_at(&self) -> u32 {
+        (ITEM_WORDS * self.items + SEQUENCE_WORDS * self.sequences) as u32
+    }
+
+    fn is_cut(&self) -> bool {
+        self.items > self.sequences
+    }
+
+    /// What [`segments`] takes from a walk over each segment, and the state before each.
+    fn segment_shapes(&self) -> [[usize; 4]; 2] {
+        let plan = self.plan(Task::SegmentStates, true);
+        [[self.items, self.heads, self.keys, plan.columns()], [self.items, self.heads, self.keys, self.values]]
     }
 
     fn state_index(&self) -> usize {
@@ -67,26 +98,34 @@ impl HopperDelta {
         let initial = self.has_state.then(|| contiguous(inputs[self.state_index()].clone()));
         let table = contiguous(ints[0].clone());
         let inverse = alloc(&v, [self.tokens, self.heads, CHUNK], DType::BF16);
-        let plan = self.gradient_plan();
+        let scores = if self.cores == Cores::Mma { self.mma_scores(&v) } else { inverse.clone() };
+        let x = Operands { q, k, v, beta, g, initial, table, inverse, scores };
+        match self.cores {
+            Cores::Hopper => self.prepare(&x),
+            Cores::Mma => self.mma_prepare(&x),
+        }
+        x
+    }
+
+    fn prepare(&self, x: &Operands) {
         // SAFETY: the table has `chunks` chunks of tokens inside of the tensors, whose shapes the public function checked.
         unsafe {
             prepare::prepare::launch_unchecked(
-                &v.client,
+                &x.v.client,
                 CubeCount::new_1d((self.chunks * self.heads) as u32),
                 CubeDim::new_1d(PREPARE_UNITS),
-                self.map(&k, self.heads / self.groups, self.keys),
-                g.clone().into_buffer_arg(),
-                beta.clone().into_buffer_arg(),
-                table.clone().into_buffer_arg(),
-                words(&inverse),
+                self.map(&x.k, self.heads / self.groups, self.keys),
+                x.g.clone().into_buffer_arg(),
+                x.beta.clone().into_buffer_arg(),
+                x.table.clone().into_buffer_arg(),
+                words(&x.inverse),
                 self.heads as u32,
                 self.groups as u32,
                 self.chunks_at(),
-                plan.panels(),
+                self.gradient_plan().panels(),
                 self.gated,
             );
         }
-        Operands { q, k, v, beta, g, initial, table, inverse }
     }
 
     /// A map of `[tokens, heads, channels]` in boxes of 64 tokens of one head.
@@ -100,30 +139,45 @@ impl HopperDelta {
         panel_map(x, [count, rows, columns], [rows * columns, columns, 1], [1, 64, 64])
     }
 
-    fn gradient_plan(&self) -> GradientPlan {
-        GradientPlan { keys: self.keys, values: self.values, gated: self.gated }
+    pub(crate) fn gradient_plan(&self) -> GradientPlan {
+        GradientPlan { keys: self.keys, values: self.values, gated: self.gated, cores: self.cores }
+    }
+
+    /// Processors of the device that has `x`.
+    pub(crate) fn processors(&self, x: &CubeTensor) -> usize {
+        x.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize
+    }
+
+    fn plan(&self, task: Task, narrow: bool) -> ChainPlan {
+        ChainPlan::new(task, self.keys, self.values, self.gated, narrow)
     }
 
     /// One warpgroup a cube where that does not lengthen the work of the busiest processor.
     fn chain_plan(&self, task: Task, processors: usize) -> ChainPlan {
-        let plan = |narrow| ChainPlan::new(task, self.keys, self.values, self.gated, narrow);
-        let rounds = |plan: &ChainPlan| (self.sequences * self.heads * plan.slices()).div_ceil(processors);
-        let (wide, narrow) = (plan(false), plan(true));
+        let rounds = |plan: &ChainPlan| (self.items * self.heads * plan.slices()).div_ceil(processors);
+        let (wide, narrow) = (self.plan(task, false), self.plan(task, true));
         if rounds(&narrow) <= rounds(&wide) { narrow } else { wide }
     }
 
-    /// Walks: the output, the state that it arrives at, and the states at the chunks' borders.
+    /// Walks every segment: the output, the state that it arrives at, and the states at the chunks' borders.
     fn chain(&self, task: Task, x: &Operands, v: &CubeTensor, initial: Option<&CubeTensor>) -> [CubeTensor; 3] {
+        if self.cores == Cores::Mma {
+            return self.mma_chain(task, x, v, initial);
+        }
         let client = v.client.clone();
-        let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
+        let processors = self.processors(v);
         let plan = ChainPlan { initial: initial.is_some(), ..self.chain_plan(task, processors) };
-        let work = self.sequences * self.heads * plan.slices();
+        let work = self.items * self.heads * plan.slices();
         let unused = alloc(&x.g, [32], DType::F32);
-        let out = alloc(v, v.meta.shape().dims::<4>(), DType::BF16);
-        let last = if task == Task::Values { unused.clone() } else { alloc(&x.g, self.state_shape(), DType::F32) };
+        // What is not stored is mapped over what is read.
+        let out = if plan.stores() { alloc(v, v.meta.shape().dims::<4>(), DType::BF16) } else { v.clone() };
+        let last = match task {
+            Task::Values => unused.clone(),
+            _ => alloc(&x.g, [self.items, self.heads, self.keys, plan.columns()], DType::F32),
+        };
         let borders = alloc(v, if plan.with_borders() { self.borders_shape() } else { [1, 64, 64] }, DType::BF16);
         let key_heads = self.heads / self.groups;
-        // SAFETY: as in `operands`.
+        // SAFETY: as in `prepare`.
         unsafe {
             chain::chain::launch_unchecked(
                 &client,
@@ -135,19 +189,96 @@ impl HopperDelta {
                 self.map(&x.inverse, self.heads, CHUNK),
                 self.map(&out, self.heads, self.values),
                 self.border_map(&borders),
-                words(&out),
+                words(if plan.stores() { &out } else { &unused }),
                 x.g.clone().into_buffer_arg(),
                 x.table.clone().into_buffer_arg(),
                 initial.unwrap_or(&unused).clone().into_buffer_arg(),
                 last.clone().into_buffer_arg(),
                 self.heads as u32,
                 self.groups as u32,
-                self.sequences as u32,
+                self.items as u32,
                 self.scale,
                 plan,
             );
         }
         [out, last, borders]
+    }
+
+    /// The state before each segment, or the gradient of that after it, and the last one, from what segments make of none
+    /// (`ends`) and their transitions (of [`Task::SegmentStates`]).
+    fn pass_states(
+        &self,
+        task: Task,
+        x: &Operands,
+        ends: &CubeTensor,
+        transitions: &CubeTensor,
+        initial: Option<&CubeTensor>,
+    ) -> [CubeTensor; 2] {
+        let with_time = self.plan(Task::SegmentStates, true);
+        let plan = PassPlan {
+            keys: self.keys,
+            values: self.values,
+            columns: self.plan(task, true).columns(),
+            transition_columns: with_time.columns(),
+            transition: with_time.transition(),
+            against_time: task == Task::SegmentGradients,
+            initial: initial.is_some(),
+        };
+        let [_, starts] = self.segment_shapes();
+        let starts = alloc(&x.g, starts, DType::F32);
+        let last = alloc(&x.g, self.state_shape(), DType::F32);
+        segments::pass_states::launch(
+            &ends.client,
+            CubeCount::new_1d((self.sequences * self.heads * self.values / segments::TILE) as u32),
+            CubeDim::new_1d(segments::UNITS as u32),
+            segments::VECTOR,
+            ends.clone().into_buffer_arg(),
+            transitions.clone().into_tensor_arg(),
+            initial.unwrap_or(ends).clone().into_buffer_arg(),
+            x.table.clone().into_buffer_arg(),
+            starts.clone().into_buffer_arg(),
+            last.clone().into_buffer_arg(),
+            self.heads as u32,
+            self.items as u32,
+            plan,
+        );
+        [starts, last]
+    }
+
+    /// The gradients of all but the values and the state.
+    fn gradients(&self, x: &Operands, to: &Gradients<'_>) {
+        let key_heads = self.heads / self.groups;
+        let values = |x: &CubeTensor| self.map(x, self.heads, self.values);
+        // SAFETY: as in `prepare`.
+        unsafe {
+            gradients::gradients::launch_unchecked(
+                &x.v.client,
+                CubeCount::new_1d((self.chunks * self.heads).min(self.processors(&x.v)) as u32),
+                CubeDim::new_1d(GRADIENT_UNITS),
+                self.map(&x.q, key_heads, self.keys),
+                self.map(&x.k, key_heads, self.keys),
+                values(to.written),
+                values(to.grad_o),
+                values(to.grad_v),
+                self.border_map(to.states),
+                self.border_map(to.grad_states),
+                self.map(to.dq, self.heads, self.keys),
+                self.map(to.dk, self.heads, self.keys),
+                words(to.dq),
+                words(to.dk),
+                to.dbeta.clone().into_buffer_arg(),
+                to.dg.clone().into_buffer_arg(),
+                x.g.clone().into_buffer_arg(),
+                x.beta.clone().into_buffer_arg(),
+                x.table.clone().into_buffer_arg(),
+                self.heads as u32,
+                self.groups as u32,
+                self.chunks as u32,
+                self.chunks_at(),
+                self.scale,
+                self.gradient_plan(),
+            );
+        }
     }
 
     /// The sum of the heads that share a key head.
@@ -180,17 +311,35 @@ impl Operator for HopperDelta {
         vec![inputs[2].clone(), TensorSpec::new(Shape::from(self.state_shape()), DType::F32)]
     }
 
-    fn forward(&self, inputs: Vec<CubeTensor>, ints: Vec<CubeTensor>, _save: bool) -> Vec<CubeTensor> {
+    /// Where sequences are cut: what their segments make of no state, with their transitions, and the state before each.
+    fn saved(&self, _: &[TensorSpec]) -> Vec<TensorSpec> {
+        if !self.is_cut() {
+            return Vec::new();
+        }
+        self.segment_shapes().map(|shape| TensorSpec::new(Shape::from(shape), DType::F32)).to_vec()
+    }
+
+    fn forward(&self, inputs: Vec<CubeTensor>, ints: Vec<CubeTensor>, save: bool) -> Vec<CubeTensor> {
         let x = self.operands(&inputs, &ints);
-        let [o, last, _] = self.chain(Task::Outputs, &x, &x.v, x.initial.as_ref());
-        vec![o, last]
+        if !self.is_cut() {
+            let [o, last, _] = self.chain(Task::Outputs, &x, &x.v, x.initial.as_ref());
+            return vec![o, last];
+        }
+        let [_, ends, _] = self.chain(Task::SegmentStates, &x, &x.v, None);
+        let [starts, last] = self.pass_states(Task::SegmentStates, &x, &ends, &ends, x.initial.as_ref());
+        let [o, ..] = self.chain(Task::Outputs, &x, &x.v, Some(&starts));
+        let mut outputs = vec![o, last];
+        if save {
+            outputs.extend([ends, starts]);
+        }
+        outputs
     }
 
     fn backward(
         &self,
         inputs: Vec<CubeTensor>,
         ints: Vec<CubeTensor>,
-        _saved: Vec<CubeTensor>,
+        saved: Vec<CubeTensor>,
         grads: Vec<Option<CubeTensor>>,
         wanted: &[bool],
     ) -> Vec<Option<CubeTensor>> {
@@ -198,49 +347,42 @@ impl Operator for HopperDelta {
         let [grad_o, grad_state] = grads.try_into().expect("two outputs");
         let grad_o = grad_o.map_or_else(|| zeros(&x.v, x.v.meta.shape().dims::<4>(), DType::BF16), readable);
         let grad_state = grad_state.map(contiguous);
-        let [dv, first, grad_states] = self.chain(Task::Gradients, &x, &grad_o, grad_state.as_ref());
+        // The states from which segments are walked.
+        let mut starts = (x.initial.clone(), grad_state.clone());
+        let mut first = None;
+        if let [transitions, states] = &saved[..] {
+            let [_, ends, _] = self.chain(Task::SegmentGradients, &x, &grad_o, None);
+            let task = Task::SegmentGradients;
+            let [after, gradient] = self.pass_states(task, &x, &ends, transitions, grad_state.as_ref());
+            starts = (Some(states.clone()), Some(after));
+            first = Some(gradient);
+        }
+        let [dv, last, grad_states] = self.chain(Task::Gradients, &x, &grad_o, starts.1.as_ref());
+        let first = first.unwrap_or(last);
         let others = [0, 1, 3, 4].into_iter().any(|i| i < self.state_index() && wanted[i]);
         let mut result: Vec<Option<CubeTensor>> = (0..inputs.len()).map(|_| None).collect();
         if others {
-            let [written, _, states] = self.chain(Task::Values, &x, &x.v, x.initial.as_ref());
+            let [written, _, states] = self.chain(Task::Values, &x, &x.v, starts.0.as_ref());
             let [b, t, ..] = x.v.meta.shape().dims::<4>();
             let shape = [b, t, self.heads, self.keys];
             let [dq, dk] = [(); 2].map(|()| alloc(&x.v, shape, DType::BF16));
             let tokens = inputs[3].meta.shape().dims::<3>();
             let dbeta = alloc(&x.g, tokens, DType::F32);
             let dg = if self.gated { alloc(&x.g, tokens, DType::F32) } else { alloc(&x.g, [32], DType::F32) };
-            let processors = x.v.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
-            let key_heads = self.heads / self.groups;
-            let values = |x: &CubeTensor| self.map(x, self.heads, self.values);
-            // SAFETY: as in `operands`.
-            unsafe {
-                gradients::gradients::launch_unchecked(
-                    &x.v.client,
-                    CubeCount::new_1d((self.chunks * self.heads).min(processors) as u32),
-                    CubeDim::new_1d(GRADIENT_UNITS),
-                    self.map(&x.q, key_heads, self.keys),
-                    self.map(&x.k, key_heads, self.keys),
-                    values(&written),
-                    values(&grad_o),
-                    values(&dv),
-                    self.border_map(&states),
-                    self.border_map(&grad_states),
-                    self.map(&dq, self.heads, self.keys),
-                    self.map(&dk, self.heads, self.keys),
-                    words(&dq),
-                    words(&dk),
-                    dbeta.clone().into_buffer_arg(),
-                    dg.clone().into_buffer_arg(),
-                    x.g.clone().into_buffer_arg(),
-                    x.beta.clone().into_buffer_arg(),
-                    x.table.clone().into_buffer_arg(),
-                    self.heads as u32,
-                    self.groups as u32,
-                    self.chunks as u32,
-                    self.chunks_at(),
-                    self.scale,
-                    self.gradient_plan(),
-                );
+            let to = Gradients {
+                written: &written,
+                grad_o: &grad_o,
+                grad_v: &dv,
+                states: &states,
+                grad_states: &grad_states,
+                dq: &dq,
+                dk: &dk,
+                dbeta: &dbeta,
+                dg: &dg,
+            };
+            match self.cores {
+                Cores::Hopper => self.gradients(&x, &to),
+                Cores::Mma => self.mma_gradients(&x, &to),
             }
             result[0] = Some(self.by_key_head(dq, &x.q));
             result[1] = Some(self.by_key_head(dk, &x.k));

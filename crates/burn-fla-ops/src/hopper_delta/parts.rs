@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::plan::{CHUNK, ChainPlan};
+use super::plan::{CHUNK, ChainPlan, Task};
 use crate::hopper_walk::parts::LOG2_E;
 use crate::hopper_walk::table::ITEM_WORDS;
 use crate::tile::hopper::{
@@ -16,7 +16,7 @@ const LEAST: f32 = 1.0e-12;
 
 /// The writing strength of token `i` of a chunk.
 #[cube]
-pub(super) fn strength(beta: &[f32], start: u32, length: u32, i: u32, head: u32, heads: u32) -> f32 {
+pub(crate) fn strength(beta: &[f32], start: u32, length: u32, i: u32, head: u32, heads: u32) -> f32 {
     let mut value = f32::new(1.0);
     if i < length {
         value = beta[((start + i) * heads + head) as usize];
@@ -27,15 +27,15 @@ pub(super) fn strength(beta: &[f32], start: u32, length: u32, i: u32, head: u32,
 /// The running sums of a chunk's log decays, in powers of two, at tokens `lane` and `lane + 32`; tokens after the last one
 /// add nothing.
 #[derive(CubeType, Clone, Copy)]
-pub(super) struct Decays {
-    pub(super) low: f32,
-    pub(super) high: f32,
+pub(crate) struct Decays {
+    pub(crate) low: f32,
+    pub(crate) high: f32,
 }
 
 #[cube]
 impl Decays {
     /// A whole warp calls it.
-    pub(super) fn of(
+    pub(crate) fn of(
         g: &[f32],
         start: u32,
         length: u32,
@@ -60,7 +60,7 @@ impl Decays {
     }
 
     /// Writes the sums, their exponentials and the decays to the chunk's end, the last two zero after its last token.
-    pub(super) fn write(&self, to: &mut [f32], at: usize, length: u32, lane: u32) {
+    pub(crate) fn write(&self, to: &mut [f32], at: usize, length: u32, lane: u32) {
         let last = plane_broadcast(self.high, 31u32);
         let at = at + lane as usize;
         to[at] = self.low;
@@ -72,7 +72,7 @@ impl Decays {
     }
 }
 
-/// Where a cube works: a sequence, a value head, a slice of its channels.
+/// Where a cube works: a segment of a sequence, a value head, a slice of its channels.
 #[derive(CubeType, Clone, Copy)]
 pub(super) struct Place {
     pub(super) slice: u32,
@@ -80,15 +80,17 @@ pub(super) struct Place {
     pub(super) start: u32,
     pub(super) length: u32,
     pub(super) chunks: u32,
-    pub(super) sequence: u32,
-    /// The sequence's first chunk among all.
+    /// The segment; sequences that are not cut have one each.
+    pub(super) item: u32,
+    /// Its first chunk among all.
     pub(super) border: u32,
 }
 
 #[cube]
 pub(super) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: ChainPlan) -> Place {
     let slices = comptime!(plan.slices() as u32);
-    let at = (index / slices / heads * comptime!(ITEM_WORDS as u32)) as usize;
+    let item = index / slices / heads;
+    let at = (item * comptime!(ITEM_WORDS as u32)) as usize;
     let length = table[at + 1] as u32;
     Place {
         slice: index % slices,
@@ -96,7 +98,7 @@ pub(super) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: Cha
         start: table[at] as u32,
         length,
         chunks: length.div_ceil(comptime!(CHUNK as u32)),
-        sequence: table[at + 2] as u32,
+        item,
         border: table[at + 4] as u32,
     }
 }
@@ -348,7 +350,7 @@ pub(super) fn copy_rows(
     }
 }
 
-/// Where register `n` of a unit stands in a state `[N, HV, K, V]`, and whether it is inside.
+/// Where register `n` of a unit stands in a state `[segments, HV, K, columns]`, and whether it is inside.
 #[cube]
 fn state_at(
     place: &Place,
@@ -361,12 +363,12 @@ fn state_at(
 ) -> (bool, usize) {
     let value = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
     let key = column_of(lane, n);
-    let base = (place.sequence * heads + place.head) * comptime!((plan.keys * plan.values) as u32);
-    let at = base + key * comptime!(plan.values as u32) + value;
-    (value < comptime!(plan.values as u32) && key < comptime!(plan.keys as u32), at as usize)
+    let base = (place.item * heads + place.head) * comptime!((plan.keys * plan.columns()) as u32);
+    let at = base + key * comptime!(plan.columns() as u32) + value;
+    (value < comptime!(plan.columns() as u32) && key < comptime!(plan.keys as u32), at as usize)
 }
 
-/// Sets the state where the walk enters a sequence.
+/// Sets the state where the walk enters a segment.
 #[cube]
 pub(super) fn load_state(
     initial: &[f32],
@@ -385,6 +387,15 @@ pub(super) fn load_state(
             let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
             if inside {
                 write(state, n, initial[at]);
+            }
+        }
+    }
+    if comptime!(plan.task == Task::SegmentStates) {
+        #[unroll]
+        for n in 0..comptime!(state.len()) {
+            let value = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
+            if value == column_of(lane, n) + comptime!(plan.transition() as u32) {
+                write(state, n, f32::new(1.0));
             }
         }
     }

@@ -1,9 +1,10 @@
 //! What the kernels are specialised on, and how that is chosen.
 
+use crate::hopper_walk::Cores;
 use crate::tile::hopper::{Acc, Frag};
 
 /// Tokens a chunk.
-pub(super) const CHUNK: usize = 64;
+pub(crate) const CHUNK: usize = 64;
 /// Bytes of one panel of 64 rows.
 pub(super) const PANEL: usize = 64 * 128;
 /// Shared memory a cube may use, less what barriers and small arrays take.
@@ -13,13 +14,13 @@ pub(super) const PREPARE_UNITS: u32 = 128;
 /// Units of the cubes of [`super::gradients`]: two warpgroups that multiply, and the loader's.
 pub(super) const GRADIENT_UNITS: u32 = 384;
 /// Value channels that a step of [`super::gradients`] takes.
-pub(super) const SLICE: usize = 64;
+pub(crate) const SLICE: usize = 64;
 
 /// Numbers of a stage's decays: the running sums, their exponentials, and the decays to the chunk's end.
-pub(super) const DECAYS: usize = 3 * CHUNK;
+pub(crate) const DECAYS: usize = 3 * CHUNK;
 
 /// Scores between the tokens of a chunk.
-pub(super) const SCORES: Acc = Acc::new("a", 64);
+pub(crate) const SCORES: Acc = Acc::new("a", 64);
 /// What tokens read from the state, then what they write to it: value channels × tokens.
 pub(super) const READ: Acc = Acc::new("x", 64);
 /// What they write, against time.
@@ -27,18 +28,22 @@ pub(super) const WRITTEN: Acc = Acc::new("y", 64);
 /// Outputs: value channels × tokens.
 pub(super) const OUT: Acc = Acc::new("o", 64);
 /// Left operands of 64 tokens.
-pub(super) const TOKENS: Frag = Frag::new("r", 64);
-pub(super) const DECAYED: Frag = Frag::new("d", 64);
+pub(crate) const TOKENS: Frag = Frag::new("r", 64);
+pub(crate) const DECAYED: Frag = Frag::new("d", 64);
 
 /// What a chain computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Task {
+pub(crate) enum Task {
     /// With time: the outputs.
     Outputs,
     /// With time: the values that tokens write, and the state before each chunk.
     Values,
     /// Against time: the gradients of the values, and that of the state after each chunk.
     Gradients,
+    /// With time: what a segment makes of no state, and, in columns of their own behind it, of each unit vector.
+    SegmentStates,
+    /// Against time: what the outputs of a segment alone make of the gradient of the state before it.
+    SegmentGradients,
 }
 
 /// A walk from chunk to chunk.
@@ -58,8 +63,8 @@ pub(super) struct ChainPlan {
 impl ChainPlan {
     /// `narrow`: one warpgroup a cube, where that fills more of the device.
     pub(super) fn new(task: Task, keys: usize, values: usize, gated: bool, narrow: bool) -> Self {
-        let warpgroups = if narrow || values <= 64 { 1 } else { 2 };
-        let plan = Self { task, keys, values, gated, warpgroups, stages: 0, initial: false };
+        let plan = Self { task, keys, values, gated, warpgroups: 1, stages: 0, initial: false };
+        let plan = Self { warpgroups: if narrow || plan.columns() <= 64 { 1 } else { 2 }, ..plan };
         let stages = (SHARED - plan.fixed_bytes()) / (plan.stage_bytes() + 4 * DECAYS);
         Self { stages: stages.min(4), ..plan }
     }
@@ -71,19 +76,34 @@ impl ChainPlan {
 
     /// Cubes that share the value channels of a head.
     pub(super) fn slices(&self) -> usize {
-        self.values.div_ceil(64 * self.warpgroups)
+        self.columns().div_ceil(64 * self.warpgroups)
     }
 
     pub(super) fn with_queries(&self) -> bool {
-        self.task != Task::Values
+        !matches!(self.task, Task::Values | Task::SegmentStates)
     }
 
     pub(super) fn with_borders(&self) -> bool {
-        self.task != Task::Outputs
+        matches!(self.task, Task::Values | Task::Gradients)
     }
 
     pub(super) fn against_time(&self) -> bool {
-        self.task == Task::Gradients
+        matches!(self.task, Task::Gradients | Task::SegmentGradients)
+    }
+
+    /// Whether chunks leave something in memory; else only the state at the end counts.
+    pub(super) fn stores(&self) -> bool {
+        !matches!(self.task, Task::SegmentStates | Task::SegmentGradients)
+    }
+
+    /// Columns of the state, which are value channels, or with a segment's transition also key channels.
+    pub(super) fn columns(&self) -> usize {
+        if self.task == Task::SegmentStates { self.transition() + self.keys.next_multiple_of(64) } else { self.values }
+    }
+
+    /// The first column of a segment's transition.
+    pub(super) fn transition(&self) -> usize {
+        self.values.next_multiple_of(64)
     }
 
     /// Bytes that copies bring to a stage.
@@ -118,39 +138,40 @@ impl ChainPlan {
 
 /// The gradients of a chunk that only need the states at its borders.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct GradientPlan {
-    pub(super) keys: usize,
-    pub(super) values: usize,
-    pub(super) gated: bool,
+pub(crate) struct GradientPlan {
+    pub(crate) keys: usize,
+    pub(crate) values: usize,
+    pub(crate) gated: bool,
+    pub(crate) cores: Cores,
 }
 
 /// Stages of value slices.
 pub(super) const GRADIENT_STAGES: usize = 2;
 
 impl GradientPlan {
-    pub(super) fn panels(&self) -> usize {
+    pub(crate) fn panels(&self) -> usize {
         self.keys.div_ceil(64)
     }
 
-    pub(super) fn slices(&self) -> usize {
+    pub(crate) fn slices(&self) -> usize {
         self.values.div_ceil(SLICE)
     }
 
     /// Panels of a slice: three of tokens, and two states.
-    pub(super) fn slice_panels(&self) -> usize {
+    pub(crate) fn slice_panels(&self) -> usize {
         3 + 2 * self.panels()
     }
 
     /// Units that meet once a chunk: the multiplying warpgroups and, with a gate, the two warps that finish its gradient.
-    pub(super) fn meeting(&self) -> u32 {
+    pub(crate) fn meeting(&self) -> u32 {
         256 + 64 * self.gated as u32
     }
 
-    pub(super) fn of_queries(&self) -> Acc {
+    pub(crate) fn of_queries(&self) -> Acc {
         Acc::new("q", 64 * self.panels())
     }
 
-    pub(super) fn of_keys(&self) -> Acc {
+    pub(crate) fn of_keys(&self) -> Acc {
         Acc::new("k", 64 * self.panels())
     }
 
@@ -164,17 +185,20 @@ impl GradientPlan {
 mod tests {
     use super::*;
 
+    const TASKS: [Task; 5] =
+        [Task::Outputs, Task::Values, Task::Gradients, Task::SegmentStates, Task::SegmentGradients];
+
     #[test]
     fn every_size_that_is_promised_has_a_plan() {
         for keys in (16..=128).step_by(16) {
             for values in (16..=512).step_by(16) {
                 for narrow in [false, true] {
-                    for task in [Task::Outputs, Task::Values, Task::Gradients] {
+                    for task in TASKS {
                         let plan = ChainPlan::new(task, keys, values, true, narrow);
                         assert!(plan.stages >= 2, "{plan:?}");
                     }
                 }
-                assert!(GradientPlan { keys, values, gated: true }.bytes() <= SHARED);
+                assert!(GradientPlan { keys, values, gated: true, cores: Cores::Hopper }.bytes() <= SHARED);
             }
         }
     }

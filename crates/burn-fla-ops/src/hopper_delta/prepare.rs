@@ -77,6 +77,26 @@ pub(super) fn prepare(
     }
     commit();
     wait(0u32);
+    solve_chunk(a, x, &decays, &strengths, inverse, start, length, head, heads, warp, lane, gated);
+}
+
+/// From the products of a chunk's keys, in [`SCORES`], to its rows of M. `a` and `x` are as in [`invert_triangle`]; the keys
+/// may stand where `x` is. All 128 units of the cube call it.
+#[cube]
+pub(crate) fn solve_chunk(
+    a: u32,
+    x: u32,
+    decays: &[f32],
+    strengths: &[f32],
+    inverse: &mut [u32],
+    start: u32,
+    length: u32,
+    head: u32,
+    heads: u32,
+    warp: u32,
+    lane: u32,
+    #[comptime] gated: bool,
+) {
     // All loads before the first store: whatever waits for the one would wait for the other.
     let mut values = Array::<f32>::new(32usize);
     let row = row_of(warp, lane, 0usize);

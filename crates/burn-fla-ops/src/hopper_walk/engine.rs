@@ -9,7 +9,7 @@ use super::{FORWARD, KEYS, QUERIES, VALUES};
 use crate::mma_walk::plan::MmaPlan;
 
 /// Which kernels walk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Cores {
     /// Those of [`super::walk`].
     Hopper,
@@ -26,14 +26,17 @@ pub(crate) struct Engine {
     shared: usize,
 }
 
+/// Bytes of shared memory that a cube may use.
+pub(crate) fn shared_memory(device: &Device) -> usize {
+    match device.clone().inner().as_dispatch() {
+        DispatchDevice::Cube(device) => device.client().properties().hardware.max_shared_memory_size,
+        _ => 0,
+    }
+}
+
 impl Engine {
     pub(crate) fn on(device: &Device, cores: Cores) -> Self {
-        let inner = device.clone().inner();
-        let shared = match inner.as_dispatch() {
-            DispatchDevice::Cube(device) => device.client().properties().hardware.max_shared_memory_size,
-            _ => 0,
-        };
-        Self { cores, processors: processors(device), shared }
+        Self { cores, processors: processors(device), shared: shared_memory(device) }
     }
 
     pub(crate) fn plan(&self, roles: Roles, keys: usize, values: usize, axis: Axis, exclusive: bool) -> WalkPlan {

@@ -2,7 +2,7 @@
 //!
 //! On CUDA, Burn's own product stages f32 operands as TF32 on tensor cores, which is off by 1e-3. Here f32 stays f32: the
 //! product runs on the plain cores there, and Burn's everywhere else. bf16 takes the kernels of [`hopper`] on a Hopper
-//! GPU; all else takes Burn's.
+//! GPU, and those of `mma` on other NVIDIA GPUs since Ampere; all else takes Burn's.
 
 mod activation;
 #[cfg(feature = "cube")]
@@ -11,6 +11,8 @@ mod bias;
 mod exact;
 #[cfg(feature = "cuda")]
 pub mod hopper;
+#[cfg(feature = "cuda")]
+mod mma;
 #[cfg(feature = "cube")]
 pub(crate) mod raw;
 
@@ -18,8 +20,8 @@ pub use activation::Activation;
 
 use burn::tensor::{DType, Tensor};
 
-use crate::OpError;
 use crate::bridge::{same_device, same_dtype};
+use crate::{Engine, OpError};
 
 /// The matrix product `a · b` over the last two dimensions.
 ///
@@ -69,11 +71,13 @@ pub struct Epilogue<const D: usize> {
     pub activation: Activation,
     /// r, of the output's shape and the dtype of `x`; `None` is zero.
     pub residual: Option<Tensor<D>>,
+    /// Which kernels multiply.
+    pub engine: Engine,
 }
 
 /// A linear layer and what follows it, `y = act(x Wᵀ + b) + r`.
 ///
-/// On a Hopper GPU in bf16 the f32 sums of the product are finished before they are rounded, once; elsewhere each of the
+/// On an NVIDIA GPU since Ampere in bf16 the f32 sums of the product are finished before they are rounded, once; elsewhere each of the
 /// three steps rounds to the dtype of `x`.
 ///
 /// # Shapes
@@ -89,7 +93,7 @@ pub fn linear_with<const D: usize>(
     weight: Tensor<2>,
     epilogue: Epilogue<D>,
 ) -> Result<Tensor<D>, OpError> {
-    let Epilogue { bias, activation, residual } = epilogue;
+    let Epilogue { bias, activation, residual, engine } = epilogue;
     let mut dims = x.dims();
     let (rows, inner) = (dims[..D - 1].iter().product::<usize>(), dims[D - 1]);
     let out = weight.dims()[0];
@@ -103,15 +107,15 @@ pub fn linear_with<const D: usize>(
     // One product over all rows: its weight gradient is one product too.
     let x = x.reshape([rows, inner]);
     #[cfg(feature = "cuda")]
-    if hopper::takes(&x, &weight)
+    if let Some(cores) = hopper::cores(&x, &weight, engine)
         && crate::rows::fits(out)
         && (bias.is_some() || residual.is_some() || activation != Activation::Identity)
     {
         let residual = residual.map(|residual| residual.reshape([rows, out]));
-        let y = hopper::linear(x, weight, bias.map(|bias| bias.cast(DType::F32)), residual, activation);
+        let y = hopper::linear(x, weight, bias.map(|bias| bias.cast(DType::F32)), residual, activation, cores);
         return Ok(y.reshape(dims));
     }
-    let y = rows_times_weight(x, weight)?.reshape(dims);
+    let y = rows_times_weight(x, weight, engine)?.reshape(dims);
     let y = match bias {
         Some(bias) => add_bias(y, bias),
         None => y,
@@ -124,11 +128,13 @@ pub fn linear_with<const D: usize>(
 }
 
 /// `x Wᵀ` of checked operands.
-fn rows_times_weight(x: Tensor<2>, weight: Tensor<2>) -> Result<Tensor<2>, OpError> {
+fn rows_times_weight(x: Tensor<2>, weight: Tensor<2>, engine: Engine) -> Result<Tensor<2>, OpError> {
     #[cfg(feature = "cuda")]
-    if hopper::takes(&x, &weight) {
-        return Ok(hopper::product(x, weight, false, false, DType::BF16));
+    if hopper::cores(&x, &weight, engine).is_some() {
+        return Ok(hopper::product(x, weight, false, false, DType::BF16, engine));
     }
+    #[cfg(not(feature = "cuda"))]
+    let _ = engine;
     let weight = weight.cast(x.dtype());
     matmul(x, weight.transpose())
 }
@@ -143,7 +149,7 @@ fn add_bias<const D: usize>(y: Tensor<D>, bias: Tensor<1>) -> Tensor<D> {
     y + bias.cast(dtype).unsqueeze()
 }
 
-/// Several linear layers of one input, `yᵢ = x Wᵢᵀ + biasᵢ`. On a Hopper GPU in bf16, the gradient of `x` is one product over all
+/// Several linear layers of one input, `yᵢ = x Wᵢᵀ + biasᵢ`. On an NVIDIA GPU since Ampere in bf16, the gradient of `x` is one product over all
 /// of them.
 ///
 /// # Shapes
@@ -156,6 +162,18 @@ pub fn linears<const D: usize>(
     x: Tensor<D>,
     layers: Vec<(Tensor<2>, Option<Tensor<1>>)>,
 ) -> Result<Vec<Tensor<D>>, OpError> {
+    linears_with(x, layers, Engine::Auto)
+}
+
+/// [`linears`] by the kernels that `engine` asks for.
+///
+/// # Errors
+/// As [`linears`].
+pub fn linears_with<const D: usize>(
+    x: Tensor<D>,
+    layers: Vec<(Tensor<2>, Option<Tensor<1>>)>,
+    engine: Engine,
+) -> Result<Vec<Tensor<D>>, OpError> {
     for (weight, bias) in &layers {
         check(&x, weight, bias.as_ref())?;
     }
@@ -164,7 +182,12 @@ pub fn linears<const D: usize>(
         let mut dims = x.dims();
         let flat = x.clone().reshape([dims[..D - 1].iter().product::<usize>(), dims[D - 1]]);
         let few = (2..=hopper::MOST_LINEARS).contains(&layers.len());
-        if few && layers.iter().all(|(weight, _)| hopper::takes(&flat, weight)) {
+        let cores = layers.first().and_then(|(weight, _)| hopper::cores(&flat, weight, engine));
+        let all = layers.iter().all(|(weight, _)| hopper::cores(&flat, weight, engine).is_some());
+        if let Some(cores) = cores
+            && few
+            && all
+        {
             let (weights, biases): (Vec<_>, Vec<_>) = layers.into_iter().unzip();
             // Where each layer has a bias and the inputs are not too many, the kernel adds them.
             let wide = weights.iter().all(|weight| crate::rows::fits(weight.dims()[0]));
@@ -176,7 +199,7 @@ pub fn linears<const D: usize>(
             } else {
                 (Vec::new(), biases)
             };
-            let shaped = hopper::linears(flat, weights, inside).into_iter().zip(after).map(|(y, bias)| {
+            let shaped = hopper::linears(flat, weights, inside, cores).into_iter().zip(after).map(|(y, bias)| {
                 dims[D - 1] = y.dims()[1];
                 let y = y.reshape(dims);
                 match bias {
@@ -187,7 +210,8 @@ pub fn linears<const D: usize>(
             return Ok(shaped.collect());
         }
     }
-    layers.into_iter().map(|(weight, bias)| linear(x.clone(), weight, bias)).collect()
+    let layer = |(weight, bias)| linear_with(x.clone(), weight, Epilogue { bias, engine, ..Default::default() });
+    layers.into_iter().map(layer).collect()
 }
 
 /// Checks the arguments of a linear layer.

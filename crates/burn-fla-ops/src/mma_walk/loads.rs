@@ -10,7 +10,7 @@ use crate::tile::mma::{address_of, copy_16, swizzled, unit_again};
 
 /// Starts loading 64 tokens of `panels` panels of a head, from channel `first` of `channels` on; what is not there is zero.
 #[cube]
-pub(super) fn load_tile(
+pub(crate) fn load_tile(
     to: u32,
     from: u64,
     first: u32,

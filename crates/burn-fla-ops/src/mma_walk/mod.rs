@@ -32,9 +32,9 @@
 
 mod key;
 mod launch;
-mod loads;
-mod outputs;
-mod parts;
+pub(crate) mod loads;
+pub(crate) mod outputs;
+pub(crate) mod parts;
 pub(crate) mod plan;
 mod segments;
 mod walk;

@@ -9,7 +9,7 @@ use crate::tile::mma::{bf16_high, bf16_low, load, pack_pair, read, store_global_
 
 /// Writes the outputs of a half to device memory.
 #[cube]
-pub(super) fn write_outputs(
+pub(crate) fn write_outputs(
     to: u64,
     place: &Place,
     token: u32,
@@ -35,7 +35,7 @@ pub(super) fn write_outputs(
 
 /// Where a lane stores four channels of every eighth token.
 #[derive(CubeType, Clone, Copy)]
-pub(super) struct Rows {
+pub(crate) struct Rows {
     address: u64,
     /// Bytes between two of them.
     stride: u64,
@@ -45,7 +45,7 @@ pub(super) struct Rows {
 
 /// [`Rows`] of a band: of its four channels, 0 or 4 in the first half of the band, 8 or 12 in the second.
 #[cube]
-pub(super) fn rows_at(
+pub(crate) fn rows_at(
     to: u64,
     place: &Place,
     token: u32,
@@ -75,7 +75,7 @@ pub(super) fn rows_at(
 ///
 /// Transposed, a lane has two channels of a token in each half; neighbours exchange them so that each has four of one.
 #[cube]
-pub(super) fn store_block(low: u32, high: u32, rows: &Rows, lane: u32, #[comptime] block: usize) {
+pub(crate) fn store_block(low: u32, high: u32, rows: &Rows, lane: u32, #[comptime] block: usize) {
     let odd = lane % 2u32 == 1u32;
     let low = transpose(low);
     let high = transpose(high);

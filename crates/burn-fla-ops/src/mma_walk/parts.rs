@@ -13,14 +13,14 @@ use crate::tile::mma::{
 
 /// Where a band of a warp stands: its panel of 64 outer channels, its row in it, and the unit of four bands to a panel.
 #[derive(CubeType, Clone, Copy)]
-pub(super) struct Band {
-    pub(super) panel: u32,
-    pub(super) row: u32,
-    pub(super) unit: u32,
+pub(crate) struct Band {
+    pub(crate) panel: u32,
+    pub(crate) row: u32,
+    pub(crate) unit: u32,
 }
 
 #[cube]
-pub(super) fn band_at(place: &Place, warp: u32, lane: u32, #[comptime] band: usize, #[comptime] plan: MmaPlan) -> Band {
+pub(crate) fn band_at(place: &Place, warp: u32, lane: u32, #[comptime] band: usize, #[comptime] plan: MmaPlan) -> Band {
     let at = warp * comptime!(plan.bands as u32) + comptime!(band as u32);
     Band {
         panel: place.slice * comptime!(plan.walk.warpgroups as u32) + at / 4u32,
@@ -31,14 +31,14 @@ pub(super) fn band_at(place: &Place, warp: u32, lane: u32, #[comptime] band: usi
 
 /// A lane's address of the band's columns in a tile of the cube's outer channels, as a transposed left operand.
 #[cube]
-pub(super) fn band_in_tile(tile: u32, warp: u32, lane: u32, #[comptime] band: usize, #[comptime] plan: MmaPlan) -> u32 {
+pub(crate) fn band_in_tile(tile: u32, warp: u32, lane: u32, #[comptime] band: usize, #[comptime] plan: MmaPlan) -> u32 {
     let at = warp * comptime!(plan.bands as u32) + comptime!(band as u32);
     across_first(tile + at / 4u32 * comptime!(PANEL as u32), lane) ^ ((at % 4u32) * 32u32)
 }
 
 /// One warp writes a chunk's decays to `to[at..]`, from the log decays of two tokens a lane, in powers of two.
 #[cube]
-pub(super) fn write_decays(
+pub(crate) fn write_decays(
     to: &mut [f32],
     at: usize,
     low: f32,
@@ -174,7 +174,7 @@ pub(super) fn write_scores(
 
 /// What the state gives to the outputs of a half: `S qᵀ`, the transposed state as the left operand.
 #[cube]
-pub(super) fn outputs_of_state(q: u32, lane: u32, #[comptime] half: usize, #[comptime] plan: MmaPlan) {
+pub(crate) fn outputs_of_state(q: u32, lane: u32, #[comptime] half: usize, #[comptime] plan: MmaPlan) {
     #[unroll]
     for band in 0..comptime!(plan.bands) {
         zero(comptime!(plan.out(band)));

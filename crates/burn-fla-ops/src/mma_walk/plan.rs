@@ -4,18 +4,18 @@ use crate::hopper_walk::plan::{Axis, Borders, KeyHeads, PANEL, Roles, WalkPlan};
 use crate::tile::mma::{Acc, Frag};
 
 /// Numbers of a chunk's decays: the running sum at each token, the factors of its outputs, and those of its values.
-pub(super) const DECAYS: usize = 3 * 64;
+pub(crate) const DECAYS: usize = 3 * 64;
 /// Where the factors of the outputs stand among them.
-pub(super) const OF_OUTPUTS: usize = 64;
+pub(crate) const OF_OUTPUTS: usize = 64;
 /// Where the factors of the values stand among them.
-pub(super) const OF_VALUES: usize = 128;
+pub(crate) const OF_VALUES: usize = 128;
 
 /// The scores of a warp.
 pub(super) const SCORES: Acc = Acc::new("a", 64);
 /// Left operands: one step for each band.
-pub(super) const LEFT: Frag = Frag::new("l", 32);
+pub(crate) const LEFT: Frag = Frag::new("l", 32);
 /// Right operands.
-pub(super) const RIGHT: Frag = Frag::new("r", 64);
+pub(crate) const RIGHT: Frag = Frag::new("r", 64);
 
 /// One walk of a cube of [`MmaPlan::warps`] warps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -26,6 +26,8 @@ pub(crate) struct MmaPlan {
     pub(crate) bands: usize,
     /// Buffers of values: where there is one, they are loaded while scores are computed.
     pub(crate) value_stages: usize,
+    /// The outputs of a chunk come in four parts: fewer registers beside those of states.
+    pub(crate) quarters: bool,
 }
 
 impl MmaPlan {
@@ -50,7 +52,7 @@ impl MmaPlan {
                 segmented: false,
                 last: false,
             };
-            let plan = Self { walk, bands, value_stages };
+            let plan = Self { walk, bands, value_stages, quarters: false };
             (plan.shared_bytes() <= shared).then_some(plan)
         };
         let wide = usize::min(outer.div_ceil(64), 2);
@@ -80,22 +82,28 @@ impl MmaPlan {
     }
 
     /// The state of a band, transposed: 16 outer rows, all inner columns.
-    pub(super) fn state(&self, band: usize) -> Acc {
+    pub(crate) fn state(&self, band: usize) -> Acc {
         Acc::new(["s", "t"][band], 64 * self.walk.panels())
     }
 
     /// The outputs of a band, transposed: 16 outer rows, a column for each token of a half.
-    pub(super) fn out(&self, band: usize) -> Acc {
+    pub(crate) fn out(&self, band: usize) -> Acc {
         Acc::new(["o", "p"][band], 16 * self.half_groups())
     }
 
     /// Parts of a chunk whose outputs are computed one after the other: two, where states leave few registers.
     pub(crate) fn halves(&self) -> usize {
-        if self.bands * self.walk.panels() > 3 { 2 } else { 1 }
+        if self.quarters {
+            4
+        } else if self.bands * self.walk.panels() > 3 {
+            2
+        } else {
+            1
+        }
     }
 
     /// Groups of 16 tokens in one of them.
-    pub(super) fn half_groups(&self) -> usize {
+    pub(crate) fn half_groups(&self) -> usize {
         4 / self.halves()
     }
 
@@ -105,7 +113,7 @@ impl MmaPlan {
     }
 
     /// Steps of 16 of the inner channels.
-    pub(super) fn steps(&self) -> usize {
+    pub(crate) fn steps(&self) -> usize {
         self.walk.inner.div_ceil(16)
     }
 

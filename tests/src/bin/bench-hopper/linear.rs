@@ -1,6 +1,7 @@
 //! The three products of a linear layer.
 
 use burn::tensor::{DType, Device, Distribution, Tensor, capture};
+use burn_fla_ops::Engine;
 use burn_fla_ops::matmul::hopper::product;
 use burn_fla_tests::{numbers, ratio};
 
@@ -9,7 +10,13 @@ use super::timing::median;
 /// Calls in one captured graph: what the host does between them is not timed.
 const CALLS: usize = 8;
 
-pub(super) fn run(device: &Device, tokens: &[usize], shapes: &[[usize; 2]]) -> bool {
+/// The products, with the names of the kernels that compute them: those for Hopper, those for any NVIDIA GPU since Ampere, and
+/// Burn's.
+pub(super) const OPERATORS: [&str; 3] = ["linear", "linear:mma", "linear:burn"];
+
+pub(super) fn run(device: &Device, operator: &str, tokens: &[usize], shapes: &[[usize; 2]]) -> bool {
+    let engine = if operator == "linear" { Engine::Auto } else { Engine::Mma };
+    let burn = operator == "linear:burn";
     println!("product tokens N K ms TFLOP/s error");
     let mut all = true;
     for shape in shapes {
@@ -21,7 +28,14 @@ pub(super) fn run(device: &Device, tokens: &[usize], shapes: &[[usize; 2]]) -> b
             let (x, w, dy) = (random(m, k), random(n, k), random(m, n));
             let flops = 2.0 * (m * n * k) as f64;
             let report = |name: &str, a: &Tensor<2>, b: &Tensor<2>, a_rows: bool, b_rows: bool| {
-                let call = || product(a.clone(), b.clone(), a_rows, b_rows, DType::BF16);
+                let call = || {
+                    if !burn {
+                        return product(a.clone(), b.clone(), a_rows, b_rows, DType::BF16, engine);
+                    }
+                    let a = if a_rows { a.clone().transpose() } else { a.clone() };
+                    let b = if b_rows { b.clone() } else { b.clone().transpose() };
+                    a.matmul(b)
+                };
                 let error = sampled_error(a, b, &call(), a_rows, b_rows);
                 if error > 3e-3 {
                     println!("{name} {m} {n} {k}: WRONG, relative error {error:.1e}");

@@ -6,7 +6,8 @@
 //!   one after the other when all have checked;
 //! - `bench-hopper list`: their names;
 //! - `bench-hopper step OPERATOR,… B×T×H×K×V,…`: one token a sequence;
-//! - `bench-hopper linear TOKENS,… N×K,…`: the products of a linear layer, on Hopper alone;
+//! - `bench-hopper linear TOKENS,… N×K,…`: the products of a linear layer (`linear:mma` as above, `linear:burn` by Burn's
+//!   own product);
 //! - `bench-hopper support [OPERATOR,…]`: what surrounds them.
 //!
 //! Lines of JSON, for `report operators`, go to the standard output. See `scripts/bench-hopper.sh`.
@@ -26,7 +27,7 @@ use burn_fla_tests::operators::{OPERATORS, Size};
 
 use case::Machine;
 
-const USAGE: &str = "bench-hopper list | bench-hopper operators OPERATOR,… BxTxHxKxV,… [FILE] | bench-hopper step OPERATOR,… BxTxHxKxV,… | bench-hopper linear TOKENS,… NxK,… | bench-hopper support [OPERATOR,…]";
+const USAGE: &str = "bench-hopper list | bench-hopper operators OPERATOR,… BxTxHxKxV,… [FILE] | bench-hopper step OPERATOR,… BxTxHxKxV,… | bench-hopper linear[:mma|:burn] TOKENS,… NxK,… | bench-hopper support [OPERATOR,…]";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -63,13 +64,13 @@ fn run(arguments: &[&str]) -> Result<bool, String> {
             }
             Ok(right)
         }
-        ["linear", tokens, shapes] => {
-            if !burn_fla_ops::bridge::is_hopper(&device) {
-                return Err("no Hopper GPU here, which the product needs".into());
+        [operator, tokens, shapes] if linear::OPERATORS.contains(&operator) => {
+            if !burn_fla_ops::bridge::has_mma(&device) {
+                return Err("no NVIDIA GPU since Ampere here, which the product needs".into());
             }
             let shapes = shapes.split(',').map(numbers::<2>).collect::<Result<Vec<_>, _>>()?;
             let tokens = tokens.split(',').map(numbers::<1>).collect::<Result<Vec<_>, _>>()?;
-            Ok(linear::run(&device, &tokens.concat(), &shapes))
+            Ok(linear::run(&device, operator, &tokens.concat(), &shapes))
         }
         ["support"] => Ok(support::run(&device, None)),
         ["support", operators] => Ok(support::run(&device, Some(operators))),

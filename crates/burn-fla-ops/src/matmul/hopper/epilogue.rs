@@ -18,15 +18,15 @@ use crate::tile::hopper::{Acc, exp2, read, reciprocal, write};
 
 /// What a kernel does after the product.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(super) struct Epilogue {
+pub(in crate::matmul) struct Epilogue {
     /// Adds a bias of the columns.
-    pub(super) bias: bool,
+    pub(in crate::matmul) bias: bool,
     /// What follows it.
-    pub(super) activation: Activation,
+    pub(in crate::matmul) activation: Activation,
     /// Adds a matrix of the result's shape.
-    pub(super) residual: bool,
+    pub(in crate::matmul) residual: bool,
     /// Whether the kernel writes what backward needs as a second result.
-    pub(super) keeps: bool,
+    pub(in crate::matmul) keeps: bool,
 }
 
 impl Epilogue {
@@ -40,7 +40,7 @@ impl Epilogue {
     }
 
     /// Whether the activation comes before this result is written: `kept` is the second one, which is written first.
-    pub(super) fn activates(&self, kept: bool) -> bool {
+    pub(in crate::matmul) fn activates(&self, kept: bool) -> bool {
         self.activation != Activation::Identity && (kept != self.keeps_z() || !self.keeps)
     }
 
@@ -88,7 +88,7 @@ pub(super) fn activate_vector<N: Size>(x: Vector<f32, N>, #[comptime] activation
 
 /// Adds the bias to registers `first / 2` and on of an accumulator, which stand at `column` and on of the result.
 #[cube]
-pub(super) fn add_bias(
+pub(in crate::matmul) fn add_bias(
     #[comptime] acc: Acc,
     #[comptime] first: usize,
     #[comptime] count: usize,
@@ -113,7 +113,7 @@ pub(super) fn add_bias(
 
 /// Applies the activation to registers `first / 2` and on.
 #[cube]
-pub(super) fn activate_columns(
+pub(in crate::matmul) fn activate_columns(
     #[comptime] acc: Acc,
     #[comptime] first: usize,
     #[comptime] count: usize,
@@ -128,7 +128,7 @@ pub(super) fn activate_columns(
 
 /// Adds the residual `[m, n]` to registers `first / 2` and on, whose upper rows are `row` of the result.
 #[cube]
-pub(super) fn add_residual(
+pub(in crate::matmul) fn add_residual(
     #[comptime] acc: Acc,
     #[comptime] first: usize,
     #[comptime] count: usize,

@@ -22,21 +22,21 @@ const BLOCK: usize = 64 * 128;
 
 /// One item of work: a tile of a pair's result and a part of the contraction.
 #[derive(CubeType, Clone, Copy)]
-struct Item {
-    pair: u32,
-    tile_m: u32,
-    tile_n: u32,
-    split: u32,
-    first: u32,
-    last: u32,
+pub(in crate::matmul) struct Item {
+    pub(in crate::matmul) pair: u32,
+    pub(in crate::matmul) tile_m: u32,
+    pub(in crate::matmul) tile_n: u32,
+    pub(in crate::matmul) split: u32,
+    pub(in crate::matmul) first: u32,
+    pub(in crate::matmul) last: u32,
 }
 
 /// How many tiles and stages of contraction each pair of operands has. Joined pairs share their tiles.
 #[derive(CubeType, CubeLaunch)]
-pub(super) struct Sizes {
-    pub(super) tiles_m: Sequence<u32>,
-    pub(super) tiles_n: Sequence<u32>,
-    pub(super) steps: Sequence<u32>,
+pub(in crate::matmul) struct Sizes {
+    pub(in crate::matmul) tiles_m: Sequence<u32>,
+    pub(in crate::matmul) tiles_n: Sequence<u32>,
+    pub(in crate::matmul) steps: Sequence<u32>,
 }
 
 /// Items in all.
@@ -51,7 +51,7 @@ fn items(sizes: &Sizes, #[comptime] plan: Plan) -> u32 {
 }
 
 #[cube]
-fn item_at(index: u32, sizes: &Sizes, #[comptime] plan: Plan) -> Item {
+pub(in crate::matmul) fn item_at(index: u32, sizes: &Sizes, #[comptime] plan: Plan) -> Item {
     let splits = comptime!(plan.splits as u32);
     let mut at = index;
     let mut pair = 0u32;

@@ -6,6 +6,7 @@ use cubecl::prelude::CubeDim;
 use super::epilogue::{self, Epilogue};
 use super::{Extras, Joined, Operand, Target, launch, launch_with, readable};
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous};
+use crate::hopper_walk::Cores;
 use crate::matmul::Activation;
 use crate::matmul::bias::column_sums;
 use crate::rows::{RowPlan, UNITS, address, grid, sum_rows, unused};
@@ -22,8 +23,9 @@ pub(crate) fn linear(
     bias: Option<Tensor<1>>,
     residual: Option<Tensor<2>>,
     activation: Activation,
+    cores: Cores,
 ) -> Tensor<2> {
-    let operator = Layer { bias: bias.is_some(), residual: residual.is_some(), activation };
+    let operator = Layer { bias: bias.is_some(), residual: residual.is_some(), activation, cores };
     let mut floats = vec![x.into_dispatch(), weight.into_dispatch()];
     floats.extend(bias.map(Tensor::into_dispatch));
     floats.extend(residual.map(Tensor::into_dispatch));
@@ -37,6 +39,7 @@ struct Layer {
     bias: bool,
     residual: bool,
     activation: Activation,
+    cores: Cores,
 }
 
 impl Layer {
@@ -74,7 +77,7 @@ impl Operator for Layer {
         epilogue.keeps = save && epilogue.second();
         let extras = Extras { biases: &biases, residual: residual.as_ref(), epilogue };
         let pairs = [(Operand::plain(&x), Operand::plain(&weight))];
-        let mut results = launch_with(&pairs, Joined::No, Target::New(DType::BF16), &extras).into_iter();
+        let mut results = launch_with(&pairs, Joined::No, Target::New(DType::BF16), &extras, self.cores).into_iter();
         let y = results.next().expect("the result");
         let kept = results.next().unwrap_or_else(|| y.clone());
         let saved = (save && rounded).then_some(weight).into_iter().chain((save && self.activates()).then_some(kept));
@@ -104,11 +107,11 @@ impl Operator for Layer {
         let dz = readable(dz);
         let dx = wanted[0].then(|| {
             let weight = readable(weight);
-            launch(Operand::plain(&dz), Operand { tensor: &weight, rows: true }, x.dtype)
+            launch(Operand::plain(&dz), Operand { tensor: &weight, rows: true }, x.dtype, self.cores)
         });
         let dw = wanted[1].then(|| {
             let x = readable(x.clone());
-            launch(Operand { tensor: &dz, rows: true }, Operand { tensor: &x, rows: true }, weight_dtype)
+            launch(Operand { tensor: &dz, rows: true }, Operand { tensor: &x, rows: true }, weight_dtype, self.cores)
         });
         let mut found = vec![dx, dw];
         found.extend(self.bias.then_some(db));

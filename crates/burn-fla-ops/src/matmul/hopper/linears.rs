@@ -5,6 +5,7 @@ use burn::tensor::{DType, Shape, Tensor};
 use super::epilogue::Epilogue;
 use super::{Extras, Joined, Operand, Target, launch_pairs, launch_with, readable};
 use crate::bridge::{CubeTensor, Operator, TensorSpec, apply, contiguous};
+use crate::hopper_walk::Cores;
 use crate::matmul::bias::column_sums;
 
 /// The most weights: the bridge takes eight inputs.
@@ -17,8 +18,8 @@ pub(crate) const MOST: usize = 7;
 /// - `x`: `[m, k]` bf16; weights `[nᵢ, k]`, bf16 or f32 (rounded here, their gradients are f32)
 /// - `biases`: f32 `[nᵢ]`, one for each weight, or none at all
 /// - returns `[m, nᵢ]`, bf16
-pub(crate) fn linears(x: Tensor<2>, weights: Vec<Tensor<2>>, biases: Vec<Tensor<1>>) -> Vec<Tensor<2>> {
-    let operator = Linears { count: weights.len() };
+pub(crate) fn linears(x: Tensor<2>, weights: Vec<Tensor<2>>, biases: Vec<Tensor<1>>, cores: Cores) -> Vec<Tensor<2>> {
+    let operator = Linears { count: weights.len(), cores };
     let floats = std::iter::once(x).chain(weights).map(Tensor::into_dispatch);
     let floats = floats.chain(biases.into_iter().map(Tensor::into_dispatch)).collect();
     apply(operator, floats, Vec::new()).into_iter().map(Tensor::from_dispatch).collect()
@@ -28,6 +29,7 @@ pub(crate) fn linears(x: Tensor<2>, weights: Vec<Tensor<2>>, biases: Vec<Tensor<
 #[derive(Debug)]
 struct Linears {
     count: usize,
+    cores: Cores,
 }
 
 impl Operator for Linears {
@@ -61,7 +63,7 @@ impl Operator for Linears {
         let biases: Vec<CubeTensor> = inputs.map(contiguous).collect();
         let epilogue = Epilogue { bias: !biases.is_empty(), ..Default::default() };
         let extras = Extras { biases: &biases, residual: None, epilogue };
-        let mut outputs = launch_with(&pairs, Joined::No, Target::New(DType::BF16), &extras);
+        let mut outputs = launch_with(&pairs, Joined::No, Target::New(DType::BF16), &extras, self.cores);
         outputs.extend(saved);
         outputs
     }
@@ -91,7 +93,7 @@ impl Operator for Linears {
                 .iter()
                 .map(|(_, weight, grad)| (Operand::plain(grad), Operand { tensor: weight, rows: true }))
                 .collect();
-            launch_pairs(&pairs, Joined::Yes, Target::New(x.dtype)).remove(0)
+            launch_pairs(&pairs, Joined::Yes, Target::New(x.dtype), self.cores).remove(0)
         });
         let mut result = vec![dx];
         result.resize(weight_dtypes.len() + 1, None);
@@ -105,7 +107,7 @@ impl Operator for Linears {
                 .iter()
                 .map(|(_, _, grad)| (Operand { tensor: grad, rows: true }, Operand { tensor: &x, rows: true }))
                 .collect();
-            let gradients = launch_pairs(&pairs, Joined::No, Target::New(dtype));
+            let gradients = launch_pairs(&pairs, Joined::No, Target::New(dtype), self.cores);
             for ((at, ..), gradient) in of_dtype.into_iter().zip(gradients) {
                 result[at + 1] = Some(gradient);
             }

@@ -12,16 +12,19 @@
 //! over 72 products, the least 0.85 (weight gradients of 1024 × 2816 over 8192 tokens, and 65,536 × 1024 × 1024; the former
 //! are split in three). Not tried yet: clusters with multicast, and adding split parts through distributed shared memory.
 
-mod epilogue;
-mod kernel;
+pub(in crate::matmul) mod epilogue;
+pub(in crate::matmul) mod kernel;
 mod layer;
 mod linears;
-mod plan;
+pub(in crate::matmul) mod plan;
 
 use burn::tensor::{DType, Shape, Tensor};
 use cubecl::prelude::{CubeCount, CubeDim, SequenceArg};
 
+use super::mma;
+use crate::Engine;
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous, owned, storage};
+use crate::hopper_walk::Cores;
 use crate::tile::hopper::panel_map;
 use epilogue::Epilogue;
 use kernel::{SizesLaunch, UNITS};
@@ -32,20 +35,33 @@ use plan::{DEPTH, Plan, ROWS, VECTOR};
 /// Units of a cube of the kernel that adds up.
 const SUM_UNITS: usize = 256;
 
-/// Whether these operands are taken: bf16 (the right one f32 too, rounded here), on a Hopper GPU, with rows of whole
-/// 16 bytes and nothing empty.
+/// Whether these operands are taken: bf16 (the right one f32 too, rounded here), on an NVIDIA GPU since Ampere, with rows of
+/// whole 16 bytes and nothing empty.
 pub fn takes(a: &Tensor<2>, b: &Tensor<2>) -> bool {
+    cores(a, b, Engine::Auto).is_some()
+}
+
+/// The kernels that take these operands: these on a Hopper GPU, those of [`super::mma`] on another one, or where they are
+/// asked for.
+pub(crate) fn cores(a: &Tensor<2>, b: &Tensor<2>, engine: Engine) -> Option<Cores> {
     let [rows, inner] = a.dims();
     let [left, right] = b.dims();
     let whole = |n: usize| n > 0 && n.is_multiple_of(8);
-    a.dtype() == DType::BF16
+    let taken = a.dtype() == DType::BF16
         && matches!(b.dtype(), DType::BF16 | DType::F32)
         && rows > 0
         && left > 0
         && whole(inner)
         && whole(right)
-        && whole(left)
-        && crate::bridge::is_hopper(&a.device())
+        && whole(left);
+    let device = a.device();
+    match engine {
+        _ if !taken => None,
+        Engine::Reference => None,
+        Engine::Mma if crate::bridge::has_mma(&device) => Some(Cores::Mma),
+        _ if crate::bridge::is_hopper(&device) => Some(Cores::Hopper),
+        _ => crate::bridge::has_mma(&device).then_some(Cores::Mma),
+    }
 }
 
 /// `c[m, n] = Σ_k a(m, k) b(k, n)` in bf16 with f32 accumulation, where [`takes`] says so; differentiable.
@@ -54,8 +70,11 @@ pub fn takes(a: &Tensor<2>, b: &Tensor<2>) -> bool {
 /// - `a`: `[m, k]`, or `[k, m]` with `a_rows` (the contraction is along its rows)
 /// - `b`: `[n, k]`, or `[k, n]` with `b_rows`
 /// - returns `[m, n]`, bf16 or f32 as `dtype` says; the gradients have the dtypes of their inputs
-pub fn product(a: Tensor<2>, b: Tensor<2>, a_rows: bool, b_rows: bool, dtype: DType) -> Tensor<2> {
-    let operator = Product { a_rows, b_rows, dtype };
+///
+/// `engine` chooses between kernels as elsewhere.
+pub fn product(a: Tensor<2>, b: Tensor<2>, a_rows: bool, b_rows: bool, dtype: DType, engine: Engine) -> Tensor<2> {
+    let cores = cores(&a, &b, engine).expect("operands that are taken");
+    let operator = Product { a_rows, b_rows, dtype, cores };
     let mut outputs = apply(operator, vec![a.into_dispatch(), b.into_dispatch()], Vec::new());
     Tensor::from_dispatch(outputs.remove(0))
 }
@@ -65,15 +84,17 @@ pub fn product(a: Tensor<2>, b: Tensor<2>, a_rows: bool, b_rows: bool, dtype: DT
 ///
 /// # Shapes
 /// `sum`: f32 `[m, n]`, without autodiff like the others
-pub fn accumulate(sum: Tensor<2>, a: Tensor<2>, b: Tensor<2>, a_rows: bool, b_rows: bool) -> Tensor<2> {
+pub fn accumulate(sum: Tensor<2>, a: Tensor<2>, b: Tensor<2>, a_rows: bool, b_rows: bool, engine: Engine) -> Tensor<2> {
+    let cores = cores(&a, &b, engine).expect("operands that are taken");
     let floats = [sum, a, b].map(Tensor::into_dispatch).to_vec();
-    Tensor::from_dispatch(apply(Accumulate { a_rows, b_rows }, floats, Vec::new()).remove(0))
+    Tensor::from_dispatch(apply(Accumulate { a_rows, b_rows, cores }, floats, Vec::new()).remove(0))
 }
 
 #[derive(Debug)]
 struct Accumulate {
     a_rows: bool,
     b_rows: bool,
+    cores: Cores,
 }
 
 impl Operator for Accumulate {
@@ -90,7 +111,7 @@ impl Operator for Accumulate {
         let (sum, a, b) = (owned(sum), readable(a), readable(b));
         let a = Operand { tensor: &a, rows: self.a_rows };
         let b = Operand { tensor: &b, rows: self.b_rows };
-        vec![launch_into(a, b, Target::Sum(sum))]
+        vec![launch_into(a, b, Target::Sum(sum), self.cores)]
     }
 
     fn backward(
@@ -115,8 +136,8 @@ pub(crate) enum Target {
     Sum(CubeTensor),
 }
 
-/// The product of two matrices, each as it is stored or transposed, where these kernels take it: bf16 on a Hopper GPU,
-/// with rows of whole 16 bytes. Gives `into` back where they do not.
+/// The product of two matrices, each as it is stored or transposed, where kernels take it: bf16 on an NVIDIA GPU since
+/// Ampere, with rows of whole 16 bytes. Gives `into` back where they do not.
 #[allow(clippy::result_large_err)]
 pub(crate) fn try_multiply(
     (a, a_transposed): (&CubeTensor, bool),
@@ -127,13 +148,18 @@ pub(crate) fn try_multiply(
         let [rows, columns] = x.meta.shape().dims();
         x.dtype == DType::BF16 && rows > 0 && columns > 0 && columns.is_multiple_of(8)
     };
-    if !fits(a) || !fits(b) || !crate::tile::hopper::supported(&a.client) {
+    let cores = match &a.client {
+        client if crate::tile::hopper::supported(client) => Cores::Hopper,
+        client if crate::tile::mma::supported(client) => Cores::Mma,
+        _ => return Err(into),
+    };
+    if !fits(a) || !fits(b) {
         return Err(into);
     }
     let (a, b) = (readable(a.clone()), readable(b.clone()));
     let a = Operand { tensor: &a, rows: a_transposed };
     let b = Operand { tensor: &b, rows: !b_transposed };
-    if b.sizes().0.is_multiple_of(8) { Ok(launch_into(a, b, into)) } else { Err(into) }
+    if b.sizes().0.is_multiple_of(8) { Ok(launch_into(a, b, into, cores)) } else { Err(into) }
 }
 
 #[derive(Debug)]
@@ -141,6 +167,7 @@ struct Product {
     a_rows: bool,
     b_rows: bool,
     dtype: DType,
+    cores: Cores,
 }
 
 /// An operand and whether the contraction is along its rows.
@@ -173,12 +200,12 @@ fn readable(tensor: CubeTensor) -> CubeTensor {
     contiguous(tensor)
 }
 
-fn launch(a: Operand<'_>, b: Operand<'_>, dtype: DType) -> CubeTensor {
-    launch_into(a, b, Target::New(dtype))
+fn launch(a: Operand<'_>, b: Operand<'_>, dtype: DType, cores: Cores) -> CubeTensor {
+    launch_into(a, b, Target::New(dtype), cores)
 }
 
-fn launch_into(a: Operand<'_>, b: Operand<'_>, into: Target) -> CubeTensor {
-    launch_pairs(&[(a, b)], Joined::No, into).remove(0)
+fn launch_into(a: Operand<'_>, b: Operand<'_>, into: Target, cores: Cores) -> CubeTensor {
+    launch_pairs(&[(a, b)], Joined::No, into, cores).remove(0)
 }
 
 /// Whether pairs of operands are contracted together.
@@ -200,8 +227,8 @@ struct Extras<'a> {
 
 /// The products of pairs of operands, which are all stored in one way, by one kernel; or, joined, their sum. With a sum to
 /// add to there is one result.
-fn launch_pairs(pairs: &[(Operand<'_>, Operand<'_>)], joined: Joined, into: Target) -> Vec<CubeTensor> {
-    launch_with(pairs, joined, into, &Extras::default())
+fn launch_pairs(pairs: &[(Operand<'_>, Operand<'_>)], joined: Joined, into: Target, cores: Cores) -> Vec<CubeTensor> {
+    launch_with(pairs, joined, into, &Extras::default(), cores)
 }
 
 /// [`launch_pairs`] with an epilogue; the second result of one that keeps what backward needs comes last.
@@ -210,6 +237,7 @@ fn launch_with(
     joined: Joined,
     into: Target,
     extras: &Extras<'_>,
+    cores: Cores,
 ) -> Vec<CubeTensor> {
     let (first_a, first_b) = &pairs[0];
     let rows = [first_a.rows, first_b.rows];
@@ -224,7 +252,13 @@ fn launch_with(
     let client = first_a.tensor.client.clone();
     let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
     let depth = if joined == Joined::Yes { steps.iter().sum() } else { steps.iter().copied().min().unwrap_or(1) };
-    let plan = Plan::choose(&sizes, depth, rows, dtype == DType::F32, processors);
+    let plan = match cores {
+        Cores::Hopper => Plan::choose(&sizes, depth, rows, dtype == DType::F32, processors),
+        Cores::Mma => {
+            let shared = mma::shared(first_a.tensor);
+            mma::plan::choose(&sizes, depth, rows, dtype == DType::F32, processors, shared)
+        }
+    };
     let plan = Plan {
         add: sum_of.is_some(),
         pairs: pairs.len(),
@@ -260,23 +294,38 @@ fn launch_with(
     let biases = if in_tiles.bias { extras.biases } else { &[] };
     let residual = extras.residual.filter(|_| in_tiles.residual);
     let argument = |tensor: &CubeTensor| tensor.clone().into_tensor_arg();
-    // SAFETY: the kernel touches device memory through tensor maps, and these clip what is outside; of what an epilogue
-    // reads it holds the places inside.
-    unsafe {
-        kernel::product::launch_unchecked(
-            &client,
-            CubeCount::new_1d(items.min(processors) as u32),
-            CubeDim::new_1d(UNITS),
-            pairs.iter().map(|(a, _)| map(a, ROWS)).collect(),
-            pairs.iter().map(|(_, b)| map(b, plan.columns)).collect(),
-            tiles.iter().zip(&sizes).map(out_map).collect(),
-            kept.iter().filter(|_| in_tiles.keeps).zip(&sizes).map(out_map).collect(),
-            biases.iter().map(argument).collect(),
-            residual.into_iter().map(argument).collect(),
-            SizesLaunch::new(numbers(&tiles_m), numbers(&tiles_n), numbers(&steps)),
-            plan,
-            storage(tile_dtype),
-        );
+    let counts = SizesLaunch::new(numbers(&tiles_m), numbers(&tiles_n), numbers(&steps));
+    let kept_tiles = kept.iter().filter(|_| in_tiles.keeps);
+    if cores == Cores::Mma {
+        let buffers = mma::Buffers {
+            a: pairs.iter().map(|(a, _)| a.tensor).collect(),
+            b: pairs.iter().map(|(_, b)| b.tensor).collect(),
+            c: tiles.iter().collect(),
+            kept: kept_tiles.collect(),
+            biases: biases.iter().collect(),
+            residuals: residual.into_iter().collect(),
+        };
+        let depths: Vec<usize> = pairs.iter().map(|(a, _)| a.sizes().1).collect();
+        mma::launch(buffers, &depths, &sizes, counts, items, plan);
+    } else {
+        // SAFETY: the kernel touches device memory through tensor maps, and these clip what is outside; of what an
+        // epilogue reads it holds the places inside.
+        unsafe {
+            kernel::product::launch_unchecked(
+                &client,
+                CubeCount::new_1d(items.min(processors) as u32),
+                CubeDim::new_1d(UNITS),
+                pairs.iter().map(|(a, _)| map(a, ROWS)).collect(),
+                pairs.iter().map(|(_, b)| map(b, plan.columns)).collect(),
+                tiles.iter().zip(&sizes).map(out_map).collect(),
+                kept_tiles.zip(&sizes).map(out_map).collect(),
+                biases.iter().map(argument).collect(),
+                residual.into_iter().map(argument).collect(),
+                counts,
+                plan,
+                storage(tile_dtype),
+            );
+        }
     }
     let kept = kept.into_iter().map(|kept| reshaped(kept, sizes[0]));
     if plan.splits == 1 {
@@ -340,7 +389,7 @@ impl Operator for Product {
         let product = {
             let a = Operand { tensor: &a, rows: self.a_rows };
             let b = Operand { tensor: &b, rows: self.b_rows };
-            launch(a, b, self.dtype)
+            launch(a, b, self.dtype, self.cores)
         };
         let saved = (save && rounded).then_some(b);
         std::iter::once(product).chain(saved).collect()
@@ -362,13 +411,21 @@ impl Operator for Product {
             let other = readable(rounded.unwrap_or_else(|| b.clone()));
             let other = Operand { tensor: &other, rows: !self.b_rows };
             let grad = Operand { tensor: &dc, rows: false };
-            if self.a_rows { launch(other, grad, a.dtype) } else { launch(grad, other, a.dtype) }
+            if self.a_rows {
+                launch(other, grad, a.dtype, self.cores)
+            } else {
+                launch(grad, other, a.dtype, self.cores)
+            }
         });
         let db = wanted[1].then(|| {
             let other = readable(a.clone());
             let other = Operand { tensor: &other, rows: !self.a_rows };
             let grad = Operand { tensor: &dc, rows: true };
-            if self.b_rows { launch(other, grad, b.dtype) } else { launch(grad, other, b.dtype) }
+            if self.b_rows {
+                launch(other, grad, b.dtype, self.cores)
+            } else {
+                launch(grad, other, b.dtype, self.cores)
+            }
         });
         vec![da, db]
     }

@@ -18,6 +18,7 @@
 
 mod copy;
 mod product;
+mod store;
 
 pub use super::layout::{bf16_high, bf16_low, exp2, load_u32, store_u32, swizzled};
 pub use super::registers::{
@@ -26,6 +27,7 @@ pub use super::registers::{
 };
 pub use copy::{address_of, address_of_mut, commit_copies, copy_16, store_global_pair, unit_again, wait_copies};
 pub use product::{across_first, down_first, load, multiply, multiply_split, split, transpose};
+pub use store::{RowPair, store_rows, store_rows_f32};
 
 /// The lowest compute capability that has these instructions, times ten.
 const CAPABILITY: u32 = 80;
