@@ -12,6 +12,7 @@
 //! over 72 products, the least 0.85 (weight gradients of 1024 × 2816 over 8192 tokens, and 65,536 × 1024 × 1024; the former
 //! are split in three). Not tried yet: clusters with multicast, and adding split parts through distributed shared memory.
 
+mod accumulate;
 pub(in crate::matmul) mod epilogue;
 pub(in crate::matmul) mod kernel;
 mod layer;
@@ -23,9 +24,10 @@ use cubecl::prelude::{CubeCount, CubeDim, SequenceArg};
 
 use super::mma;
 use crate::Engine;
-use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous, owned, storage};
+use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous, storage};
 use crate::hopper_walk::Cores;
 use crate::tile::hopper::panel_map;
+pub use accumulate::accumulate;
 use epilogue::Epilogue;
 use kernel::{SizesLaunch, UNITS};
 pub(crate) use layer::linear;
@@ -77,53 +79,6 @@ pub fn product(a: Tensor<2>, b: Tensor<2>, a_rows: bool, b_rows: bool, dtype: DT
     let operator = Product { a_rows, b_rows, dtype, cores };
     let mut outputs = apply(operator, vec![a.into_dispatch(), b.into_dispatch()], Vec::new());
     Tensor::from_dispatch(outputs.remove(0))
-}
-
-/// `sum + a · b` in f32, with operands as in [`product`]: in place where nobody else holds `sum`, without a second pass over
-/// it. Not differentiable.
-///
-/// # Shapes
-/// `sum`: f32 `[m, n]`, without autodiff like the others
-pub fn accumulate(sum: Tensor<2>, a: Tensor<2>, b: Tensor<2>, a_rows: bool, b_rows: bool, engine: Engine) -> Tensor<2> {
-    let cores = cores(&a, &b, engine).expect("operands that are taken");
-    let floats = [sum, a, b].map(Tensor::into_dispatch).to_vec();
-    Tensor::from_dispatch(apply(Accumulate { a_rows, b_rows, cores }, floats, Vec::new()).remove(0))
-}
-
-#[derive(Debug)]
-struct Accumulate {
-    a_rows: bool,
-    b_rows: bool,
-    cores: Cores,
-}
-
-impl Operator for Accumulate {
-    fn name(&self) -> &'static str {
-        "hopper_accumulate"
-    }
-
-    fn outputs(&self, inputs: &[TensorSpec]) -> Vec<TensorSpec> {
-        vec![inputs[0].clone()]
-    }
-
-    fn forward(&self, inputs: Vec<CubeTensor>, _ints: Vec<CubeTensor>, _save: bool) -> Vec<CubeTensor> {
-        let [sum, a, b] = inputs.try_into().expect("a sum and two operands");
-        let (sum, a, b) = (owned(sum), readable(a), readable(b));
-        let a = Operand { tensor: &a, rows: self.a_rows };
-        let b = Operand { tensor: &b, rows: self.b_rows };
-        vec![launch_into(a, b, Target::Sum(sum), self.cores)]
-    }
-
-    fn backward(
-        &self,
-        _: Vec<CubeTensor>,
-        _: Vec<CubeTensor>,
-        _: Vec<CubeTensor>,
-        _: Vec<Option<CubeTensor>>,
-        _: &[bool],
-    ) -> Vec<Option<CubeTensor>> {
-        unreachable!("its tensors are without autodiff")
-    }
 }
 
 /// What a product becomes.
