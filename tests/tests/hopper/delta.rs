@@ -1,4 +1,5 @@
-//! The delta rules on the tensor cores of Hopper GPUs and of any since Ampere, against the token recurrence in f64 over the same bf16 inputs.
+//! The delta rules on the tensor cores of Hopper GPUs and of any since Ampere, against the token recurrence in f64 over the
+//! same bf16 inputs.
 
 // The suite of the references uses more of it.
 #[allow(dead_code)]
@@ -21,7 +22,8 @@ fn base(op: Op, tokens: usize) -> Problem {
     Problem { heads: 2, groups: 1, keys: 128, values: 128, l2_norm: false, ..Problem::new(op, tokens) }
 }
 
-/// Outputs and gradients: of the public function with an engine, or of the recurrence in f64. `keys`: what to make of the keys' numbers.
+/// Outputs and gradients: of the public function with an engine, or of the recurrence in f64. `keys`: what to make of the
+/// keys' numbers.
 fn run(problem: &Problem, keys: fn(&mut [f64], usize), device: &Device, engine: Option<Engine>) -> Vec<Vec<f64>> {
     let exact = engine.is_none();
     let problem = &Problem { engine: engine.unwrap_or_default(), ..problem.clone() };

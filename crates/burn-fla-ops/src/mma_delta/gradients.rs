@@ -1,7 +1,9 @@
-//! The gradients of queries, keys, writing strengths and decays, chunk by chunk, from the states at its borders. The equations, and what becomes of the products, are those of [`crate::hopper_delta::gradients`].
+//! The gradients of queries, keys, writing strengths and decays, chunk by chunk, from the states at their borders. The
+//! equations, and what becomes of the products, are those of [`crate::hopper_delta::gradients`].
 //!
-//! Where shared memory allows, a cube takes chunk after chunk, and the next slice, or the next chunk's first one, is loaded
-//! while one is multiplied.
+//! Where shared memory allows, the next slice of value channels is loaded while one is multiplied. A cube takes the chunk and
+//! head of its number, and where a launch has fewer cubes every one that follows at that distance, whose first slice it then
+//! loads ahead too.
 //!
 //! Four warps compute what tokens read with, dq and the first part of dk, four others what they write with; 16 tokens each.
 

@@ -95,7 +95,7 @@ impl HopperDelta {
         unsafe {
             gradients::gradients::launch_unchecked(
                 &x.v.client,
-                CubeCount::new_1d(plan.cubes(self.chunks * self.heads, self.processors(&x.v)) as u32),
+                CubeCount::new_1d((self.chunks * self.heads) as u32),
                 CubeDim::new_1d(GRADIENT_UNITS as u32),
                 words(&x.q),
                 words(&x.k),

@@ -149,11 +149,6 @@ impl GradientChunk {
         self.own_stages() * 2 * self.shape.panels() * PANEL + self.stages * self.slice_bytes()
     }
 
-    /// Cubes for so many chunks and heads: those that run at once, where they load ahead.
-    pub(super) fn cubes(&self, work: usize, processors: usize) -> usize {
-        if self.stages > 1 { work.min(processors) } else { work }
-    }
-
     /// Shared memory of a cube: with the decays and strengths, the sums of tokens, and those of warps.
     fn shared_bytes(&self) -> usize {
         self.tile_bytes() + 4 * (2 * TOKEN_NUMBERS + 4 * CHUNK + 8) + 256

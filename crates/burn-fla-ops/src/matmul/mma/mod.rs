@@ -4,6 +4,11 @@
 //! The operators, the items of work, split contractions and epilogues are those of [`super::hopper`]; only the kernel is
 //! another one. Each warp multiplies 64 × 64 results by `mma.sync` from stages of 64 that all units of a cube fill by
 //! asynchronous copies, and writes them straight from its registers.
+//!
+//! Measured on an H200 over 8192 tokens (`benches/results/69-mma-linear.json`): 337 to 412 TFLOP/s, 1.6 to 1.7 times the time
+//! of the kernel for Hopper, where Burn's own product after its autotuning reaches 30 to 114. Tiles of 128 columns, two cubes on
+//! a processor, take 0.9 to 1.1 times as long as those of 256 with one. It has run on Hopper GPUs alone; it assembles for
+//! compute capability 8.0, 8.6, 8.9 and 12.0.
 
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.
 #![allow(clippy::identity_op)]
