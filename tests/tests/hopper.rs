@@ -20,6 +20,8 @@ macro_rules! suite {
 
 #[path = "hopper/delta.rs"]
 mod delta;
+#[path = "hopper/dplr.rs"]
+mod dplr;
 #[path = "hopper/epilogue.rs"]
 mod epilogue;
 #[path = "hopper/family.rs"]

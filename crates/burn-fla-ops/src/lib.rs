@@ -38,6 +38,8 @@ pub mod hgrn;
 #[cfg(feature = "cuda")]
 mod hopper_delta;
 #[cfg(feature = "cuda")]
+mod hopper_dplr;
+#[cfg(feature = "cuda")]
 mod hopper_walk;
 pub mod kda;
 pub mod l2_norm;

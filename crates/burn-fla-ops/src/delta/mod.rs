@@ -205,12 +205,15 @@ impl Arguments {
     ) -> (Tensor<4>, Tensor<4>) {
         use crate::delta_walk::{Form, Problem, run};
         #[cfg(feature = "cuda")]
-        if self.p.is_none()
-            && chunk.is_none()
-            && !matches!(self.gate, Some(Gate::Key(_)))
-            && let Some(cores) = crate::hopper_delta::takes(&self.v, self.q.dims()[3], &sequences, engine)
-        {
-            return self.on_tensor_cores(cores, scale, state, sequences);
+        if self.p.is_none() && chunk.is_none() {
+            let keys = self.q.dims()[3];
+            if matches!(self.gate, Some(Gate::Key(_))) {
+                if crate::hopper_dplr::takes(&self.v, keys, &sequences) {
+                    return self.on_hopper_by_key(scale, state, sequences);
+                }
+            } else if let Some(cores) = crate::hopper_delta::takes(&self.v, keys, &sequences, engine) {
+                return self.on_tensor_cores(cores, scale, state, sequences);
+            }
         }
         #[cfg(not(feature = "cuda"))]
         let _ = engine;
@@ -228,6 +231,27 @@ impl Arguments {
             state,
             sequences,
             chunk,
+        })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_hopper_by_key(self, scale: f64, state: Option<Tensor<4>>, sequences: CuSeqlens) -> (Tensor<4>, Tensor<4>) {
+        let Some(Gate::Key(log_decay)) = self.gate else { unreachable!("called with a decay by key") };
+        // Operands of matrix units are bf16.
+        let normalised = |x: Tensor<4>| if self.options.l2_norm { l2_norm::unchecked(x, l2_norm::EPS) } else { x };
+        let (q, k) = (normalised(self.q), normalised(self.k));
+        let vectors = crate::hopper_dplr::Vectors::Key(self.beta);
+        let (op, v) = (self.op, self.v);
+        crate::hopper_dplr::run(crate::hopper_dplr::Problem {
+            op,
+            q,
+            k,
+            vectors,
+            v,
+            log_decay,
+            scale,
+            state,
+            sequences,
         })
     }
 

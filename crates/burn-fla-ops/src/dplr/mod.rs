@@ -65,6 +65,13 @@ pub(crate) fn on_kernels(
     b: Tensor<4>,
 ) -> (Tensor<4>, Tensor<4>) {
     let Problem { op, q, k, v, scale, state, sequences, chunk, .. } = problem;
+    #[cfg(feature = "cuda")]
+    if chunk.is_none() && crate::hopper_dplr::takes(&v, q.dims()[3], &sequences) {
+        use crate::hopper_dplr::{Problem, Vectors, run};
+        let removal = form == crate::delta_walk::Form::Removal;
+        let vectors = if removal { Vectors::Removal(a, b) } else { Vectors::Free(a, b) };
+        return run(Problem { op, q, k, vectors, v, log_decay, scale, state, sequences });
+    }
     crate::delta_walk::run(crate::delta_walk::Problem {
         op,
         form,

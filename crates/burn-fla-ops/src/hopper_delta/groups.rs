@@ -5,11 +5,11 @@ use cubecl::prelude::*;
 use crate::tile::hopper::{bf16_high, bf16_low, pack_word};
 
 /// Units of a cube.
-pub(super) const UNITS: u32 = 256;
+pub(crate) const UNITS: u32 = 256;
 
 /// Sums the heads of each group, two bf16 a word: `[tokens, H · groups, K]` to `[tokens, H, K]`.
 #[cube(launch)]
-pub(super) fn sum_groups(parts: &[u32], sums: &mut [u32], words: u32, groups: u32) {
+pub(crate) fn sum_groups(parts: &[u32], sums: &mut [u32], words: u32, groups: u32) {
     let to = ABSOLUTE_POS_X;
     if to < sums.len() as u32 {
         let from = to / words * words * groups + to % words;

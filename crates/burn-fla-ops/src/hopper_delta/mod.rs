@@ -51,7 +51,7 @@
 mod chain;
 pub(crate) mod gradient_parts;
 mod gradients;
-mod groups;
+pub(crate) mod groups;
 pub(crate) mod operator;
 pub(crate) mod parts;
 pub(crate) mod plan;

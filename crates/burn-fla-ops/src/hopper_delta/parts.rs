@@ -111,7 +111,7 @@ pub(super) fn chunk_at(i: u32, chunks: u32, #[comptime] plan: ChainPlan) -> u32 
 
 /// An accumulator, rounded, as a left operand.
 #[cube]
-pub(super) fn pack_all(#[comptime] to: Frag, #[comptime] from: Acc) {
+pub(crate) fn pack_all(#[comptime] to: Frag, #[comptime] from: Acc) {
     #[unroll]
     for j in 0..comptime!(from.columns() / 8) {
         #[unroll]
@@ -172,7 +172,7 @@ fn transposed(tile: u32, warp: u32, lane: u32, #[comptime] step: usize) -> Vecto
 
 /// A tile `[tokens, channels]` transposed into a left operand, as it is.
 #[cube]
-pub(super) fn put_transposed(#[comptime] to: Frag, tile: u32, warp: u32, lane: u32) {
+pub(crate) fn put_transposed(#[comptime] to: Frag, tile: u32, warp: u32, lane: u32) {
     #[unroll]
     for step in 0..4usize {
         let found = transposed(tile, warp, lane, step);
@@ -311,7 +311,7 @@ pub(super) fn write_scores(
 
 /// Writes an accumulator `[channels, tokens]` as a panel `[tokens, channels]`.
 #[cube]
-pub(super) fn publish_transposed(tile: u32, #[comptime] acc: Acc, warp: u32, lane: u32) {
+pub(crate) fn publish_transposed(tile: u32, #[comptime] acc: Acc, warp: u32, lane: u32) {
     #[unroll]
     for step in 0..4usize {
         let token = comptime!(step as u32 * 16) + (lane / 16u32) * 8u32 + lane % 8u32;
@@ -329,7 +329,7 @@ pub(super) fn publish_transposed(tile: u32, #[comptime] acc: Acc, warp: u32, lan
 /// A warpgroup copies the first `count` rows of a panel to rows of `width` channels, from channel `channel` on; what follows
 /// belongs to others. `first` is the word of the first row's first channel, `stride` the words from row to row.
 #[cube]
-pub(super) fn copy_rows(
+pub(crate) fn copy_rows(
     tile: u32,
     to: &mut [u32],
     first: u32,

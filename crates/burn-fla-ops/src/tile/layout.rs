@@ -53,6 +53,14 @@ pub fn load_f32_four(address: u32) -> Vector<f32, Const<4>> {
     out
 }
 
+/// Loads two f32 from shared memory, at a multiple of 8 bytes.
+#[cube]
+pub fn load_f32_pair(address: u32) -> Vector<f32, Const<2>> {
+    let out: Vector<f32, Const<2>>;
+    gpu_asm!("ld.shared.v2.f32 {d}, [{a}];", d = out(_) out, a = in(_) address + 0u32);
+    out
+}
+
 /// Stores four 8 × 8 blocks of bf16 transposed, two numbers a word: what [`load_transposed`] reads with the same addresses.
 #[cube]
 pub fn store_transposed(address: u32, first: u32, second: u32, third: u32, fourth: u32) {

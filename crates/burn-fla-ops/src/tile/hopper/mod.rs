@@ -23,8 +23,8 @@ mod triangle;
 mod wgmma;
 
 pub use super::layout::{
-    bf16_high, bf16_low, exp2, f16_high, f16_low, load_f32, load_f32_four, load_transposed, load_u32, reciprocal,
-    store_f32, store_f32_pair, store_transposed, store_u32, swizzled,
+    bf16_high, bf16_low, exp2, f16_high, f16_low, load_f32, load_f32_four, load_f32_pair, load_transposed, load_u32,
+    reciprocal, store_f32, store_f32_pair, store_transposed, store_u32, swizzled,
 };
 pub use super::registers::{
     Acc, Frag, column_of, declare, declare_fragment, pack, pack_half_word, pack_pair, pack_word, put, read, row_of,

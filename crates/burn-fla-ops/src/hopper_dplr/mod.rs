@@ -1,0 +1,162 @@
+//! The engine for Hopper of the delta rules whose transition is diagonal plus low rank, in bf16: `rwkv7`, `dplr`, and `kda`
+//! with `a_t = −e^{g_t} ∘ k_t`, `b_t = β_t k_t` and β k in the place of k.
+//!
+//! ```text
+//! S_t = (diag(e^{g_t}) + b_t a_tᵀ) S_{t−1} + k_t v_tᵀ ,   o_t = scale · S_tᵀ q_t        S: [K, V]
+//! ```
+//!
+//! In a chunk of C = 64 tokens with running sums G of its log decays (`G_0 = 0` before it), the vectors that tokens read are
+//! `U = N (ã S + A_ak V)`, with `N = (I − A_ab)⁻¹`, `A_xy[i, j] = Σ x_i y_j e^{G_i − G_j}` (`G_{i−1}` where x is a; j < i
+//! there, else j ≤ i), `ã_i = a_i e^{G_{i−1}}`. Put into each other, everything without a state is one operand for each place
+//! where the state or the values stand:
+//!
+//! ```text
+//! Ã = N ã          H = N A_ak          Q′ = q̃ + A_qb Ã          P = A_qk + A_qb H          B̂ = b̂          K′ = k̂ + Hᵀ b̂
+//! o = Q′ S + P V                    S ← e^{G_C} ∘ S + B̂ᵀ (Ã S) + K′ᵀ V
+//! ```
+//!
+//! with `q̃_i = scale q_i e^{G_i}`, `k̂_j = k_j e^{G_C − G_j}`, b̂ alike. The gradient Z of the state after a chunk goes the same
+//! way back, with Ã and B̂, Q′ and K′, V and do exchanged and P transposed. So there are four kernels:
+//!
+//! | kernel | over | computes | reads and writes, in tensors of K = V = 64 channels |
+//! |---|---|---|---|
+//! | [`prepare`] | chunks | Ã, B̂, Q′, K′, P; for backward also N, A_qb, H | q k a b g → 5 (8): 10 (13) |
+//! | [`chain`] with time | sequences | o, the last state | 5 and v → o: 7 |
+//! | (the same for backward) | | the state before each chunk | Ã B̂ K′ v → S: 5 |
+//! | [`chain`] against time | sequences | dv, and the gradient Z of the state after each chunk | 5 and do → dv Z: 8 |
+//! | [`gradients`] | chunks | all other gradients | q k a b g, Ã B̂ N A_qb H, v do S Z → 5: 19 |
+//!
+//! The chain is as short as that of a linear attention plus one product, and knows nothing of decays but one number a key
+//! channel. Values meet the other gradients in `do Sᵀ`, `V Zᵀ`, `do Vᵀ` alone; the rest is between key channels.
+//!
+//! Decays inside a chunk are factors `e^{G_i − M}` and `e^{M − G_j}` around its middle M, exact as long as no channel decays
+//! by more than 2^-120 over the chunk; a chunk in which one does is summed pair by pair ([`exact`]), in the same kernels.
+//!
+//! Nothing but the inputs is saved between forward and backward; while backward runs, operands and states hold
+//! `8 K + 512 + 4 K V / 64` bytes a token and head.
+//!
+//! Measured on an H200, milliseconds forward / both, outputs and gradients right to 5e-3 (gates 4e-3): `rwkv7`
+//! 8 × 2048 × 32 × 64 × 64 takes 0.70 / 2.60, 16 × 4096 × 16 × 64 × 64 takes 1.32 / 5.03, `dplr` the same within a tenth. At the
+//! latter shape [`prepare`] takes 0.98 (1.12 for backward, 1.4 TB/s), the chains 0.24, 0.26 and 0.17 (all at 4.0 TB/s), and
+//! [`gradients`] 2.15 (2.2 TB/s: 4.7 GB, where its tensors are 2.6). Since then the inverse's rows are padded
+//! and a synchronisation was added, which has not run on a GPU. What is known to be left:
+//! - [`prepare`] has 8 warps on a processor: with 252 registers a unit, two cubes run at a time where shared memory has room for
+//!   three. All four products between tokens at once, with 255 registers, took 0.19 less. Units wait for their own
+//!   instructions: a fifth of an instruction a cycle and warp.
+//! - [`gradients`] with one panel of keys: 128 registers a unit for two teams a cube, and the compiler waits for every product
+//!   (C7512) and spills 750 bytes a unit, which do not fit beside 226 KiB of shared memory and go to device memory. Running
+//!   sums made again at the end, inter staged early, and sums set to zero before their first product left 730.
+//! - Few heads and long sequences are serial in the chains, which have no segments; that shape was not timed, nor was a peer
+//!   beside any, nor pairs that are summed one by one.
+
+// `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.
+#![allow(clippy::identity_op)]
+
+mod chain;
+mod exact;
+mod finish;
+mod gradient_parts;
+mod gradients;
+mod operator;
+mod parts;
+mod plan;
+mod prepare;
+mod tokens;
+
+use burn::tensor::{DType, Int, Tensor, TensorData};
+
+use crate::CuSeqlens;
+use crate::bridge::{apply, is_hopper};
+use crate::hopper_walk::table;
+use operator::HopperDplr;
+use plan::Form;
+
+/// The most key channels of a head.
+const MOST_KEYS: usize = 128;
+/// The most value channels of a head.
+const MOST_VALUES: usize = 512;
+
+/// Where the vectors of the low-rank term come from.
+pub(crate) enum Vectors {
+    /// a and b themselves, bf16 `[B, T, H, K]`.
+    Free(Tensor<4>, Tensor<4>),
+    /// RWKV7: κ and the rate, bf16 `[B, T, H, K]`.
+    Removal(Tensor<4>, Tensor<4>),
+    /// Kimi delta attention: the writing strengths, `[B, T, HV]`.
+    Key(Tensor<3>),
+}
+
+/// A checked problem.
+pub(crate) struct Problem {
+    pub(crate) op: &'static str,
+    /// bf16 `[B, T, H, K]`
+    pub(crate) q: Tensor<4>,
+    /// bf16 `[B, T, H, K]`
+    pub(crate) k: Tensor<4>,
+    /// What the form says.
+    pub(crate) vectors: Vectors,
+    /// bf16 `[B, T, HV, V]`; with vectors of their own there are as many heads as keys have.
+    pub(crate) v: Tensor<4>,
+    /// `[B, T, HV, K]`
+    pub(crate) log_decay: Tensor<4>,
+    pub(crate) scale: f64,
+    /// `[N, HV, K, V]`
+    pub(crate) state: Option<Tensor<4>>,
+    pub(crate) sequences: CuSeqlens,
+}
+
+/// Whether this engine takes such values with so many key channels: bf16 on a Hopper GPU, channels in multiples of 16, and
+/// some sequence of more than one token.
+pub(crate) fn takes(v: &Tensor<4>, keys: usize, sequences: &CuSeqlens) -> bool {
+    let values = v.dims()[3];
+    v.dtype() == DType::BF16
+        && sequences.lengths().any(|n| n > 1)
+        && keys.is_multiple_of(16)
+        && keys <= MOST_KEYS
+        && values.is_multiple_of(16)
+        && values <= MOST_VALUES
+        && is_hopper(&v.device())
+}
+
+/// Runs a problem that [`takes`] accepts: `o` and the last state.
+pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
+    let Problem { op, q, k, vectors, v, log_decay, scale, state, sequences } = problem;
+    let [batch, t, key_heads, keys] = q.dims();
+    let [.., heads, values] = v.dims();
+    let device = v.device().inner();
+    let longest = sequences.lengths().max().unwrap_or(0);
+    let table = table::build(&sequences, longest.max(1));
+    let operator = HopperDplr {
+        name: op,
+        form: match &vectors {
+            Vectors::Free(..) => Form::Free,
+            Vectors::Removal(..) => Form::Removal,
+            Vectors::Key(..) => Form::Key,
+        },
+        has_state: state.is_some(),
+        scale: scale as f32,
+        tokens: batch * t,
+        heads,
+        groups: heads / key_heads,
+        keys,
+        values,
+        sequences: sequences.num_sequences(),
+        chunks: table.chunks,
+    };
+    let size = table.entries.len();
+    let table = Tensor::<1, Int>::from_data(TensorData::new(table.entries, [size]), &device);
+    let mut floats = vec![q.into_dispatch(), k.into_dispatch()];
+    let strengths = match vectors {
+        Vectors::Free(a, b) | Vectors::Removal(a, b) => {
+            floats.extend([a.into_dispatch(), b.into_dispatch()]);
+            None
+        }
+        Vectors::Key(strengths) => Some(strengths),
+    };
+    floats.extend([v.into_dispatch(), log_decay.into_dispatch()]);
+    floats.extend(strengths.map(Tensor::into_dispatch));
+    floats.extend(state.map(|state| state.cast(DType::F32).into_dispatch()));
+    let mut outputs = apply(operator, floats, vec![table.into_dispatch()]).into_iter();
+    let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and a state"));
+    (next(), next())
+}

@@ -1,0 +1,367 @@
+//! The launches, forward and backward, as the bridge calls them.
+
+use burn::tensor::{DType, Shape};
+use cubecl::prelude::{CubeCount, CubeDim, TensorMapArg, Tiled};
+
+use super::plan::{CHUNK, ChainPlan, Form, GradientPlan, KeyPlan, PREPARE_UNITS, Task};
+use super::{chain, gradients, prepare};
+use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, zeros};
+use crate::hopper_delta::groups;
+use crate::hopper_walk::table::{ITEM_WORDS, SEQUENCE_WORDS};
+use crate::tile::hopper::{panel_map, readable, words};
+
+/// A delta rule with a diagonal-plus-low-rank transition. Inputs: q, k, where the form is not [`Form::Key`] a and b, v, the log
+/// decays, where it is the writing strengths, and with `has_state` the initial state.
+#[derive(Debug)]
+pub(super) struct HopperDplr {
+    pub(super) name: &'static str,
+    pub(super) form: Form,
+    pub(super) has_state: bool,
+    pub(super) scale: f32,
+    pub(super) tokens: usize,
+    /// Value heads.
+    pub(super) heads: usize,
+    /// Value heads that share a key head.
+    pub(super) groups: usize,
+    pub(super) keys: usize,
+    pub(super) values: usize,
+    pub(super) sequences: usize,
+    pub(super) chunks: usize,
+}
+
+/// Where the inputs are.
+struct At {
+    v: usize,
+    g: usize,
+    strengths: Option<usize>,
+    state: usize,
+}
+
+/// The inputs as the kernels read them.
+struct Inputs {
+    /// q, k, a, b; k again where there is no a or b.
+    qkab: [CubeTensor; 4],
+    v: CubeTensor,
+    g: CubeTensor,
+    /// Writing strengths, or anything.
+    strengths: CubeTensor,
+    initial: Option<CubeTensor>,
+    table: CubeTensor,
+}
+
+/// What [`prepare`] leaves.
+struct Operands {
+    first: CubeTensor,
+    second: CubeTensor,
+    out: CubeTensor,
+    into: CubeTensor,
+    scores: CubeTensor,
+    decays: CubeTensor,
+    /// N, A_qb and H, for backward.
+    extras: [CubeTensor; 3],
+}
+
+impl HopperDplr {
+    fn at(&self) -> At {
+        match self.form {
+            Form::Key => At { v: 2, g: 3, strengths: Some(4), state: 5 },
+            Form::Free | Form::Removal => At { v: 4, g: 5, strengths: None, state: 6 },
+        }
+    }
+
+    fn state_shape(&self) -> [usize; 4] {
+        [self.sequences, self.heads, self.keys, self.values]
+    }
+
+    fn blocks(&self) -> usize {
+        self.chunks * self.heads
+    }
+
+    /// Where the table has its chunks.
+    fn chunks_at(&self) -> u32 {
+        ((ITEM_WORDS + SEQUENCE_WORDS) * self.sequences) as u32
+    }
+
+    fn key_plan(&self, g: &CubeTensor) -> KeyPlan {
+        KeyPlan { form: self.form, keys: self.keys, wide: g.dtype == DType::F32 }
+    }
+
+    fn inputs(&self, inputs: &[CubeTensor], ints: &[CubeTensor]) -> Inputs {
+        let at = self.at();
+        let float = |x: &CubeTensor| contiguous(burn_cubecl::kernel::cast(x.clone(), DType::F32));
+        let g = &inputs[at.g];
+        let g = if g.dtype == DType::BF16 { contiguous(g.clone()) } else { float(g) };
+        let of = |i: usize| contiguous(inputs[if i < at.v { i } else { 1 }].clone());
+        Inputs {
+            qkab: [of(0), of(1), of(2), of(3)],
+            v: readable(inputs[at.v].clone()),
+            strengths: at.strengths.map_or_else(|| alloc(&g, [32], DType::F32), |i| float(&inputs[i])),
+            g,
+            initial: self.has_state.then(|| contiguous(inputs[at.state].clone())),
+            table: contiguous(ints[0].clone()),
+        }
+    }
+
+    fn prepare(&self, x: &Inputs, extras: bool) -> Operands {
+        let plan = self.key_plan(&x.g);
+        let blocks = self.blocks();
+        let wide = || alloc(&x.v, [blocks, CHUNK, plan.padded()], DType::BF16);
+        let square = || alloc(&x.v, [blocks, CHUNK, CHUNK], DType::BF16);
+        let extra = || if extras { square() } else { alloc(&x.v, [1, CHUNK, CHUNK], DType::BF16) };
+        let found = Operands {
+            first: wide(),
+            second: wide(),
+            out: wide(),
+            into: wide(),
+            scores: square(),
+            decays: alloc(&x.v, [blocks, plan.padded()], DType::F32),
+            extras: [extra(), extra(), extra()],
+        };
+        let [q, k, a, b] = &x.qkab;
+        // SAFETY: the table has `chunks` chunks of tokens inside of the tensors, whose shapes the public function checked.
+        unsafe {
+            prepare::prepare::launch_unchecked(
+                &x.v.client,
+                CubeCount::new_1d(blocks as u32),
+                CubeDim::new_1d(PREPARE_UNITS as u32),
+                words(q),
+                words(k),
+                words(a),
+                words(b),
+                words(&x.g),
+                x.strengths.clone().into_buffer_arg(),
+                x.table.clone().into_buffer_arg(),
+                words(&found.first),
+                words(&found.second),
+                words(&found.out),
+                words(&found.into),
+                words(&found.scores),
+                found.decays.clone().into_buffer_arg(),
+                words(&found.extras[0]),
+                words(&found.extras[1]),
+                words(&found.extras[2]),
+                self.heads as u32,
+                self.groups as u32,
+                self.chunks_at(),
+                self.scale,
+                extras,
+                plan,
+            );
+        }
+        found
+    }
+
+    /// A map of `[tokens, heads, channels]` in boxes of 64 tokens of one head.
+    fn map(&self, x: &CubeTensor) -> TensorMapArg<Tiled> {
+        let (heads, channels) = (self.heads, self.values);
+        panel_map(x, [self.tokens, heads, channels], [heads * channels, channels, 1], [64, 1, 64])
+    }
+
+    /// A map of blocks of rows, in boxes of 64 × 64.
+    fn block_map(x: &CubeTensor) -> TensorMapArg<Tiled> {
+        let [count, rows, columns] = x.meta.shape().dims();
+        panel_map(x, [count, rows, columns], [rows * columns, columns, 1], [1, 64, 64])
+    }
+
+    /// One warpgroup a cube where that does not lengthen the work of the busiest processor.
+    fn chain_plan(&self, task: Task, processors: usize) -> ChainPlan {
+        let plan = |narrow| ChainPlan::new(task, self.keys, self.values, narrow);
+        let rounds =
+            |plan: &ChainPlan| (self.sequences * self.heads * plan.slices()).div_ceil(processors * plan.resident());
+        let (wide, narrow) = (plan(false), plan(true));
+        if rounds(&narrow) <= rounds(&wide) { narrow } else { wide }
+    }
+
+    /// Walks: the output, the state that it arrives at, and the states at the chunks' borders.
+    fn chain(
+        &self,
+        task: Task,
+        x: &Operands,
+        table: &CubeTensor,
+        values: &CubeTensor,
+        initial: Option<&CubeTensor>,
+    ) -> [CubeTensor; 3] {
+        let client = values.client.clone();
+        let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
+        let plan = ChainPlan { initial: initial.is_some(), ..self.chain_plan(task, processors) };
+        let work = self.sequences * self.heads * plan.slices();
+        let unused = alloc(values, [32], DType::F32);
+        let o = match plan.with_outputs() {
+            true => alloc(values, values.meta.shape().dims::<4>(), DType::BF16),
+            false => values.clone(),
+        };
+        let last = match plan.with_outputs() {
+            true => alloc(values, self.state_shape(), DType::F32),
+            false => unused.clone(),
+        };
+        let rows = plan.slices() * 64 * plan.warpgroups;
+        let blocks = if plan.with_borders() { [self.blocks(), rows, plan.padded()] } else { [1, 64, 64] };
+        let borders = alloc(values, blocks, DType::BF16);
+        let [first, second, out, into] = match plan.against_time() {
+            false => [&x.first, &x.second, &x.out, &x.into],
+            true => [&x.second, &x.first, &x.into, &x.out],
+        };
+        // SAFETY: as in `prepare`.
+        unsafe {
+            chain::chain::launch_unchecked(
+                &client,
+                CubeCount::new_1d(work.min(processors * plan.resident()) as u32),
+                CubeDim::new_1d(plan.units() as u32),
+                Self::block_map(first),
+                Self::block_map(second),
+                Self::block_map(out),
+                Self::block_map(into),
+                Self::block_map(&x.scores),
+                self.map(values),
+                self.map(&o),
+                Self::block_map(&borders),
+                words(&o),
+                x.decays.clone().into_buffer_arg(),
+                table.clone().into_buffer_arg(),
+                initial.unwrap_or(&unused).clone().into_buffer_arg(),
+                last.clone().into_buffer_arg(),
+                self.heads as u32,
+                self.sequences as u32,
+                plan,
+            );
+        }
+        [o, last, borders]
+    }
+}
+
+impl HopperDplr {
+    /// The sum of the heads that share a key head.
+    fn by_key_head(&self, x: CubeTensor) -> CubeTensor {
+        if self.groups == 1 {
+            return x;
+        }
+        let [batch, tokens, heads, keys] = x.meta.shape().dims::<4>();
+        let sums = alloc(&x, [batch, tokens, heads / self.groups, keys], DType::BF16);
+        let count = sums.meta.shape().num_elements() / 2;
+        groups::sum_groups::launch(
+            &x.client,
+            CubeCount::new_1d(count.div_ceil(groups::UNITS as usize) as u32),
+            CubeDim::new_1d(groups::UNITS),
+            words(&x),
+            words(&sums),
+            (self.keys / 2) as u32,
+            self.groups as u32,
+        );
+        sums
+    }
+
+    /// The gradients of q, k, a and b where the form has them, of the decays, and of the writing strengths.
+    fn gradients(
+        &self,
+        x: &Inputs,
+        operands: &Operands,
+        grad_o: &CubeTensor,
+        states: &CubeTensor,
+        grad_states: &CubeTensor,
+    ) -> [CubeTensor; 6] {
+        let plan = GradientPlan { key: self.key_plan(&x.g), values: self.values };
+        let [batch, tokens, ..] = x.v.meta.shape().dims::<4>();
+        let shape = [batch, tokens, self.heads, self.keys];
+        let [dq, dk] = [(); 2].map(|()| alloc(&x.v, shape, DType::BF16));
+        let pair = self.form != Form::Key;
+        let [da, db] = [(); 2].map(|()| alloc(&x.v, if pair { shape } else { [1, 1, 1, 32] }, DType::BF16));
+        let dg = alloc(&x.g, shape, x.g.dtype);
+        let dbeta = alloc(&x.g, if pair { [1, 1, 32] } else { [batch, tokens, self.heads] }, DType::F32);
+        let processors = x.v.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
+        let [q, k, a, b] = &x.qkab;
+        let [inverse, answers, passed] = &operands.extras;
+        // SAFETY: as in `prepare`.
+        unsafe {
+            gradients::gradients::launch_unchecked(
+                &x.v.client,
+                CubeCount::new_1d(self.blocks().div_ceil(plan.teams()).min(processors) as u32),
+                CubeDim::new_1d(plan.units() as u32),
+                Self::block_map(&operands.first),
+                Self::block_map(&operands.second),
+                Self::block_map(inverse),
+                Self::block_map(answers),
+                Self::block_map(passed),
+                self.map(&x.v),
+                self.map(grad_o),
+                Self::block_map(states),
+                Self::block_map(grad_states),
+                words(q),
+                words(k),
+                words(a),
+                words(b),
+                words(&x.g),
+                x.strengths.clone().into_buffer_arg(),
+                x.table.clone().into_buffer_arg(),
+                words(&dq),
+                words(&dk),
+                words(&da),
+                words(&db),
+                words(&dg),
+                dbeta.clone().into_buffer_arg(),
+                self.heads as u32,
+                self.groups as u32,
+                self.blocks() as u32,
+                self.chunks_at(),
+                self.scale,
+                plan,
+            );
+        }
+        [self.by_key_head(dq), self.by_key_head(dk), da, db, dg, dbeta]
+    }
+}
+
+impl Operator for HopperDplr {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn outputs(&self, inputs: &[TensorSpec]) -> Vec<TensorSpec> {
+        vec![inputs[self.at().v].clone(), TensorSpec::new(Shape::from(self.state_shape()), DType::F32)]
+    }
+
+    fn forward(&self, inputs: Vec<CubeTensor>, ints: Vec<CubeTensor>, _save: bool) -> Vec<CubeTensor> {
+        let x = self.inputs(&inputs, &ints);
+        let operands = self.prepare(&x, false);
+        let [o, last, _] = self.chain(Task::Outputs, &operands, &x.table, &x.v, x.initial.as_ref());
+        vec![o, last]
+    }
+
+    fn backward(
+        &self,
+        inputs: Vec<CubeTensor>,
+        ints: Vec<CubeTensor>,
+        _saved: Vec<CubeTensor>,
+        grads: Vec<Option<CubeTensor>>,
+        wanted: &[bool],
+    ) -> Vec<Option<CubeTensor>> {
+        let at = self.at();
+        let x = self.inputs(&inputs, &ints);
+        let [grad_o, grad_state] = grads.try_into().expect("two outputs");
+        let grad_o = grad_o.map_or_else(|| zeros(&x.v, x.v.meta.shape().dims::<4>(), DType::BF16), readable);
+        let grad_state = grad_state.map(contiguous);
+        let others = (0..at.state).any(|i| i != at.v && wanted[i]);
+        let operands = self.prepare(&x, others);
+        let [dv, first, grad_states] = self.chain(Task::Gradients, &operands, &x.table, &grad_o, grad_state.as_ref());
+        let mut result: Vec<Option<CubeTensor>> = (0..inputs.len()).map(|_| None).collect();
+        if others {
+            let [_, _, states] = self.chain(Task::Borders, &operands, &x.table, &x.v, x.initial.as_ref());
+            let [dq, dk, da, db, dg, dbeta] = self.gradients(&x, &operands, &grad_o, &states, &grad_states);
+            let like = |gradient: CubeTensor, i: usize| match gradient.dtype == inputs[i].dtype {
+                true => gradient,
+                false => burn_cubecl::kernel::cast(gradient, inputs[i].dtype),
+            };
+            for (i, gradient) in [dq, dk, da, db].into_iter().enumerate().take(at.v) {
+                result[i] = Some(gradient);
+            }
+            result[at.g] = Some(like(dg, at.g));
+            if let Some(i) = at.strengths {
+                result[i] = Some(like(dbeta, i));
+            }
+        }
+        result[at.v] = Some(dv);
+        if self.has_state {
+            result[at.state] = Some(first);
+        }
+        result
+    }
+}

@@ -1,0 +1,187 @@
+//! The steps that the kernels share.
+
+use cubecl::prelude::*;
+
+use super::plan::{ChainPlan, PANEL};
+use super::tokens::{Part, Two};
+use crate::hopper_walk::table::ITEM_WORDS;
+use crate::tile::hopper::{
+    Acc, column_of, load_f32_pair, load_u32, pack_word, read, scale, store_f32_pair, swizzled, write, zero,
+};
+
+/// Keeps what a token has of those up to itself (`strict`: before itself), in products between tokens.
+#[cube]
+pub(super) fn mask(#[comptime] acc: Acc, row: u32, lane: u32, #[comptime] strict: bool) {
+    #[unroll]
+    for n in 0..comptime!(acc.len()) {
+        let line = row + comptime!((n / 2 % 2 * 8) as u32);
+        let column = column_of(lane, n);
+        let keep = if comptime!(strict) { column < line } else { column <= line };
+        write(acc, n, select(keep, read(acc, n), 0.0f32));
+    }
+}
+
+/// Multiplies the columns of an accumulator of key channels, each with its factor in `factors[at..]`.
+#[cube]
+pub(super) fn scale_by(#[comptime] acc: Acc, factors: &[f32], at: usize, lane: u32) {
+    #[unroll]
+    for j in 0..comptime!(acc.columns() / 8) {
+        let column = at + column_of(lane, comptime!(4 * j)) as usize;
+        let low = factors[column];
+        let high = factors[column + 1];
+        scale(acc, comptime!(4 * j), low);
+        scale(acc, comptime!(4 * j + 1), high);
+        scale(acc, comptime!(4 * j + 2), low);
+        scale(acc, comptime!(4 * j + 3), high);
+    }
+}
+
+/// The address of a pair of channels in a panel of f32: rows of 256 bytes whose groups of four pairs are swapped by the row's
+/// number, so that neither accumulators nor whole rows meet in a bank.
+#[cube]
+pub(super) fn staged(panel: u32, row: u32, pair: u32) -> u32 {
+    panel + row * 256u32 + (pair ^ ((row % 4u32) * 4u32)) * 8u32
+}
+
+/// Writes a panel of an accumulator as f32, 16 KiB.
+#[cube]
+pub(super) fn stage_panel(to: u32, #[comptime] acc: Acc, #[comptime] panel: usize, row: u32, lane: u32) {
+    let base = staged(to, row, lane % 4u32);
+    #[unroll]
+    for j in 0..8usize {
+        let i = comptime!(32 * panel + 4 * j);
+        let at = base ^ comptime!((j * 32) as u32);
+        store_f32_pair(at, read(acc, i), read(acc, comptime!(i + 1)));
+        store_f32_pair(at + 2048u32, read(acc, comptime!(i + 2)), read(acc, comptime!(i + 3)));
+    }
+}
+
+/// A staged pair.
+#[cube]
+pub(super) fn staged_pair(panel: u32, row: u32, pair: u32) -> Two {
+    let found = load_f32_pair(staged(panel, row, pair));
+    Two { low: found.extract(0usize), high: found.extract(1usize) }
+}
+
+/// A staged pair and another one, summed and rounded.
+#[cube]
+pub(super) fn add_rows(panel: u32, row: u32, pair: u32, own: Two) -> u32 {
+    let found = staged_pair(panel, row, pair);
+    pack_word(found.low + own.low, found.high + own.high)
+}
+
+/// A unit copies its pairs of a tile to a chunk of rows of `width` words, from word `column` on.
+#[cube]
+pub(super) fn copy_tile(tile: u32, to: &mut [u32], part: &Part, column: u32, width: u32, #[comptime] tokens: usize) {
+    let first = (part.block * 64u32 + part.first) * width + column + part.pair;
+    #[unroll]
+    for i in 0..tokens {
+        let token = comptime!(i as u32);
+        let word = load_u32(swizzled(tile, part.first + token, part.pair * 4u32));
+        to[(first + token * width) as usize] = word;
+    }
+}
+
+/// Where a cube of a chain works: a sequence, a head, a slice of its value channels.
+#[derive(CubeType, Clone, Copy)]
+pub(super) struct Place {
+    pub(super) slice: u32,
+    pub(super) head: u32,
+    pub(super) start: u32,
+    pub(super) length: u32,
+    pub(super) chunks: u32,
+    pub(super) sequence: u32,
+    /// The sequence's first chunk among all.
+    pub(super) border: u32,
+}
+
+#[cube]
+pub(super) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: ChainPlan) -> Place {
+    let slices = comptime!(plan.slices() as u32);
+    let at = (index / slices / heads * comptime!(ITEM_WORDS as u32)) as usize;
+    let length = table[at + 1] as u32;
+    Place {
+        slice: index % slices,
+        head: (index / slices) % heads,
+        start: table[at] as u32,
+        length,
+        chunks: length.div_ceil(64u32),
+        sequence: table[at + 2] as u32,
+        border: table[at + 4] as u32,
+    }
+}
+
+/// The chunk of step `i`.
+#[cube]
+pub(super) fn chunk_at(i: u32, chunks: u32, #[comptime] plan: ChainPlan) -> u32 {
+    if comptime!(plan.against_time()) { chunks - 1u32 - i } else { i + 0u32 }
+}
+
+/// Where register `n` of a unit stands in a state `[N, H, K, V]`, and whether it is inside.
+#[cube]
+fn state_at(
+    place: &Place,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    #[comptime] n: usize,
+    #[comptime] plan: ChainPlan,
+) -> (bool, usize) {
+    let value = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
+    let key = column_of(lane, n);
+    let base = (place.sequence * heads + place.head) * comptime!((plan.keys * plan.values) as u32);
+    let at = base + key * comptime!(plan.values as u32) + value;
+    (value < comptime!(plan.values as u32) && key < comptime!(plan.keys as u32), at as usize)
+}
+
+/// Sets the state where the walk enters a sequence.
+#[cube]
+pub(super) fn load_state(
+    initial: &[f32],
+    place: &Place,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    #[comptime] plan: ChainPlan,
+) {
+    let state = comptime!(plan.state());
+    zero(state);
+    if comptime!(plan.initial) {
+        #[unroll]
+        for n in 0..comptime!(state.len()) {
+            let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
+            if inside {
+                write(state, n, initial[at]);
+            }
+        }
+    }
+}
+
+/// Writes the state where the walk leaves a sequence.
+#[cube]
+pub(super) fn store_state(
+    last: &mut [f32],
+    place: &Place,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    #[comptime] plan: ChainPlan,
+) {
+    let state = comptime!(plan.state());
+    #[unroll]
+    for n in 0..comptime!(state.len()) {
+        let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
+        if inside {
+            last[at] = read(state, n);
+        }
+    }
+}
+
+/// The address of panel `n` of a tile.
+#[cube]
+pub(super) fn panel_of(tile: u32, #[comptime] n: usize) -> u32 {
+    tile + comptime!((n * PANEL) as u32)
+}

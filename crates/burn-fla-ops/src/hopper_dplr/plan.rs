@@ -1,0 +1,257 @@
+//! What the kernels are specialised on, and how that is chosen.
+
+use crate::tile::hopper::{Acc, Frag};
+
+/// Tokens a chunk.
+pub(super) const CHUNK: usize = 64;
+/// Bytes of one panel of 64 rows.
+pub(super) const PANEL: usize = 64 * 128;
+/// Shared memory a cube of a chain may use, less what barriers and alignment take.
+const SHARED: usize = 232_448 - 1_536;
+/// Units of the cubes of [`super::prepare`].
+pub(super) const PREPARE_UNITS: usize = 128;
+/// Units that compute the gradients of one chunk.
+pub(super) const TEAM: usize = 256;
+
+/// Powers of two by which a channel may decay over a chunk for its scores to be products of two factors: each is then
+/// between `2^{−RANGE / 2}` and `2^{RANGE / 2}`. Where a channel decays further, pairs are summed one by one.
+pub(super) const RANGE: f32 = 120.0;
+
+/// Where the vectors of the low-rank term come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Form {
+    /// `a` and `b` are given.
+    Free,
+    /// RWKV7: `a = −κ`, `b = κ ∘ rate`.
+    Removal,
+    /// Kimi delta attention: a is −k and reads the state after the token's decay; b is β k, and so is what values are added with.
+    Key,
+}
+
+impl Form {
+    /// Whether the state is read after the token's decay.
+    pub(super) fn reads_decayed(self) -> bool {
+        self == Self::Key
+    }
+}
+
+/// The heads of a problem, and what its inputs are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct KeyPlan {
+    pub(super) form: Form,
+    pub(super) keys: usize,
+    /// Log decays are f32, otherwise bf16.
+    pub(super) wide: bool,
+}
+
+impl KeyPlan {
+    /// Panels of 64 key channels.
+    pub(super) fn panels(&self) -> usize {
+        self.keys.div_ceil(64)
+    }
+
+    /// Key channels in whole panels.
+    pub(super) fn padded(&self) -> usize {
+        64 * self.panels()
+    }
+
+    /// All key channels of a chunk's tokens.
+    pub(super) fn channels(&self, name: &'static str) -> Acc {
+        Acc::new(name, self.padded())
+    }
+}
+
+/// Products between the tokens of a chunk, and those of queries and keys.
+pub(super) const SCORES: Acc = Acc::new("x", 64);
+pub(super) const QK: Acc = Acc::new("p", 64);
+
+/// What tokens read from the state: value channels × tokens.
+pub(super) const READ: Acc = Acc::new("x", 64);
+/// Outputs: value channels × tokens.
+pub(super) const OUT: Acc = Acc::new("o", 64);
+/// Left operands of 64 tokens: what was read, and the values.
+pub(super) const TOKENS: Frag = Frag::new("r", 64);
+pub(super) const VALUES: Frag = Frag::new("v", 64);
+
+/// What a chain computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Task {
+    /// With time: the outputs.
+    Outputs,
+    /// With time: the state before each chunk.
+    Borders,
+    /// Against time: the gradients of the values, and that of the state after each chunk.
+    Gradients,
+}
+
+/// A walk from chunk to chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct ChainPlan {
+    pub(super) task: Task,
+    pub(super) keys: usize,
+    pub(super) values: usize,
+    /// Warpgroups that walk, 64 value channels each.
+    pub(super) warpgroups: usize,
+    pub(super) stages: usize,
+    /// There is a state where the walk enters a sequence.
+    pub(super) initial: bool,
+}
+
+impl ChainPlan {
+    /// `narrow`: one warpgroup a cube, where that fills more of the device.
+    pub(super) fn new(task: Task, keys: usize, values: usize, narrow: bool) -> Self {
+        let warpgroups = if narrow || values <= 64 { 1 } else { 2 };
+        let plan = Self { task, keys, values, warpgroups, stages: 0, initial: false };
+        let stage = plan.stage_bytes() + 4 * plan.padded();
+        let all = ((SHARED - plan.fixed_bytes()) / stage).min(4);
+        // Two stages where two cubes share a processor.
+        let half = (SHARED / 2).saturating_sub(plan.fixed_bytes()) / stage;
+        let stages = if warpgroups == 1 && half >= 2 { half.min(4) } else { all };
+        Self { stages, ..plan }
+    }
+
+    /// Panels of 64 key channels.
+    pub(super) fn panels(&self) -> usize {
+        self.keys.div_ceil(64)
+    }
+
+    pub(super) fn padded(&self) -> usize {
+        64 * self.panels()
+    }
+
+    /// Cubes that share the value channels of a head.
+    pub(super) fn slices(&self) -> usize {
+        self.values.div_ceil(64 * self.warpgroups)
+    }
+
+    pub(super) fn with_outputs(&self) -> bool {
+        self.task != Task::Borders
+    }
+
+    pub(super) fn with_borders(&self) -> bool {
+        self.task != Task::Outputs
+    }
+
+    pub(super) fn against_time(&self) -> bool {
+        self.task == Task::Gradients
+    }
+
+    /// Panels that copies bring to a stage: what is read with, written with, and added from values; for outputs also what
+    /// they are read with and the products between tokens; and the values.
+    pub(super) fn stage_panels(&self) -> usize {
+        (3 + self.with_outputs() as usize) * self.panels() + self.with_outputs() as usize + self.warpgroups
+    }
+
+    pub(super) fn stage_bytes(&self) -> usize {
+        self.stage_panels() * PANEL
+    }
+
+    fn fixed_bytes(&self) -> usize {
+        let borders = if self.with_borders() { self.panels() } else { 0 };
+        self.warpgroups * (self.with_outputs() as usize + borders) * PANEL
+    }
+
+    /// The walking warpgroups, and the loader's warp.
+    pub(super) fn units(&self) -> usize {
+        128 * self.warpgroups + 32
+    }
+
+    /// Cubes that run on a processor at a time.
+    pub(super) fn resident(&self) -> usize {
+        let bytes = self.fixed_bytes() + self.stages * (self.stage_bytes() + 4 * self.padded());
+        if self.warpgroups == 1 && 2 * bytes <= SHARED { 2 } else { 1 }
+    }
+
+    /// The state, transposed: 64 value channels, all key channels.
+    pub(super) fn state(&self) -> Acc {
+        Acc::new("s", self.padded())
+    }
+
+    /// The state as a left operand.
+    pub(super) fn operand(&self) -> Frag {
+        Frag::new("f", self.padded())
+    }
+}
+
+/// The gradients of a chunk, from the states at its borders.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct GradientPlan {
+    pub(super) key: KeyPlan,
+    pub(super) values: usize,
+}
+
+impl GradientPlan {
+    pub(super) fn slices(&self) -> usize {
+        self.values.div_ceil(64)
+    }
+
+    /// Teams of a cube, each with a chunk of its own.
+    pub(super) fn teams(&self) -> usize {
+        if self.key.panels() == 1 { 2 } else { 1 }
+    }
+
+    pub(super) fn units(&self) -> usize {
+        TEAM * self.teams()
+    }
+
+    /// Panels of a team: four operands of its tokens, the two of the state, three of the chunk, and a slice of values.
+    pub(super) fn team_panels(&self) -> usize {
+        4 * self.key.panels() + 2 * self.key.panels() + 3 + self.slice_panels()
+    }
+
+    /// Panels of a slice of 64 value channels: values and the outputs' gradients, and both states.
+    pub(super) fn slice_panels(&self) -> usize {
+        2 + 2 * self.key.panels()
+    }
+
+    /// Numbers that warps sum up and exchange, see [`super::finish::Sums`].
+    pub(super) fn team_sums(&self) -> usize {
+        (3 * TEAM / 32 + 2) * self.key.padded()
+    }
+
+    /// dQ′ or dK′, then what they become.
+    pub(super) fn outer(&self) -> Acc {
+        self.key.channels("m")
+    }
+
+    /// dÃ or dB̂, then what they become.
+    pub(super) fn inner(&self) -> Acc {
+        self.key.channels("n")
+    }
+
+    pub(super) fn inter(&self) -> Acc {
+        self.key.channels("i")
+    }
+
+    pub(super) fn operand(&self) -> Frag {
+        Frag::new("f", self.key.padded())
+    }
+
+    #[cfg(test)]
+    fn bytes(&self) -> usize {
+        self.teams() * (self.team_panels() * PANEL + 4 * self.team_sums() + 8)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_size_that_is_promised_has_a_plan() {
+        for keys in (16..=128).step_by(16) {
+            for values in (16..=512).step_by(16) {
+                for narrow in [false, true] {
+                    for task in [Task::Outputs, Task::Borders, Task::Gradients] {
+                        let plan = ChainPlan::new(task, keys, values, narrow);
+                        assert!(plan.stages >= 2, "{plan:?}");
+                    }
+                }
+                let plan = GradientPlan { key: KeyPlan { form: Form::Free, keys, wide: true }, values };
+                assert!(plan.bytes() <= 232_448, "{plan:?}");
+                // At last three panels of f32 stand where all but the tokens' operands did.
+                assert!(plan.team_panels() - 4 * plan.key.panels() >= 6, "{plan:?}");
+            }
+        }
+    }
+}
