@@ -60,7 +60,7 @@ pub(super) fn pass_states<N: Size>(
     #[comptime] plan: PassPlan,
 ) {
     let tiles = comptime!(plan.values / TILE);
-    let column = CUBE_POS as usize % tiles * comptime!(TILE) + UNIT_POS as usize % comptime!(TILE);
+    let column = CUBE_POS % tiles * comptime!(TILE) + UNIT_POS as usize % comptime!(TILE);
     let head = (CUBE_POS as u32 / comptime!(tiles as u32)) % heads;
     let sequence = CUBE_POS as u32 / comptime!(tiles as u32) / heads;
     let lane = UNIT_POS as usize % comptime!(TILE);
