@@ -78,6 +78,10 @@ pub mod tile;
 pub mod token_shift;
 pub mod triangular;
 
+// Only for its symbols, which the linker looks for in a CUDA build without LLVM; a program has them from burn-fla.
+#[cfg(all(test, feature = "cuda"))]
+use burn_fla_llvm_stubs as _;
+
 pub use abc::{AbcOptions, AbcState, abc};
 pub use adamw::{AdamWOptions, AdamWSlot, AdamWStep, AdamWUpdated, adamw};
 pub use attention::{AttentionOptions, attention};
