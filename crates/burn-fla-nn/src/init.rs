@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 /// Numbers that one thread draws at a time; even, since they are drawn in pairs.
 const RUN: usize = 1 << 16;
-/// Words of 32 bits that a pair of normal numbers takes from the stream.
+/// Words of 32 bits that two uniform draws take from the stream.
 const PAIR_WORDS: usize = 4;
 /// Numbers of a vector that one thread changes at a time.
 const SLICE: usize = 64;
@@ -54,21 +54,15 @@ impl Draws {
         ((self.0.next_u64() >> 11) + 1) as f64 / (1u64 << 53) as f64
     }
 
-    /// `count` draws of N(0, std²), by the Box–Muller transform. Threads draw from places of the one stream that they count
-    /// out, so that the numbers do not depend on how many there are.
-    fn normals<T: Send>(&mut self, count: usize, std: f64, number: impl Fn(f64) -> T + Sync) -> Vec<T> {
+    /// `count` numbers, two of each pair of uniform draws. Threads draw from places of the one stream that they count out, so
+    /// that the numbers do not depend on how many there are.
+    fn pairs<T: Send>(&mut self, count: usize, pair: impl Fn(f64, f64) -> [T; 2] + Sync) -> Vec<T> {
         let start = self.0.get_word_pos();
         let run = |at: usize| {
             let mut draws = Self(self.0.clone());
             draws.0.set_word_pos(start + (at * RUN / 2 * PAIR_WORDS) as u128);
-            let mut values = Vec::with_capacity(RUN);
-            for _ in 0..(count - at * RUN).min(RUN).div_ceil(2) {
-                let radius = std * (-2.0 * draws.uniform().ln()).sqrt();
-                let (sin, cos) = (std::f64::consts::TAU * draws.uniform()).sin_cos();
-                values.push(number(radius * cos));
-                values.push(number(radius * sin));
-            }
-            values
+            let pairs = (count - at * RUN).min(RUN).div_ceil(2);
+            (0..pairs).flat_map(|_| pair(draws.uniform(), draws.uniform())).collect()
         };
         let runs: Vec<Vec<T>> = (0..count.div_ceil(RUN)).into_par_iter().map(run).collect();
         self.0.set_word_pos(start + (count.div_ceil(2) * PAIR_WORDS) as u128);
@@ -76,6 +70,15 @@ impl Draws {
         runs.into_iter().for_each(|mut run| values.append(&mut run));
         values.truncate(count);
         values
+    }
+
+    /// `count` draws of N(0, std²), by the Box–Muller transform.
+    fn normals<T: Send>(&mut self, count: usize, std: f64, number: impl Fn(f64) -> T + Sync) -> Vec<T> {
+        self.pairs(count, |first, second| {
+            let radius = std * (-2.0 * first.ln()).sqrt();
+            let (sin, cos) = (std::f64::consts::TAU * second).sin_cos();
+            [number(radius * cos), number(radius * sin)]
+        })
     }
 }
 
@@ -90,7 +93,10 @@ impl Init<'_> {
         // The taps of a convolution [channels, 1, W] have the fan of one channel.
         let rows = shape.first().copied().unwrap_or(1);
         let columns = count / rows.max(1);
-        let mut even = |bound: f64| (0..count).map(|_| (bound * (2.0 * draws.uniform() - 1.0)) as f32).collect();
+        let mut even = |bound: f64| {
+            let number = |draw: f64| (bound * (2.0 * draw - 1.0)) as f32;
+            draws.pairs(count, |first, second| [first, second].map(number))
+        };
         match *self {
             Self::Normal => draws.normals(count, std, narrow),
             Self::NormalOf(std) => draws.normals(count, std, narrow),
@@ -174,6 +180,10 @@ mod tests {
         let mut draws = Draws::new(5, "a");
         assert_eq!(Init::NormalOf(0.5).draw(&mut draws, &[2 * RUN + 7], 1.0), expected[..2 * RUN + 7]);
         assert_eq!(draws.uniform(), one.uniform(), "the stream goes on behind what was drawn");
+
+        let mut one = Draws::new(6, "a");
+        let expected: Vec<f32> = (0..2 * RUN + 7).map(|_| (0.5 * (2.0 * one.uniform() - 1.0)) as f32).collect();
+        assert_eq!(Init::Uniform(0.5).draw(&mut Draws::new(6, "a"), &[2 * RUN + 7], 1.0), expected);
     }
 
     #[test]
@@ -199,7 +209,8 @@ mod tests {
 
     #[test]
     fn orthogonal_matrices_are() {
-        for [rows, columns] in [[5, 9], [9, 5], [6, 6]] {
+        // The last one is large enough for threads.
+        for [rows, columns] in [[5, 9], [9, 5], [6, 6], [260, 300]] {
             let matrix = Init::Orthogonal(0.5).draw(&mut Draws::new(1, "x"), &[rows, columns], 1.0);
             let short = rows.min(columns);
             for i in 0..short {
