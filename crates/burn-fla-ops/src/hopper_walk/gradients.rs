@@ -91,29 +91,36 @@ impl HopperWalk {
         let of_writing = of_reading.as_ref().map(|first| gate_of(writing, Some(&first.states), 2));
         let borders = |borders| if with_gate { borders } else { Borders::None };
 
-        let with_time = |roles, q, k, v| {
+        let with_time = |roles, q, k, v, between| {
             let (in_factor, last_factor) = (1.0, 1.0);
-            Walk { roles, q, k, v, initial, in_factor, last_factor, last: false }
+            Walk { roles, q, k, v, initial, in_factor, last_factor, last: false, between }
         };
+        // Both walks in a direction go from the same states.
+        let other = |between| with_time(to_other_reading, reading, writing, other_writing, between);
+        let between = (self.is_cut() && (with_reading || wanted.other_reading))
+            .then(|| self.segment_states(&other(None), decays));
         let d_reading = with_reading.then(|| {
             let roles = Roles { borders: borders(Borders::Write), ..to_reading };
-            self.walk(&with_time(roles, other_reading, other_writing, writing), decays, of_reading.as_ref())
+            let w = with_time(roles, other_reading, other_writing, writing, between.as_ref());
+            self.walk(&w, decays, of_reading.as_ref())
         });
-        let d_other_reading = wanted
-            .other_reading
-            .then(|| self.walk(&with_time(to_other_reading, reading, writing, other_writing), decays, None));
+        let d_other_reading = wanted.other_reading.then(|| self.walk(&other(between.as_ref()), decays, None));
         // `scale` is on the output of a walk: the states of those against time are gradients divided by it.
-        let (to, from) = (self.scale.recip(), self.scale);
-        let against =
-            |roles, q, k, v, last| Walk { roles, q, k, v, initial: grad_state, in_factor: to, last_factor: from, last };
+        let (in_factor, last_factor) = (self.scale.recip(), self.scale);
+        let against = |roles, q, k, v, last, between| {
+            let initial = grad_state;
+            Walk { roles, q, k, v, initial, in_factor, last_factor, last, between }
+        };
+        let other = |between| against(to_other_writing, writing, reading, other_reading, wanted.state, between);
+        let between =
+            (self.is_cut() && (with_writing || with_other_writing)).then(|| self.segment_states(&other(None), decays));
         let d_writing = with_writing.then(|| {
             let roles = Roles { borders: borders(Borders::Multiply), ..to_writing };
             let last = wanted.state && !with_other_writing;
-            self.walk(&against(roles, other_writing, other_reading, reading, last), decays, of_writing.as_ref())
+            let w = against(roles, other_writing, other_reading, reading, last, between.as_ref());
+            self.walk(&w, decays, of_writing.as_ref())
         });
-        let d_other_writing = with_other_writing.then(|| {
-            self.walk(&against(to_other_writing, writing, reading, other_reading, wanted.state), decays, None)
-        });
+        let d_other_writing = with_other_writing.then(|| self.walk(&other(between.as_ref()), decays, None));
         let dg = of_reading.as_ref().zip(of_writing.as_ref());
         let dg = dg.map(|(reading, writing)| self.gate_gradient(reading, writing, decays, gate, sum));
         let first = d_other_writing.as_ref().or(d_writing.as_ref());

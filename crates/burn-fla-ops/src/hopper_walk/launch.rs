@@ -9,7 +9,6 @@ use super::plan::{Axis, Borders, CHUNK, END_SUMS, KeyHeads, Roles, WalkPlan};
 use super::table::{ITEM_WORDS, SEQUENCE_WORDS};
 use super::{KEYS, gate, prepare, segments, walk};
 use crate::bridge::{CubeTensor, alloc, contiguous};
-use crate::mma_walk::plan::MmaPlan;
 use crate::tile::hopper::{panel_map, readable, words};
 
 /// Units of a cube of what is an element a unit.
@@ -59,6 +58,8 @@ pub(crate) struct Walk<'a> {
     pub(crate) last_factor: f32,
     /// Whether the last state is wanted.
     pub(crate) last: bool,
+    /// Where sequences are cut, the states between segments, if another walk has computed them.
+    pub(crate) between: Option<&'a CubeTensor>,
 }
 
 /// The decays as the kernels read them.
@@ -93,7 +94,7 @@ impl HopperWalk {
 
     pub(crate) fn plan(&self, roles: Roles) -> WalkPlan {
         let plan = self.engine.plan(roles, self.keys, self.values, self.axis, self.has_bonus);
-        WalkPlan { segmented: self.items > self.sequences, key_heads: self.key_heads, ..plan }
+        WalkPlan { segmented: self.is_cut(), key_heads: self.key_heads, ..plan }
     }
 
     /// Where the table has its chunks.
@@ -198,7 +199,7 @@ impl HopperWalk {
         let units = CubeDim::new_1d(plan.units() as u32);
         let unused = alloc(g, [32], DType::F32);
         let initial = w.initial.unwrap_or(&unused);
-        let blobs = if plan.segmented { self.segment_states(w, decays, plan, None) } else { unused.clone() };
+        let between = self.between(w, decays, &unused);
         // Somewhere to map f16 where there are no products.
         let spare = alloc(g, [1, 1, 1, 64], DType::F16);
         // Gradients of what heads share come head by head; and those of queries by token where keys are by row.
@@ -234,7 +235,7 @@ impl HopperWalk {
                 decays.table.clone().into_buffer_arg(),
                 initial.clone().into_buffer_arg(),
                 last.clone().into_buffer_arg(),
-                blobs.into_buffer_arg(),
+                between.into_buffer_arg(),
                 words(gate.map_or(&unused, |gate| &gate.states)),
                 ends.into_buffer_arg(),
                 if by_channel { &unused } else { products }.clone().into_buffer_arg(),
@@ -250,24 +251,35 @@ impl HopperWalk {
         [out, last]
     }
 
-    /// The states from which segments are walked.
-    pub(crate) fn segment_states(
-        &self,
-        w: &Walk<'_>,
-        decays: &Decays,
-        plan: WalkPlan,
-        mma: Option<MmaPlan>,
-    ) -> CubeTensor {
+    /// What a walk reads between segments.
+    pub(crate) fn between(&self, w: &Walk<'_>, decays: &Decays, unused: &CubeTensor) -> CubeTensor {
+        match w.between {
+            Some(states) => states.clone(),
+            None if self.is_cut() => self.segment_states(w, decays),
+            None => unused.clone(),
+        }
+    }
+
+    pub(crate) fn is_cut(&self) -> bool {
+        self.items > self.sequences
+    }
+
+    /// The states at the ends of segments, `[segments, H, K, V]`: they depend on k, v and the direction of a walk alone, and
+    /// serve every walk in that direction, whichever channels its outputs have.
+    pub(crate) fn segment_states(&self, w: &Walk<'_>, decays: &Decays) -> CubeTensor {
         let g = &decays.g;
         let client = g.client.clone();
-        let blobs = alloc(g, [self.items, self.heads, plan.blob()], DType::F32);
+        let (initial, wide_gates) = (w.initial.is_some(), g.dtype != DType::BF16);
+        let roles = Roles { borders: Borders::None, ..w.roles };
+        let plan = WalkPlan { initial, wide_gates, ..self.plan(roles) };
+        let ends = alloc(g, [self.items, self.heads, self.keys, self.values], DType::F32);
         let per_head = if plan.by_channel() { plan.decay_channels() } else { 1 };
         let totals = alloc(g, [self.items, self.heads, per_head], DType::F32);
         let unused = alloc(g, [32], DType::F32);
         let initial = w.initial.cloned().unwrap_or_else(|| alloc(g, [32], DType::F32));
         let work = self.items * self.heads * plan.slices();
-        if let Some(mma) = mma {
-            self.mma_segment_states(w, decays, [&initial, &blobs, &totals], mma);
+        if self.engine.cores == Cores::Mma {
+            self.mma_segment_states(w, decays, [&initial, &ends, &totals], plan);
         } else {
             // SAFETY: as in `walk`.
             unsafe {
@@ -283,7 +295,7 @@ impl HopperWalk {
                     decays.levels.clone().into_buffer_arg(),
                     decays.table.clone().into_buffer_arg(),
                     initial.into_buffer_arg(),
-                    blobs.clone().into_buffer_arg(),
+                    ends.clone().into_buffer_arg(),
                     totals.clone().into_buffer_arg(),
                     self.heads as u32,
                     self.items as u32,
@@ -292,12 +304,12 @@ impl HopperWalk {
                 );
             }
         }
-        let count = self.sequences * self.heads * plan.blob();
+        let count = self.sequences * self.heads * self.keys * self.values;
         segments::pass_states::launch(
             &client,
             CubeCount::new_1d(count.div_ceil(SCAN_UNITS) as u32),
             CubeDim::new_1d(SCAN_UNITS as u32),
-            blobs.clone().into_buffer_arg(),
+            ends.clone().into_buffer_arg(),
             totals.into_buffer_arg(),
             decays.table.clone().into_buffer_arg(),
             self.heads as u32,
@@ -305,7 +317,7 @@ impl HopperWalk {
             count as u32,
             plan,
         );
-        blobs
+        ends
     }
 
     /// The gradient of the log decay; by channel it is added to `sum`, where there is one.

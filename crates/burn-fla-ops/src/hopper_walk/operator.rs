@@ -45,6 +45,7 @@ impl Operator for HopperWalk {
             in_factor: 1.0,
             last_factor: 1.0,
             last: true,
+            between: None,
         };
         self.walk(&w, &decays, None).to_vec()
     }

@@ -211,6 +211,11 @@ impl WalkPlan {
         if self.factors() { self.outer } else { self.inner }
     }
 
+    /// Value channels.
+    pub(crate) fn values(&self) -> usize {
+        if self.roles.outer_is_value { self.outer } else { self.inner }
+    }
+
     fn fixed_bytes(&self) -> usize {
         self.warpgroups * (self.panels() + 1 + self.extra_panels()) * PANEL
     }
@@ -244,11 +249,6 @@ impl WalkPlan {
     /// Units of a cube: the walkers' and the loader's warpgroup.
     pub(crate) fn units(&self) -> usize {
         128 * (self.warpgroups + 1)
-    }
-
-    /// Numbers of the state in registers, of one head.
-    pub(crate) fn blob(&self) -> usize {
-        self.outer_panels() * self.state().len() * 128
     }
 }
 

@@ -8,12 +8,12 @@ use half::bf16;
 use super::key::{factors_of_span, plain_values, scale_state};
 use super::loads::load_tensors;
 use super::parts::{chunk_at, decayed_values, decays_of_chunk, parts_of, place, span_at, spans_of};
-use super::plan::{CHUNK, PANEL, VALUES, WalkPlan};
-use super::states::{blob_at, load_state};
+use super::plan::{Axis, CHUNK, PANEL, VALUES, WalkPlan};
+use super::states::{load_state, store_end};
 use super::table::{ITEM_WORDS, SEQUENCE_WORDS};
 use crate::tile::hopper::{
-    Ring, barrier_arrive, barrier_fence, column_of, commit, declare, declare_fragment, exp2, fence, give_registers,
-    mma_registers, mn_major, read, row_of, scale, sync_warpgroup, take_registers, wait,
+    Ring, barrier_arrive, barrier_fence, commit, declare, declare_fragment, exp2, fence, give_registers, mma_registers,
+    mn_major, row_of, scale, sync_warpgroup, take_registers, wait,
 };
 
 /// The state at the end of each segment, from the initial one where the walk enters its sequence, from zero elsewhere;
@@ -28,7 +28,7 @@ pub(super) fn segment_states(
     levels: &[u32],
     table: &[i32],
     initial: &[f32],
-    blobs: &mut [f32],
+    ends: &mut [f32],
     totals: &mut [f32],
     heads: u32,
     items: u32,
@@ -132,7 +132,6 @@ pub(super) fn segment_states(
     } else {
         take_registers(232u32);
         let elected = UNIT_POS % 128u32 == 0u32;
-        let unit = UNIT_POS % 128u32;
         let row = row_of(warp, lane, 0usize);
         while index < work {
             let p = place(index, table, heads, plan);
@@ -146,7 +145,6 @@ pub(super) fn segment_states(
                 heads,
                 row,
                 lane,
-                unit,
                 in_factor,
                 state,
                 comptime!(WalkPlan { segmented: false, ..plan }),
@@ -193,33 +191,17 @@ pub(super) fn segment_states(
                     step += 1u32;
                 }
             }
-            let at = blob_at(p.item, p.head, heads, panel, unit, plan);
-            #[unroll]
-            for n in 0..comptime!(state.len()) {
-                blobs[at + n * 128] = read(state, n);
-            }
+            store_end(ends, &p, panel, heads, row, lane, state, plan);
             index += CUBE_COUNT_X;
         }
     }
 }
 
-/// The channel that decays of element `element` of a head's state in registers, in the order of its copy in memory.
-#[cube]
-fn channel_of(element: u32, #[comptime] plan: WalkPlan) -> u32 {
-    let unit = element % 128u32;
-    let n = (element / 128u32) % comptime!(plan.state().len() as u32);
-    if comptime!(!plan.factors()) {
-        column_of(unit % 32u32, 0usize) + n / 4u32 * 8u32 + n % 2u32
-    } else {
-        let panel = element / comptime!(plan.state().len() as u32 * 128);
-        panel * 64u32 + row_of(unit / 32u32, unit % 32u32, 0usize) + (n / 2u32 % 2u32) * 8u32
-    }
-}
-
-/// `S_i ← e^{total_i} S_{i−1} + S_i` over the segments of each sequence, in the order of the walk: one unit an element.
+/// `S_i ← e^{total_i} S_{i−1} + S_i` over the segments of each sequence, in the order of the walk: one unit an element of a
+/// state `[K, V]`.
 #[cube(launch)]
 pub(super) fn pass_states(
-    blobs: &mut [f32],
+    states: &mut [f32],
     totals: &[f32],
     table: &[i32],
     heads: u32,
@@ -227,28 +209,30 @@ pub(super) fn pass_states(
     count: u32,
     #[comptime] plan: WalkPlan,
 ) {
-    let blob = comptime!(plan.blob() as u32);
+    let size = comptime!((plan.inner * plan.outer) as u32);
     let at = ABSOLUTE_POS as u32;
     if at >= count {
         terminate!();
     }
-    let element = at % blob;
-    let head = (at / blob) % heads;
-    let sequence = at / blob / heads;
+    let element = at % size;
+    let head = (at / size) % heads;
+    let sequence = at / size / heads;
     let words = (items * comptime!(ITEM_WORDS as u32) + sequence * comptime!(SEQUENCE_WORDS as u32)) as usize;
     let first = table[words] as u32;
     let segments = table[words + 1] as u32;
+    let values = comptime!(plan.values() as u32);
+    let channel = if comptime!(plan.axis == Axis::Value) { element % values } else { element / values };
     let mut state = f32::new(0.0);
     for i in 0..segments {
         let item = first + if comptime!(plan.roles.against_time) { segments - 1u32 - i } else { i + 0u32 };
         let here = (item * heads + head) as usize;
-        let to = here * comptime!(plan.blob()) + element as usize;
+        let to = here * comptime!(plan.inner * plan.outer) + element as usize;
         let decay = if comptime!(plan.by_channel()) {
-            totals[here * comptime!(plan.decay_channels()) + channel_of(element, plan) as usize]
+            totals[here * comptime!(plan.decay_channels()) + channel as usize]
         } else {
             exp2(totals[here])
         };
-        state = decay * state + blobs[to];
-        blobs[to] = state;
+        state = decay * state + states[to];
+        states[to] = state;
     }
 }

@@ -136,7 +136,7 @@ impl Operator for SlotWalk {
         let (keys, values) = (initial(5), initial(6));
         let pass = |walk: &HopperWalk, [q, k, v]: [&CubeTensor; 3], initial: Option<&CubeTensor>| {
             let (in_factor, last_factor) = (1.0, 1.0);
-            let w = Walk { roles: FORWARD, q, k, v, initial, in_factor, last_factor, last: true };
+            let w = Walk { roles: FORWARD, q, k, v, initial, in_factor, last_factor, last: true, between: None };
             walk.walk(&w, &decays, None)
         };
         let [scores, keys] = pass(&self.first, [&q, &k, &slots], keys.as_ref());

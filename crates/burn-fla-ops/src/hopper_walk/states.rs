@@ -13,9 +13,10 @@ fn enters(place: &Place, #[comptime] plan: WalkPlan) -> bool {
     place.flags & comptime!(if plan.roles.against_time { LAST } else { FIRST }) != 0u32
 }
 
-/// Where register `n` of a unit stands in a state `[N, H, K, V]`, and whether it is inside.
+/// Where register `n` of a unit stands in states `[N, H, K, V]` of sequences or segments, and whether it is inside.
 #[cube]
 fn state_at(
+    of: u32,
     place: &Place,
     panel: u32,
     heads: u32,
@@ -26,7 +27,7 @@ fn state_at(
 ) -> (bool, usize) {
     let outer = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
     let inner = column_of(lane, n);
-    let base = (place.sequence * heads + place.head) * comptime!((plan.inner * plan.outer) as u32);
+    let base = (of * heads + place.head) * comptime!((plan.inner * plan.outer) as u32);
     let at = if comptime!(plan.roles.outer_is_value) {
         inner * comptime!(plan.outer as u32) + outer
     } else {
@@ -35,24 +36,16 @@ fn state_at(
     (outer < comptime!(plan.outer as u32) && inner < comptime!(plan.inner as u32), (base + at) as usize)
 }
 
-/// Where the registers of a warpgroup stand in the states between segments.
-#[cube]
-pub(crate) fn blob_at(item: u32, head: u32, heads: u32, panel: u32, unit: u32, #[comptime] plan: WalkPlan) -> usize {
-    let block = (item * heads + head) * comptime!(plan.outer_panels() as u32) + panel;
-    block as usize * comptime!(plan.state().len() * 128) + unit as usize
-}
-
 /// Sets the state from which a segment is walked.
 #[cube]
 pub(crate) fn load_state(
     initial: &[f32],
-    blobs: &[f32],
+    between: &[f32],
     place: &Place,
     panel: u32,
     heads: u32,
     row: u32,
     lane: u32,
-    unit: u32,
     factor: f32,
     #[comptime] state: Acc,
     #[comptime] plan: WalkPlan,
@@ -62,7 +55,7 @@ pub(crate) fn load_state(
         if comptime!(plan.initial) {
             #[unroll]
             for n in 0..comptime!(state.len()) {
-                let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
+                let (inside, at) = state_at(place.sequence, place, panel, heads, row, lane, n, plan);
                 if inside {
                     write(state, n, initial[at] * factor);
                 }
@@ -70,10 +63,12 @@ pub(crate) fn load_state(
         }
     } else if comptime!(plan.segmented) {
         let before = if comptime!(plan.roles.against_time) { place.item + 1u32 } else { place.item - 1u32 };
-        let at = blob_at(before, place.head, heads, panel, unit, plan);
         #[unroll]
         for n in 0..comptime!(state.len()) {
-            write(state, n, blobs[at + n * 128]);
+            let (inside, at) = state_at(before, place, panel, heads, row, lane, n, plan);
+            if inside {
+                write(state, n, between[at]);
+            }
         }
     }
 }
@@ -95,10 +90,31 @@ pub(crate) fn store_state(
     if comptime!(plan.last) && leaves {
         #[unroll]
         for n in 0..comptime!(state.len()) {
-            let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
+            let (inside, at) = state_at(place.sequence, place, panel, heads, row, lane, n, plan);
             if inside {
                 last[at] = read(state, n) * factor;
             }
+        }
+    }
+}
+
+/// Writes the state at the end of a segment.
+#[cube]
+pub(crate) fn store_end(
+    ends: &mut [f32],
+    place: &Place,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    #[comptime] state: Acc,
+    #[comptime] plan: WalkPlan,
+) {
+    #[unroll]
+    for n in 0..comptime!(state.len()) {
+        let (inside, at) = state_at(place.item, place, panel, heads, row, lane, n, plan);
+        if inside {
+            ends[at] = read(state, n);
         }
     }
 }

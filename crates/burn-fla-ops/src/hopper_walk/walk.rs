@@ -57,7 +57,7 @@ pub(super) fn walk(
     table: &[i32],
     initial: &[f32],
     last: &mut [f32],
-    blobs: &[f32],
+    between: &[f32],
     borders: &mut [u32],
     ends: &mut [f32],
     dots: &mut [f32],
@@ -156,7 +156,7 @@ pub(super) fn walk(
             let p = place(index, table, heads, plan);
             let panel = p.slice * comptime!(warpgroups as u32) + warpgroup;
             let channel = panel * 64u32;
-            load_state(initial, blobs, &p, panel, heads, row, lane, unit, in_factor, state, plan);
+            load_state(initial, between, &p, panel, heads, row, lane, in_factor, state, plan);
             for i in 0..p.chunks {
                 let chunk = chunk_at(i, p.chunks, plan);
                 let parts = parts_of(levels, &p, chunk, heads, plan);

@@ -63,7 +63,7 @@ pub(super) fn chain(
     for band in 0..bands {
         let at = band_at(&p, warp, lane, band, plan.mma);
         let state = comptime!(plan.mma.state(band));
-        load_state(initial, initial, &p, at.panel, heads, at.row, lane, at.unit, 1.0f32, state, walk);
+        load_state(initial, initial, &p, at.panel, heads, at.row, lane, 1.0f32, state, walk);
     }
     if p.chunks > 0u32 {
         let chunk = chunk_at(0u32, p.chunks, walk);

@@ -24,7 +24,7 @@ impl HopperWalk {
         let plan = MmaPlan { walk: WalkPlan { stages: plan.walk.stages, ..shape }, ..plan };
         let unused = alloc(g, [32], DType::F32);
         let initial = w.initial.unwrap_or(&unused);
-        let blobs = if shape.segmented { self.segment_states(w, decays, shape, Some(plan)) } else { unused.clone() };
+        let between = self.between(w, decays, &unused);
         let out = alloc(w.v, w.v.meta.shape().dims::<4>(), w.v.dtype);
         let last = if w.last { alloc(g, self.state_shape(), DType::F32) } else { unused.clone() };
         let products = gate.map_or(&unused, |gate| &gate.products);
@@ -51,7 +51,7 @@ impl HopperWalk {
                 decays.table.clone().into_buffer_arg(),
                 initial.clone().into_buffer_arg(),
                 last.clone().into_buffer_arg(),
-                blobs.into_buffer_arg(),
+                between.into_buffer_arg(),
                 words(gate.map_or(&unused, |gate| &gate.states)),
                 gate.map_or(&unused, |gate| &gate.ends).clone().into_buffer_arg(),
                 if by_key { &unused } else { products }.clone().into_buffer_arg(),
@@ -66,15 +66,17 @@ impl HopperWalk {
         [out, last]
     }
 
-    /// The states of segments, to `blobs`, and their decays, to `totals`.
+    /// The states at the ends of segments, to `ends`, each from none, and their decays, to `totals`.
     pub(crate) fn mma_segment_states(
         &self,
         w: &Walk<'_>,
         decays: &Decays,
-        [initial, blobs, totals]: [&CubeTensor; 3],
-        plan: MmaPlan,
+        [initial, ends, totals]: [&CubeTensor; 3],
+        shape: WalkPlan,
     ) {
         let g = &decays.g;
+        let plan = self.engine.mma_plan(shape.roles, self.keys, self.values, self.axis);
+        let plan = MmaPlan { walk: WalkPlan { stages: plan.walk.stages, ..shape }, ..plan };
         let unused = alloc(g, [32], DType::F32);
         // SAFETY: as in `walk`.
         unsafe {
@@ -90,7 +92,7 @@ impl HopperWalk {
                 decays.levels.clone().into_buffer_arg(),
                 decays.table.clone().into_buffer_arg(),
                 initial.clone().into_buffer_arg(),
-                blobs.clone().into_buffer_arg(),
+                ends.clone().into_buffer_arg(),
                 totals.clone().into_buffer_arg(),
                 self.heads as u32,
                 w.in_factor,

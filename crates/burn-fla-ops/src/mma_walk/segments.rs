@@ -10,8 +10,8 @@ use super::plan::{LEFT, MmaPlan, RIGHT};
 use crate::hopper_walk::key::factors_of_span;
 use crate::hopper_walk::parts::{Place, Span, chunk_at, decay_at, parts_of, place, span_at, spans_of};
 use crate::hopper_walk::plan::WalkPlan;
-use crate::hopper_walk::states::{blob_at, load_state};
-use crate::tile::mma::{address_of, commit_copies, declare, declare_fragment, read, wait_copies};
+use crate::hopper_walk::states::{load_state, store_end};
+use crate::tile::mma::{address_of, commit_copies, declare, declare_fragment, wait_copies};
 
 /// The state at the end of each segment, from the initial one where the walk enters its sequence, from zero elsewhere; and
 /// the total decay of each, as a power of two.
@@ -25,7 +25,7 @@ pub(crate) fn segment_states(
     levels: &[u32],
     table: &[i32],
     initial: &[f32],
-    blobs: &mut [f32],
+    ends: &mut [f32],
     totals: &mut [f32],
     heads: u32,
     in_factor: f32,
@@ -62,7 +62,6 @@ pub(crate) fn segment_states(
             heads,
             at.row,
             lane,
-            at.unit,
             in_factor,
             comptime!(plan.state(band)),
             comptime!(WalkPlan { segmented: false, ..shape }),
@@ -137,11 +136,7 @@ pub(crate) fn segment_states(
     for band in 0..bands {
         let at = band_at(&p, warp, lane, band, plan);
         let state = comptime!(plan.state(band));
-        let to = blob_at(p.item, p.head, heads, at.panel, at.unit, shape);
-        #[unroll]
-        for n in 0..comptime!(state.len()) {
-            blobs[to + n * 128] = read(state, n);
-        }
+        store_end(ends, &p, at.panel, heads, at.row, lane, state, shape);
     }
 }
 

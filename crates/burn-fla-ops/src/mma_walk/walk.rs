@@ -44,7 +44,7 @@ pub(crate) fn walk(
     table: &[i32],
     initial: &[f32],
     last: &mut [f32],
-    blobs: &[f32],
+    between: &[f32],
     borders: &mut [u32],
     ends: &mut [f32],
     dots: &mut [f32],
@@ -86,7 +86,7 @@ pub(crate) fn walk(
     for band in 0..bands {
         let at = band_at(&p, warp, lane, band, plan);
         let state = comptime!(plan.state(band));
-        load_state(initial, blobs, &p, at.panel, heads, at.row, lane, at.unit, in_factor, state, shape);
+        load_state(initial, between, &p, at.panel, heads, at.row, lane, in_factor, state, shape);
     }
     // The step at hand: its chunk in the order of the walk, its span in it, of how many.
     let mut step = u32::new(0);
