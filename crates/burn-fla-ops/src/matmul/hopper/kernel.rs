@@ -37,6 +37,8 @@ pub(in crate::matmul) struct Sizes {
     pub(in crate::matmul) tiles_m: Sequence<u32>,
     pub(in crate::matmul) tiles_n: Sequence<u32>,
     pub(in crate::matmul) steps: Sequence<u32>,
+    /// Parts of each contraction: a number at run time, so that all have one kernel.
+    pub(in crate::matmul) splits: u32,
 }
 
 /// Items in all.
@@ -47,12 +49,12 @@ fn items(sizes: &Sizes, #[comptime] plan: Plan) -> u32 {
     for pair in 0..comptime!(plan.results()) {
         sum += *sizes.tiles_m.index(pair) * *sizes.tiles_n.index(pair);
     }
-    sum * comptime!(plan.splits as u32)
+    sum * sizes.splits
 }
 
 #[cube]
 pub(in crate::matmul) fn item_at(index: u32, sizes: &Sizes, #[comptime] plan: Plan) -> Item {
-    let splits = comptime!(plan.splits as u32);
+    let splits = sizes.splits;
     let mut at = index;
     let mut pair = 0u32;
     let mut tiles_m = *sizes.tiles_m.index(0usize);

@@ -249,7 +249,7 @@ fn launch_with(
     let biases = if in_tiles.bias { extras.biases } else { &[] };
     let residual = extras.residual.filter(|_| in_tiles.residual);
     let argument = |tensor: &CubeTensor| tensor.clone().into_tensor_arg();
-    let counts = SizesLaunch::new(numbers(&tiles_m), numbers(&tiles_n), numbers(&steps));
+    let counts = SizesLaunch::new(numbers(&tiles_m), numbers(&tiles_n), numbers(&steps), plan.splits as u32);
     let kept_tiles = kept.iter().filter(|_| in_tiles.keeps);
     if cores == Cores::Mma {
         let buffers = mma::Buffers {
@@ -261,7 +261,7 @@ fn launch_with(
             residuals: residual.into_iter().collect(),
         };
         let depths: Vec<usize> = pairs.iter().map(|(a, _)| a.sizes().1).collect();
-        mma::launch(buffers, &depths, &sizes, counts, items, plan);
+        mma::launch(buffers, &depths, &sizes, counts, items, plan.of_tiles());
     } else {
         // SAFETY: the kernel touches device memory through tensor maps, and these clip what is outside; of what an
         // epilogue reads it holds the places inside.
@@ -277,7 +277,7 @@ fn launch_with(
                 biases.iter().map(argument).collect(),
                 residual.into_iter().map(argument).collect(),
                 counts,
-                plan,
+                plan.of_tiles(),
                 storage(tile_dtype),
             );
         }

@@ -72,6 +72,11 @@ impl Plan {
         if self.splits == 1 { self.epilogue } else { Epilogue::default() }
     }
 
+    /// What the kernel of the tiles is specialised on: not what is done to the sum of parts after it, nor how many there are.
+    pub(in crate::matmul) fn of_tiles(&self) -> Self {
+        Self { splits: 1, add: self.adds_tiles(), epilogue: self.tile_epilogue(), ..*self }
+    }
+
     /// The plan that takes the least time by a count of clocks, for results of `sizes` that contract `steps` stages each.
     pub(in crate::matmul) fn choose(
         sizes: &[[usize; 2]],

@@ -118,7 +118,8 @@ pub(super) fn product(
         to = select(item.pair == comptime!(pair as u32), other, to);
     }
     let size = comptime!(if plan.f32_out { 4u32 } else { 2u32 });
-    if comptime!(plan.splits > 1) {
+    // Parts of a contraction are f32.
+    if comptime!(plan.f32_out) {
         to += u64::cast_from(item.split) * u64::cast_from(rows) * u64::cast_from(columns * size);
     }
     #[unroll]
