@@ -215,6 +215,16 @@ fn keys_that_repeat_are_right() {
     check_within(&[Problem { repeated: true, ..base(true, 131) }], 3.0);
 }
 
+/// Sequences that are cut into segments.
+#[test]
+fn few_heads_are_right() {
+    for removal in [true, false] {
+        let problem = Problem { heads: 1, values: 32, batch: 1, ..base(removal, 3300) };
+        let packed = Some(vec![0, 3110, 3110, 3174, 3300]);
+        check(&[problem.clone(), Problem { keys: 48, values: 80, packed, ..problem }]);
+    }
+}
+
 #[test]
 fn packed_sequences_are_right() {
     for removal in [true, false] {

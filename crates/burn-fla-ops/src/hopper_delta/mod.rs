@@ -56,7 +56,7 @@ pub(crate) mod operator;
 pub(crate) mod parts;
 pub(crate) mod plan;
 pub(crate) mod prepare;
-mod segments;
+pub(crate) mod segments;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 

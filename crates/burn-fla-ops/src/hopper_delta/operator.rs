@@ -4,11 +4,10 @@ use burn::tensor::{DType, Shape};
 use cubecl::prelude::{CubeCount, CubeDim, TensorMapArg, Tiled};
 
 use super::plan::{CHUNK, ChainPlan, GRADIENT_UNITS, GradientPlan, PREPARE_UNITS, Task};
-use super::segments::{self, PassPlan};
+use super::segments::Cut;
 use super::{chain, gradients, groups, prepare};
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, zeros};
 use crate::hopper_walk::Cores;
-use crate::hopper_walk::table::{ITEM_WORDS, SEQUENCE_WORDS};
 use crate::tile::hopper::{panel_map, readable, words};
 
 /// A delta rule. Inputs: q, k, v, beta, with `gated` the log decays, and with `has_state` the initial state.
@@ -62,8 +61,13 @@ pub(crate) struct Gradients<'a> {
 }
 
 impl HopperDelta {
+    pub(crate) fn cut(&self) -> Cut {
+        let Self { sequences, items, heads, keys, values, .. } = *self;
+        Cut { sequences, items, heads, keys, values }
+    }
+
     pub(crate) fn state_shape(&self) -> [usize; 4] {
-        [self.sequences, self.heads, self.keys, self.values]
+        self.cut().state_shape()
     }
 
     /// The states at the chunks' borders, whole panels, transposed.
@@ -73,17 +77,7 @@ impl HopperDelta {
 
     /// Where the table has its chunks.
     pub(crate) fn chunks_at(&self) -> u32 {
-        (ITEM_WORDS * self.items + SEQUENCE_WORDS * self.sequences) as u32
-    }
-
-    fn is_cut(&self) -> bool {
-        self.items > self.sequences
-    }
-
-    /// What [`segments`] takes from a walk over each segment, and the state before each.
-    fn segment_shapes(&self) -> [[usize; 4]; 2] {
-        let plan = self.plan(Task::SegmentStates, true);
-        [[self.items, self.heads, self.keys, plan.columns()], [self.items, self.heads, self.keys, self.values]]
+        self.cut().chunks_at()
     }
 
     fn state_index(&self) -> usize {
@@ -204,47 +198,6 @@ impl HopperDelta {
         [out, last, borders]
     }
 
-    /// The state before each segment, or the gradient of that after it, and the last one, from what segments make of none
-    /// (`ends`) and their transitions (of [`Task::SegmentStates`]).
-    fn pass_states(
-        &self,
-        task: Task,
-        x: &Operands,
-        ends: &CubeTensor,
-        transitions: &CubeTensor,
-        initial: Option<&CubeTensor>,
-    ) -> [CubeTensor; 2] {
-        let with_time = self.plan(Task::SegmentStates, true);
-        let plan = PassPlan {
-            keys: self.keys,
-            values: self.values,
-            columns: self.plan(task, true).columns(),
-            transition_columns: with_time.columns(),
-            transition: with_time.transition(),
-            against_time: task == Task::SegmentGradients,
-            initial: initial.is_some(),
-        };
-        let [_, starts] = self.segment_shapes();
-        let starts = alloc(&x.g, starts, DType::F32);
-        let last = alloc(&x.g, self.state_shape(), DType::F32);
-        segments::pass_states::launch(
-            &ends.client,
-            CubeCount::new_1d((self.sequences * self.heads * self.values / segments::TILE) as u32),
-            CubeDim::new_1d(segments::UNITS as u32),
-            segments::VECTOR,
-            ends.clone().into_buffer_arg(),
-            transitions.clone().into_tensor_arg(),
-            initial.unwrap_or(ends).clone().into_buffer_arg(),
-            x.table.clone().into_buffer_arg(),
-            starts.clone().into_buffer_arg(),
-            last.clone().into_buffer_arg(),
-            self.heads as u32,
-            self.items as u32,
-            plan,
-        );
-        [starts, last]
-    }
-
     /// The gradients of all but the values and the state.
     fn gradients(&self, x: &Operands, to: &Gradients<'_>) {
         let key_heads = self.heads / self.groups;
@@ -311,22 +264,18 @@ impl Operator for HopperDelta {
         vec![inputs[2].clone(), TensorSpec::new(Shape::from(self.state_shape()), DType::F32)]
     }
 
-    /// Where sequences are cut: what their segments make of no state, with their transitions, and the state before each.
     fn saved(&self, _: &[TensorSpec]) -> Vec<TensorSpec> {
-        if !self.is_cut() {
-            return Vec::new();
-        }
-        self.segment_shapes().map(|shape| TensorSpec::new(Shape::from(shape), DType::F32)).to_vec()
+        self.cut().saved()
     }
 
     fn forward(&self, inputs: Vec<CubeTensor>, ints: Vec<CubeTensor>, save: bool) -> Vec<CubeTensor> {
         let x = self.operands(&inputs, &ints);
-        if !self.is_cut() {
+        if !self.cut().is_cut() {
             let [o, last, _] = self.chain(Task::Outputs, &x, &x.v, x.initial.as_ref());
             return vec![o, last];
         }
         let [_, ends, _] = self.chain(Task::SegmentStates, &x, &x.v, None);
-        let [starts, last] = self.pass_states(Task::SegmentStates, &x, &ends, &ends, x.initial.as_ref());
+        let [starts, last] = self.cut().pass(false, &ends, &ends, x.initial.as_ref(), &x.table);
         let [o, ..] = self.chain(Task::Outputs, &x, &x.v, Some(&starts));
         let mut outputs = vec![o, last];
         if save {
@@ -352,8 +301,7 @@ impl Operator for HopperDelta {
         let mut first = None;
         if let [transitions, states] = &saved[..] {
             let [_, ends, _] = self.chain(Task::SegmentGradients, &x, &grad_o, None);
-            let task = Task::SegmentGradients;
-            let [after, gradient] = self.pass_states(task, &x, &ends, transitions, grad_state.as_ref());
+            let [after, gradient] = self.cut().pass(true, &ends, transitions, grad_state.as_ref(), &x.table);
             starts = (Some(states.clone()), Some(after));
             first = Some(gradient);
         }

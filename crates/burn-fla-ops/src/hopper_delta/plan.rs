@@ -1,5 +1,6 @@
 //! What the kernels are specialised on, and how that is chosen.
 
+use super::segments;
 use crate::hopper_walk::Cores;
 use crate::tile::hopper::{Acc, Frag};
 
@@ -98,12 +99,12 @@ impl ChainPlan {
 
     /// Columns of the state, which are value channels, or with a segment's transition also key channels.
     pub(super) fn columns(&self) -> usize {
-        if self.task == Task::SegmentStates { self.transition() + self.keys.next_multiple_of(64) } else { self.values }
+        if self.task == Task::SegmentStates { segments::columns(self.keys, self.values) } else { self.values }
     }
 
     /// The first column of a segment's transition.
     pub(super) fn transition(&self) -> usize {
-        self.values.next_multiple_of(64)
+        segments::transition(self.values)
     }
 
     /// Bytes that copies bring to a stage.

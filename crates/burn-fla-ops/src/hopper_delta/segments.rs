@@ -5,50 +5,135 @@
 //! value channels whose values are zero. Then S goes from segment to segment, by one small product each, and every segment
 //! is walked from its own. Against time it is `Φᵀ Z + H'`, with the same Φ.
 
+use burn::tensor::{DType, Shape};
 use cubecl::prelude::*;
 
+use crate::bridge::{CubeTensor, TensorSpec, alloc};
 use crate::hopper_walk::table::{ITEM_WORDS, SEQUENCE_WORDS};
 
 /// Units of a cube.
-pub(super) const UNITS: usize = 256;
+const UNITS: usize = 256;
 /// Value channels of a cube.
-pub(super) const TILE: usize = 16;
+const TILE: usize = 16;
 /// Rows of the state whose numbers a unit has, at a time.
 const ROWS: usize = UNITS / TILE;
 /// Numbers of Φ that are loaded at once.
-pub(super) const VECTOR: usize = 4;
+const VECTOR: usize = 4;
 /// The least tokens of a segment, and of segments a sequence must have: walking what precedes each must pay.
 const SHORTEST: usize = 1024;
 const FEWEST: usize = 3;
 
 /// Tokens a segment: as many as leave no processor without a cube, where that gives segments enough. `cubes` is how many a
 /// segment has.
-pub(super) fn segment_tokens(longest: usize, sequences: usize, cubes: usize, processors: usize) -> usize {
+pub(crate) fn segment_tokens(longest: usize, sequences: usize, cubes: usize, processors: usize) -> usize {
     let count = (processors / (sequences * cubes).max(1)).min(longest / SHORTEST);
     if count < FEWEST { longest.max(1) } else { longest.div_ceil(count) }
 }
 
+/// How sequences are cut, and the sizes of their states.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cut {
+    pub(crate) sequences: usize,
+    /// Segments of them all.
+    pub(crate) items: usize,
+    pub(crate) heads: usize,
+    pub(crate) keys: usize,
+    pub(crate) values: usize,
+}
+
+/// The first column of a transition behind so many value channels.
+pub(crate) fn transition(values: usize) -> usize {
+    values.next_multiple_of(64)
+}
+
+/// Columns of a state with its transition behind it.
+pub(crate) fn columns(keys: usize, values: usize) -> usize {
+    transition(values) + keys.next_multiple_of(64)
+}
+
+impl Cut {
+    /// Whether some sequence has several segments.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.items > self.sequences
+    }
+
+    /// Where the table has its chunks.
+    pub(crate) fn chunks_at(&self) -> u32 {
+        (ITEM_WORDS * self.items + SEQUENCE_WORDS * self.sequences) as u32
+    }
+
+    /// That of the states of sequences, `[N, HV, K, V]`.
+    pub(crate) fn state_shape(&self) -> [usize; 4] {
+        [self.sequences, self.heads, self.keys, self.values]
+    }
+
+    /// What forward keeps for backward, where sequences are cut: what their segments make of no state, with their transitions,
+    /// and the state before each.
+    pub(crate) fn saved(&self) -> Vec<TensorSpec> {
+        if !self.is_cut() {
+            return Vec::new();
+        }
+        [columns(self.keys, self.values), self.values]
+            .map(|columns| TensorSpec::new(Shape::from([self.items, self.heads, self.keys, columns]), DType::F32))
+            .to_vec()
+    }
+
+    /// The state before each segment (against time: the gradient of that after it), and the last one, from what segments make
+    /// of none (`ends`) and from their transitions.
+    pub(crate) fn pass(
+        &self,
+        against_time: bool,
+        ends: &CubeTensor,
+        transitions: &CubeTensor,
+        initial: Option<&CubeTensor>,
+        table: &CubeTensor,
+    ) -> [CubeTensor; 2] {
+        let (keys, values) = (self.keys, self.values);
+        let plan = PassPlan { keys, values, against_time, initial: initial.is_some() };
+        let starts = alloc(ends, [self.items, self.heads, keys, values], DType::F32);
+        let last = alloc(ends, self.state_shape(), DType::F32);
+        pass_states::launch(
+            &ends.client,
+            CubeCount::new_1d((self.sequences * self.heads * values / TILE) as u32),
+            CubeDim::new_1d(UNITS as u32),
+            VECTOR,
+            ends.clone().into_buffer_arg(),
+            transitions.clone().into_tensor_arg(),
+            initial.unwrap_or(ends).clone().into_buffer_arg(),
+            table.clone().into_buffer_arg(),
+            starts.clone().into_buffer_arg(),
+            last.clone().into_buffer_arg(),
+            self.heads as u32,
+            self.items as u32,
+            plan,
+        );
+        [starts, last]
+    }
+}
+
 /// Sizes of a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct PassPlan {
-    pub(super) keys: usize,
-    pub(super) values: usize,
-    /// Columns of `ends`.
-    pub(super) columns: usize,
-    /// Columns of what has the transitions, and the first of theirs.
-    pub(super) transition_columns: usize,
-    pub(super) transition: usize,
-    pub(super) against_time: bool,
-    pub(super) initial: bool,
+struct PassPlan {
+    keys: usize,
+    values: usize,
+    against_time: bool,
+    initial: bool,
+}
+
+impl PassPlan {
+    /// Columns of what segments make of no state.
+    fn columns(&self) -> usize {
+        if self.against_time { self.values } else { columns(self.keys, self.values) }
+    }
 }
 
 /// The state before each segment (against time: the gradient of that after it), and the one behind the last.
 ///
-/// `ends` `[segments, HV, K, columns]`, `transitions` `[segments, HV, K, transition_columns]`, `initial` and `last`
+/// `ends` `[segments, HV, K, columns]`, `transitions` the same with time, `initial` and `last`
 /// `[N, HV, K, V]`, `starts` `[segments, HV, K, V]`. A cube takes 16 value channels of a head, with their state in shared
 /// memory.
 #[cube(launch)]
-pub(super) fn pass_states<N: Size>(
+fn pass_states<N: Size>(
     ends: &[f32],
     transitions: &Tensor<Vector<f32, N>>,
     initial: &[f32],
@@ -94,11 +179,11 @@ pub(super) fn pass_states<N: Size>(
             sums[j] = f32::new(0.0);
             if row < comptime!(plan.keys) {
                 starts[(base + row) * comptime!(plan.values) + column] = state[row * comptime!(TILE) + lane];
-                sums[j] = ends[(base + row) * comptime!(plan.columns) + column];
+                sums[j] = ends[(base + row) * comptime!(plan.columns()) + column];
             }
         }
-        let width = comptime!(plan.transition_columns / VECTOR);
-        let from = comptime!(plan.transition / VECTOR);
+        let width = comptime!(columns(plan.keys, plan.values) / VECTOR);
+        let from = comptime!(transition(plan.values) / VECTOR);
         if comptime!(plan.against_time) {
             // Φᵀ: a unit's rows are columns that one vector has.
             for other in 0..comptime!(plan.keys) {

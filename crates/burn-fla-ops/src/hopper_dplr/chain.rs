@@ -1,4 +1,4 @@
-//! The chain: one cube takes one sequence of one head and 64 or 128 value channels from chunk to chunk, with the transposed
+//! The chain: one cube takes one segment of one head and 64 or 128 value channels from chunk to chunk, with the transposed
 //! state in registers, value channels × key channels.
 //!
 //! ```text
@@ -56,7 +56,7 @@ pub(super) fn chain(
     initial: &[f32],
     last: &mut [f32],
     heads: u32,
-    sequences: u32,
+    items: u32,
     #[comptime] plan: ChainPlan,
 ) {
     let warpgroups = comptime!(plan.warpgroups);
@@ -92,7 +92,7 @@ pub(super) fn chain(
     }
     sync_cube();
 
-    let work = sequences * heads * comptime!(plan.slices() as u32);
+    let work = items * heads * comptime!(plan.slices() as u32);
     let warpgroup = UNIT_POS / 128u32;
     let warp = (UNIT_POS % 128u32) / 32u32;
     let lane = UNIT_POS % 32u32;
@@ -174,13 +174,15 @@ pub(super) fn chain(
                 walk(&t, &shared_g, (stage * comptime!(padded as u32)) as usize, warp, lane, plan);
                 fence_shared();
                 sync_warpgroup(id, 128u32);
-                store_tiles(&p, &t, rows, map_o, map_s, chunk, panel, count, heads, unit, id, plan);
+                if comptime!(plan.stores()) {
+                    store_tiles(&p, &t, rows, map_o, map_s, chunk, panel, count, heads, unit, id, plan);
+                }
                 if elected {
                     ring.release(step);
                 }
                 step += 1u32;
             }
-            if comptime!(plan.with_outputs()) {
+            if comptime!(plan.with_last()) {
                 store_state(last, &p, panel, heads, row, lane, plan);
             }
             index += CUBE_COUNT_X;

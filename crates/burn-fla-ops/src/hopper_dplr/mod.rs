@@ -46,8 +46,8 @@
 //! - [`gradients`] with one panel of keys: 128 registers a unit for two teams a cube, and the compiler waits for every product
 //!   (C7512) and spills 750 bytes a unit, which do not fit beside 226 KiB of shared memory and go to device memory. Running
 //!   sums made again at the end, inter staged early, and sums set to zero before their first product left 730.
-//! - Few heads and long sequences are serial in the chains, which have no segments; that shape was not timed, nor was a peer
-//!   beside any, nor pairs that are summed one by one.
+//! - No peer was timed beside these, nor long sequences of few heads, which are walked in the segments of
+//!   [`crate::hopper_delta::segments`], nor pairs that are summed one by one.
 
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.
 #![allow(clippy::identity_op)]
@@ -67,6 +67,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::CuSeqlens;
 use crate::bridge::{apply, is_hopper};
+use crate::hopper_delta::segments;
 use crate::hopper_walk::table;
 use operator::HopperDplr;
 use plan::Form;
@@ -125,7 +126,11 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
     let [.., heads, values] = v.dims();
     let device = v.device().inner();
     let longest = sequences.lengths().max().unwrap_or(0);
-    let table = table::build(&sequences, longest.max(1));
+    let count = sequences.num_sequences();
+    // Each cube walks 64 value channels.
+    let cubes = heads * values.div_ceil(64);
+    let segment = segments::segment_tokens(longest, count, cubes, crate::hopper_walk::launch::processors(&device));
+    let table = table::build(&sequences, segment);
     let operator = HopperDplr {
         name: op,
         form: match &vectors {
@@ -140,7 +145,8 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
         groups: heads / key_heads,
         keys,
         values,
-        sequences: sequences.num_sequences(),
+        sequences: count,
+        items: table.items,
         chunks: table.chunks,
     };
     let size = table.entries.len();

@@ -7,7 +7,7 @@ use super::plan::{CHUNK, ChainPlan, Form, GradientPlan, KeyPlan, PREPARE_UNITS, 
 use super::{chain, gradients, prepare};
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, zeros};
 use crate::hopper_delta::groups;
-use crate::hopper_walk::table::{ITEM_WORDS, SEQUENCE_WORDS};
+use crate::hopper_delta::segments::Cut;
 use crate::tile::hopper::{panel_map, readable, words};
 
 /// A delta rule with a diagonal-plus-low-rank transition. Inputs: q, k, where the form is not [`Form::Key`] a and b, v, the log
@@ -26,6 +26,8 @@ pub(super) struct HopperDplr {
     pub(super) keys: usize,
     pub(super) values: usize,
     pub(super) sequences: usize,
+    /// Segments of them all: more than sequences where heads are few.
+    pub(super) items: usize,
     pub(super) chunks: usize,
 }
 
@@ -69,8 +71,9 @@ impl HopperDplr {
         }
     }
 
-    fn state_shape(&self) -> [usize; 4] {
-        [self.sequences, self.heads, self.keys, self.values]
+    fn cut(&self) -> Cut {
+        let Self { sequences, items, heads, keys, values, .. } = *self;
+        Cut { sequences, items, heads, keys, values }
     }
 
     fn blocks(&self) -> usize {
@@ -79,7 +82,7 @@ impl HopperDplr {
 
     /// Where the table has its chunks.
     fn chunks_at(&self) -> u32 {
-        ((ITEM_WORDS + SEQUENCE_WORDS) * self.sequences) as u32
+        self.cut().chunks_at()
     }
 
     fn key_plan(&self, g: &CubeTensor) -> KeyPlan {
@@ -167,12 +170,12 @@ impl HopperDplr {
     fn chain_plan(&self, task: Task, processors: usize) -> ChainPlan {
         let plan = |narrow| ChainPlan::new(task, self.keys, self.values, narrow);
         let rounds =
-            |plan: &ChainPlan| (self.sequences * self.heads * plan.slices()).div_ceil(processors * plan.resident());
+            |plan: &ChainPlan| (self.items * self.heads * plan.slices()).div_ceil(processors * plan.resident());
         let (wide, narrow) = (plan(false), plan(true));
         if rounds(&narrow) <= rounds(&wide) { narrow } else { wide }
     }
 
-    /// Walks: the output, the state that it arrives at, and the states at the chunks' borders.
+    /// Walks every segment: the output, the state that it arrives at, and the states at the chunks' borders.
     fn chain(
         &self,
         task: Task,
@@ -184,14 +187,14 @@ impl HopperDplr {
         let client = values.client.clone();
         let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
         let plan = ChainPlan { initial: initial.is_some(), ..self.chain_plan(task, processors) };
-        let work = self.sequences * self.heads * plan.slices();
+        let work = self.items * self.heads * plan.slices();
         let unused = alloc(values, [32], DType::F32);
         let o = match plan.with_outputs() {
             true => alloc(values, values.meta.shape().dims::<4>(), DType::BF16),
             false => values.clone(),
         };
-        let last = match plan.with_outputs() {
-            true => alloc(values, self.state_shape(), DType::F32),
+        let last = match plan.with_last() {
+            true => alloc(values, [self.items, self.heads, self.keys, plan.columns()], DType::F32),
             false => unused.clone(),
         };
         let rows = plan.slices() * 64 * plan.warpgroups;
@@ -215,13 +218,13 @@ impl HopperDplr {
                 self.map(values),
                 self.map(&o),
                 Self::block_map(&borders),
-                words(&o),
+                words(if plan.with_outputs() { &o } else { &unused }),
                 x.decays.clone().into_buffer_arg(),
                 table.clone().into_buffer_arg(),
                 initial.unwrap_or(&unused).clone().into_buffer_arg(),
                 last.clone().into_buffer_arg(),
                 self.heads as u32,
-                self.sequences as u32,
+                self.items as u32,
                 plan,
             );
         }
@@ -316,21 +319,36 @@ impl Operator for HopperDplr {
     }
 
     fn outputs(&self, inputs: &[TensorSpec]) -> Vec<TensorSpec> {
-        vec![inputs[self.at().v].clone(), TensorSpec::new(Shape::from(self.state_shape()), DType::F32)]
+        vec![inputs[self.at().v].clone(), TensorSpec::new(Shape::from(self.cut().state_shape()), DType::F32)]
     }
 
-    fn forward(&self, inputs: Vec<CubeTensor>, ints: Vec<CubeTensor>, _save: bool) -> Vec<CubeTensor> {
+    fn saved(&self, _: &[TensorSpec]) -> Vec<TensorSpec> {
+        self.cut().saved()
+    }
+
+    fn forward(&self, inputs: Vec<CubeTensor>, ints: Vec<CubeTensor>, save: bool) -> Vec<CubeTensor> {
         let x = self.inputs(&inputs, &ints);
         let operands = self.prepare(&x, false);
-        let [o, last, _] = self.chain(Task::Outputs, &operands, &x.table, &x.v, x.initial.as_ref());
-        vec![o, last]
+        let chain = |task, initial: Option<&CubeTensor>| self.chain(task, &operands, &x.table, &x.v, initial);
+        if !self.cut().is_cut() {
+            let [o, last, _] = chain(Task::Outputs, x.initial.as_ref());
+            return vec![o, last];
+        }
+        let [_, ends, _] = chain(Task::SegmentStates, None);
+        let [starts, last] = self.cut().pass(false, &ends, &ends, x.initial.as_ref(), &x.table);
+        let [o, ..] = chain(Task::Outputs, Some(&starts));
+        let mut outputs = vec![o, last];
+        if save {
+            outputs.extend([ends, starts]);
+        }
+        outputs
     }
 
     fn backward(
         &self,
         inputs: Vec<CubeTensor>,
         ints: Vec<CubeTensor>,
-        _saved: Vec<CubeTensor>,
+        saved: Vec<CubeTensor>,
         grads: Vec<Option<CubeTensor>>,
         wanted: &[bool],
     ) -> Vec<Option<CubeTensor>> {
@@ -341,10 +359,20 @@ impl Operator for HopperDplr {
         let grad_state = grad_state.map(contiguous);
         let others = (0..at.state).any(|i| i != at.v && wanted[i]);
         let operands = self.prepare(&x, others);
-        let [dv, first, grad_states] = self.chain(Task::Gradients, &operands, &x.table, &grad_o, grad_state.as_ref());
+        // The states from which segments are walked.
+        let mut starts = (x.initial.clone(), grad_state.clone());
+        let mut first = None;
+        if let [transitions, states] = &saved[..] {
+            let [_, ends, _] = self.chain(Task::SegmentGradients, &operands, &x.table, &grad_o, None);
+            let [after, gradient] = self.cut().pass(true, &ends, transitions, grad_state.as_ref(), &x.table);
+            starts = (Some(states.clone()), Some(after));
+            first = Some(gradient);
+        }
+        let [dv, last, grad_states] = self.chain(Task::Gradients, &operands, &x.table, &grad_o, starts.1.as_ref());
+        let first = first.unwrap_or(last);
         let mut result: Vec<Option<CubeTensor>> = (0..inputs.len()).map(|_| None).collect();
         if others {
-            let [_, _, states] = self.chain(Task::Borders, &operands, &x.table, &x.v, x.initial.as_ref());
+            let [_, _, states] = self.chain(Task::Borders, &operands, &x.table, &x.v, starts.0.as_ref());
             let [dq, dk, da, db, dg, dbeta] = self.gradients(&x, &operands, &grad_o, &states, &grad_states);
             let like = |gradient: CubeTensor, i: usize| match gradient.dtype == inputs[i].dtype {
                 true => gradient,

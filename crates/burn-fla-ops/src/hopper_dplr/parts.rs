@@ -2,8 +2,9 @@
 
 use cubecl::prelude::*;
 
-use super::plan::{ChainPlan, PANEL};
+use super::plan::{ChainPlan, PANEL, Task};
 use super::tokens::{Part, Two};
+use crate::hopper_delta::segments::transition;
 use crate::hopper_walk::table::ITEM_WORDS;
 use crate::tile::hopper::{
     Acc, column_of, load_f32_pair, load_u32, pack_word, read, scale, store_f32_pair, swizzled, write, zero,
@@ -82,7 +83,7 @@ pub(super) fn copy_tile(tile: u32, to: &mut [u32], part: &Part, column: u32, wid
     }
 }
 
-/// Where a cube of a chain works: a sequence, a head, a slice of its value channels.
+/// Where a cube of a chain works: a segment of a sequence, a head, a slice of its value channels.
 #[derive(CubeType, Clone, Copy)]
 pub(super) struct Place {
     pub(super) slice: u32,
@@ -90,15 +91,17 @@ pub(super) struct Place {
     pub(super) start: u32,
     pub(super) length: u32,
     pub(super) chunks: u32,
-    pub(super) sequence: u32,
-    /// The sequence's first chunk among all.
+    /// The segment; sequences that are not cut have one each.
+    pub(super) item: u32,
+    /// Its first chunk among all.
     pub(super) border: u32,
 }
 
 #[cube]
 pub(super) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: ChainPlan) -> Place {
     let slices = comptime!(plan.slices() as u32);
-    let at = (index / slices / heads * comptime!(ITEM_WORDS as u32)) as usize;
+    let item = index / slices / heads;
+    let at = (item * comptime!(ITEM_WORDS as u32)) as usize;
     let length = table[at + 1] as u32;
     Place {
         slice: index % slices,
@@ -106,7 +109,7 @@ pub(super) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: Cha
         start: table[at] as u32,
         length,
         chunks: length.div_ceil(64u32),
-        sequence: table[at + 2] as u32,
+        item,
         border: table[at + 4] as u32,
     }
 }
@@ -130,12 +133,12 @@ fn state_at(
 ) -> (bool, usize) {
     let value = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
     let key = column_of(lane, n);
-    let base = (place.sequence * heads + place.head) * comptime!((plan.keys * plan.values) as u32);
-    let at = base + key * comptime!(plan.values as u32) + value;
-    (value < comptime!(plan.values as u32) && key < comptime!(plan.keys as u32), at as usize)
+    let base = (place.item * heads + place.head) * comptime!((plan.keys * plan.columns()) as u32);
+    let at = base + key * comptime!(plan.columns() as u32) + value;
+    (value < comptime!(plan.columns() as u32) && key < comptime!(plan.keys as u32), at as usize)
 }
 
-/// Sets the state where the walk enters a sequence.
+/// Sets the state where the walk enters a segment.
 #[cube]
 pub(super) fn load_state(
     initial: &[f32],
@@ -157,9 +160,18 @@ pub(super) fn load_state(
             }
         }
     }
+    if comptime!(plan.task == Task::SegmentStates) {
+        #[unroll]
+        for n in 0..comptime!(state.len()) {
+            let value = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
+            if value == column_of(lane, n) + comptime!(transition(plan.values) as u32) {
+                write(state, n, f32::new(1.0));
+            }
+        }
+    }
 }
 
-/// Writes the state where the walk leaves a sequence.
+/// Writes the state where the walk leaves a segment.
 #[cube]
 pub(super) fn store_state(
     last: &mut [f32],

@@ -1,5 +1,6 @@
 //! What the kernels are specialised on, and how that is chosen.
 
+use crate::hopper_delta::segments;
 use crate::tile::hopper::{Acc, Frag};
 
 /// Tokens a chunk.
@@ -82,6 +83,10 @@ pub(super) enum Task {
     Borders,
     /// Against time: the gradients of the values, and that of the state after each chunk.
     Gradients,
+    /// With time: what a segment makes of no state, and, in columns of their own behind it, of each unit vector.
+    SegmentStates,
+    /// Against time: what the outputs of a segment alone make of the gradient of the state before it.
+    SegmentGradients,
 }
 
 /// A walk from chunk to chunk.
@@ -100,8 +105,9 @@ pub(super) struct ChainPlan {
 impl ChainPlan {
     /// `narrow`: one warpgroup a cube, where that fills more of the device.
     pub(super) fn new(task: Task, keys: usize, values: usize, narrow: bool) -> Self {
-        let warpgroups = if narrow || values <= 64 { 1 } else { 2 };
-        let plan = Self { task, keys, values, warpgroups, stages: 0, initial: false };
+        let plan = Self { task, keys, values, warpgroups: 1, stages: 0, initial: false };
+        let warpgroups = if narrow || plan.columns() <= 64 { 1 } else { 2 };
+        let plan = Self { warpgroups, ..plan };
         let stage = plan.stage_bytes() + 4 * plan.padded();
         let all = ((SHARED - plan.fixed_bytes()) / stage).min(4);
         // Two stages where two cubes share a processor.
@@ -121,19 +127,34 @@ impl ChainPlan {
 
     /// Cubes that share the value channels of a head.
     pub(super) fn slices(&self) -> usize {
-        self.values.div_ceil(64 * self.warpgroups)
+        self.columns().div_ceil(64 * self.warpgroups)
     }
 
     pub(super) fn with_outputs(&self) -> bool {
-        self.task != Task::Borders
+        matches!(self.task, Task::Outputs | Task::Gradients)
     }
 
     pub(super) fn with_borders(&self) -> bool {
-        self.task != Task::Outputs
+        matches!(self.task, Task::Borders | Task::Gradients)
     }
 
     pub(super) fn against_time(&self) -> bool {
-        self.task == Task::Gradients
+        matches!(self.task, Task::Gradients | Task::SegmentGradients)
+    }
+
+    /// Whether chunks leave something in memory; else only the state at the end counts.
+    pub(super) fn stores(&self) -> bool {
+        self.with_outputs() || self.with_borders()
+    }
+
+    /// Whether the state at the end is written.
+    pub(super) fn with_last(&self) -> bool {
+        self.task != Task::Borders
+    }
+
+    /// Columns of the state, which are value channels, or with a segment's transition also key channels.
+    pub(super) fn columns(&self) -> usize {
+        if self.task == Task::SegmentStates { segments::columns(self.keys, self.values) } else { self.values }
     }
 
     /// Panels that copies bring to a stage: what is read with, written with, and added from values; for outputs also what
@@ -242,7 +263,9 @@ mod tests {
         for keys in (16..=128).step_by(16) {
             for values in (16..=512).step_by(16) {
                 for narrow in [false, true] {
-                    for task in [Task::Outputs, Task::Borders, Task::Gradients] {
+                    for task in
+                        [Task::Outputs, Task::Borders, Task::Gradients, Task::SegmentStates, Task::SegmentGradients]
+                    {
                         let plan = ChainPlan::new(task, keys, values, narrow);
                         assert!(plan.stages >= 2, "{plan:?}");
                     }
