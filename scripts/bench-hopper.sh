@@ -19,7 +19,7 @@ peer=$(python3 -c 'import fla' 2>/dev/null && echo yes)
 # The operators and shapes of one GPU: $1 is its number, $2 and $3 as above.
 on_gpu() {
     export CUDA_VISIBLE_DEVICES=$1 lock=$found/lock.$1
-    local plain=${2//:mma/} right=0 count=$((cores / gpus)) i
+    local plain=${2//:mma/} right=0 count=$((cores / gpus)) i shape
     plain=$(tr ',' '\n' <<<"$plain" | sort -u | paste -sd,)
     # Both sides compile, and ours checks, side by side; who times waits for all of them and is alone.
     if [ -n "$peer" ]; then
@@ -33,15 +33,17 @@ on_gpu() {
         '"$folder/bench-hopper" operators "$0" "$1" "$lock" >"$found/$0.json" 2>"$found/$0.log"' OPERATOR "$3" || right=1
     wait
     if [ -n "$peer" ]; then
-        python3 scripts/peer.py --tune "$plain" "$3" >/dev/null 2>&1
-        python3 scripts/peer.py "$plain" "$3" >"$found/peer.$1.json" 2>"$found/peer.$1.log"
+        for shape in ${3//,/ }; do
+            # Chooses among its variants, then times.
+            python3 scripts/peer.py "$plain" "$shape" >>"$found/peer.$1.json" 2>>"$found/peer.$1.log"
+        done
     fi
     return $right
 }
 
 if [ "$1" = operators ]; then
     [ "$2" != all ] || set -- "$1" "$("$folder/bench-hopper" list | paste -sd,)" "$3"
-    found=$(mktemp -d) gpus=$(nvidia-smi -L | wc -l) cores=$(nproc) patience=${PATIENCE:-600}
+    found=$(mktemp -d) gpus=$(nvidia-smi -L | wc -l) cores=$(nproc --all) patience=${PATIENCE:-600}
     short=$(tr ',' '\n' <<<"$3" | awk -Fx -v OFS=x '{ $1 = $1 < 2 ? $1 : 2; $2 = $2 < 2048 ? $2 : 2048; print }' | sort -u | paste -sd,)
     export folder found
     # An operator and the peer's are timed on the same GPU, of which each takes some.
