@@ -213,14 +213,15 @@ OPERATORS = {
 class Size:
     """A problem's size, and its random inputs."""
 
-    def __init__(self, b, t, h, k, v):
+    def __init__(self, b, t, h, k, v, key_heads=None):
         self.b, self.t, self.h, self.k, self.v = b, t, h, k, v
+        self.key_heads = key_heads or h
 
     def normal(self, width, heads=None):
         return leaf(torch.randn(self.b, self.t, heads or self.h, width, device="cuda").bfloat16())
 
     def unit(self):
-        return leaf(F.normalize(torch.randn(self.b, self.t, self.h, self.k, device="cuda"), dim=-1).bfloat16())
+        return leaf(F.normalize(torch.randn(self.b, self.t, self.key_heads, self.k, device="cuda"), dim=-1).bfloat16())
 
     def qkv(self):
         return self.normal(self.k), self.normal(self.k), self.normal(self.v)
@@ -264,11 +265,13 @@ def main():
             sys.exit(f"error: no operator {name}; there are {', '.join(OPERATORS)}")
     for name in names:
         for shape in shapes.split(","):
-            size = list(map(int, shape.split("x")))
-            row = {"operator": name, "engine": "peer", "shape": size, "device": torch.cuda.get_device_name()}
+            heads = shape.split("x")[2].partition("/")
+            size = list(map(int, shape.replace(heads[0] + "/", "", 1).split("x") if heads[1] else shape.split("x")))
+            keys = int(heads[0])
+            row = {"operator": name, "engine": "peer", "shape": size, "key_heads": keys, "device": torch.cuda.get_device_name()}
             try:
                 start = time.time()
-                row |= measure(name, size)
+                row |= measure(name, [*size, keys])
                 print(f"{name} {shape}: {time.time() - start:.1f} s", file=sys.stderr, flush=True)
             except Exception as error:
                 row["failed"] = repr(error)[:300]

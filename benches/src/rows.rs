@@ -12,6 +12,8 @@ struct Row {
     operator: String,
     engine: String,
     shape: [usize; 5],
+    /// Heads of queries and keys, where they are not those of `shape`.
+    key_heads: Option<usize>,
     device: String,
     forward_ms: Option<f64>,
     both_ms: Option<f64>,
@@ -24,6 +26,13 @@ struct Row {
     #[serde(default)]
     errors: BTreeMap<String, f64>,
     failed: Option<String>,
+}
+
+impl Row {
+    /// Its size.
+    fn case(&self) -> ([usize; 5], usize) {
+        (self.shape, self.key_heads.unwrap_or(self.shape[2]))
+    }
 }
 
 /// Forward, and forward and backward; or of a step.
@@ -44,7 +53,7 @@ fn rows(text: &str) -> Result<Vec<Row>, String> {
     for (i, line) in text.lines().enumerate().filter(|(_, line)| line.starts_with('{')) {
         let row: Row = serde_json::from_str(line).map_err(|error| format!("line {}: {error}", i + 1))?;
         let same = |other: &Row| {
-            (&other.operator, &other.engine, other.shape) == (&row.operator, &row.engine, row.shape)
+            (&other.operator, &other.engine, other.case()) == (&row.operator, &row.engine, row.case())
                 && other.device == row.device
                 && other.step_ms.is_some() == row.step_ms.is_some()
         };
@@ -73,7 +82,11 @@ fn shown(row: &Row) -> [String; 2] {
         "auto" => row.operator.clone(),
         engine => format!("{} ({engine})", row.operator),
     };
-    [name, row.shape.map(|x| x.to_string()).join(", ")]
+    let (mut shape, key_heads) = (row.shape.map(|x| x.to_string()), row.case().1);
+    if key_heads != row.shape[2] {
+        shape[2] = format!("{key_heads}/{}", shape[2]);
+    }
+    [name, shape.join(", ")]
 }
 
 /// The worst error of the outputs or gradients.
@@ -109,7 +122,7 @@ pub fn operators(text: &str) -> Result<Table, String> {
     let line = |row: &Row| {
         let peer = rows.iter().find(|other| {
             other.engine == PEER
-                && (&other.operator, other.shape, &other.device) == (&row.operator, row.shape, &row.device)
+                && (&other.operator, other.case(), &other.device) == (&row.operator, row.case(), &row.device)
         });
         let of_peer = |of: fn(&Row) -> Option<f64>| peer.and_then(of);
         let faster = |of: fn(&Row) -> Option<f64>| Some(of_peer(of)? / of(row)?);

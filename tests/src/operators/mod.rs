@@ -22,6 +22,9 @@ mod transition;
 pub use check::{Check, Error, Heads};
 pub use operator::{BOUNDS, Bounds, Draw, Input, Kind, Operator, Products, Size};
 
+/// Those whose heads of values may share queries and keys.
+pub const SHARED_KEYS: [&Operator; 2] = [&delta_rule::OPERATOR, &gated_delta_rule::OPERATOR];
+
 /// All operators.
 pub const OPERATORS: [&Operator; 13] = [
     &retention::OPERATOR,

@@ -12,6 +12,8 @@ pub struct Size {
     pub t: usize,
     /// Heads.
     pub h: usize,
+    /// Heads of queries and keys, of which each is read by as many heads of values, side by side; `h` where each has its own.
+    pub key_heads: usize,
     /// Channels of a key.
     pub k: usize,
     /// Channels of a value.
@@ -20,7 +22,9 @@ pub struct Size {
 
 impl std::fmt::Display for Size {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} {} {} {} {}", self.b, self.t, self.h, self.k, self.v)
+        let Self { b, t, h, key_heads, k, v } = *self;
+        let heads = if key_heads == h { h.to_string() } else { format!("{key_heads}/{h}") };
+        write!(f, "{b} {t} {heads} {k} {v}")
     }
 }
 
@@ -139,9 +143,10 @@ impl Draw {
         self.input(name, Kind::Channels, self.by_head(width), self.dtype)
     }
 
-    /// Channels of length 1.
+    /// Channels of length 1, of every head of keys.
     pub fn unit(&self, name: &'static str) -> Input {
-        let x = self.by_head(self.size.k);
+        let Size { b, t, key_heads, k, .. } = self.size;
+        let x = self.normal([b, t, key_heads, k]);
         let x = x.clone() / x.square().sum_dim(3).sqrt();
         self.input(name, Kind::Channels, x, self.dtype)
     }

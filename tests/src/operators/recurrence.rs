@@ -75,7 +75,7 @@ pub(super) fn exact(x: &[Vec<f64>], grad: &[f64], size: Size) -> Vec<Vec<f64>> {
 }
 
 /// Scores and what they read, the state's part of the outputs, and what a chunk adds to the state.
-pub(super) fn products(Size { b, t, h, k, v }: Size) -> [f64; 2] {
+pub(super) fn products(Size { b, t, h, k, v, .. }: Size) -> [f64; 2] {
     let forward = Products { scores: 1.0, values: 1.0, states: 2.0 };
     flops(forward, Products { scores: 0.0, values: 1.0, states: 1.0 }, b * t * h, k, v)
 }

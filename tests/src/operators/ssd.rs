@@ -9,7 +9,7 @@ use super::recurrence::{self, Pass};
 pub(super) const OPERATOR: Operator = Operator {
     name: "ssd",
     inputs: |draw| {
-        let Size { b, t, h, k, v } = draw.size;
+        let Size { b, t, h, k, v, .. } = draw.size;
         let shared = |name| draw.input(name, Kind::Channels, draw.normal([b, t, 1, k]), draw.dtype);
         let positive = |shape| activation::softplus(draw.normal(shape), 1.0);
         vec![

@@ -150,14 +150,14 @@ pub(super) fn delta_rule(x: &[Vec<f64>], grad: &[f64], size: Size) -> Vec<Vec<f6
 }
 
 /// k·kᵀ and q·kᵀ, the triangular system's solution and what the scores read, and the state read by k and q and written.
-pub(super) fn delta_products(Size { b, t, h, k, v }: Size) -> [f64; 2] {
+pub(super) fn delta_products(Size { b, t, h, k, v, .. }: Size) -> [f64; 2] {
     let forward = Products { scores: 2.0, values: 2.0, states: 3.0 };
     flops(forward, Products { scores: 0.0, values: 1.0, states: 1.0 }, b * t * h, k, v)
 }
 
 /// The scores of a and q with b and k, the system's solution from its two parts and what the scores read, and the state
 /// read by a and q and written by b and k.
-pub(super) fn products(Size { b, t, h, k, v }: Size) -> [f64; 2] {
+pub(super) fn products(Size { b, t, h, k, v, .. }: Size) -> [f64; 2] {
     let forward = Products { scores: 4.0, values: 4.0, states: 4.0 };
     flops(forward, Products { scores: 0.0, values: 2.0, states: 1.0 }, b * t * h, k, v)
 }

@@ -3,7 +3,7 @@
 
 use burn::tensor::DType;
 use burn_fla_ops::{Engine, SequenceOptions};
-use burn_fla_tests::operators::{Check, Draw, Heads, OPERATORS, Operator, Size};
+use burn_fla_tests::operators::{Check, Draw, Heads, OPERATORS, Operator, SHARED_KEYS, Size};
 use burn_fla_tests::reference_device;
 
 fn worst(operator: &'static Operator, size: Size) {
@@ -27,14 +27,17 @@ fn worst(operator: &'static Operator, size: Size) {
 #[test]
 fn the_recurrences_of_the_list_are_the_operators() {
     for operator in OPERATORS {
-        worst(operator, Size { b: 2, t: 35, h: 2, k: 5, v: 3 });
-        worst(operator, Size { b: 1, t: 3, h: 1, k: 4, v: 6 });
+        worst(operator, Size { b: 2, t: 35, h: 2, key_heads: 2, k: 5, v: 3 });
+        worst(operator, Size { b: 1, t: 3, h: 1, key_heads: 1, k: 4, v: 6 });
+    }
+    for operator in SHARED_KEYS {
+        worst(operator, Size { b: 2, t: 7, h: 6, key_heads: 2, k: 5, v: 3 });
     }
 }
 
 #[test]
 fn every_operator_has_a_name_of_its_own_and_a_floor() {
-    let size = Size { b: 1, t: 64, h: 1, k: 128, v: 128 };
+    let size = Size { b: 1, t: 64, h: 1, key_heads: 1, k: 128, v: 128 };
     for (i, operator) in OPERATORS.into_iter().enumerate() {
         assert!(OPERATORS[..i].iter().all(|other| other.name != operator.name), "{}", operator.name);
         let [forward, both] = (operator.flops)(size);

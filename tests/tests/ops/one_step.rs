@@ -60,7 +60,7 @@ fn one_step_of_every_operator_equals_its_reference() {
     let cpu = reference_device();
     for operator in OPERATORS {
         for (k, v) in SIZES {
-            let size = Size { b: 3, t: 1, h: 2, k, v };
+            let size = Size { b: 3, t: 1, h: 2, key_heads: 2, k, v };
             let draw = Draw { device: cpu.clone().autodiff(), size, dtype: DType::F32, wide: DType::F32 };
             let drawn = (operator.inputs)(&draw).into_iter().map(|input| input.tensor.inner());
             let inputs: Vec<Numbers> = drawn.map(|x| Numbers { shape: x.dims(), values: numbers(x) }).collect();
@@ -128,7 +128,7 @@ fn one_step_decays_by_value() {
 fn one_step_takes_bf16() {
     for (name, device) in kernel_devices().into_iter().filter(|(_, device)| device.supports_dtype(DType::BF16)) {
         for operator in OPERATORS {
-            let size = Size { b: 3, t: 1, h: 2, k: 64, v: 96 };
+            let size = Size { b: 3, t: 1, h: 2, key_heads: 2, k: 64, v: 96 };
             let draw = Draw { device: device.clone().autodiff(), size, dtype: DType::BF16, wide: DType::F32 };
             let inputs: Vec<Tensor<4>> =
                 (operator.inputs)(&draw).into_iter().map(|input| input.tensor.inner()).collect();

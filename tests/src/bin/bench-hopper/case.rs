@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Device, Gradients, Tensor};
 use burn_fla_ops::bridge::most_bytes;
 use burn_fla_ops::{Engine, SequenceOptions};
-use burn_fla_tests::operators::{Check, Draw, Error, Heads, Input, OPERATORS, Operator, Size};
+use burn_fla_tests::operators::{Check, Draw, Error, Heads, Input, OPERATORS, Operator, SHARED_KEYS, Size};
 use serde_json::json;
 
 use super::seed::loss;
@@ -38,6 +38,19 @@ pub(crate) fn choose(list: &str) -> Result<Vec<Chosen>, String> {
         }
     }
     Ok(chosen)
+}
+
+/// That all operators take these sizes.
+///
+/// # Errors
+/// A size whose heads share keys, with an operator whose heads do not.
+pub(crate) fn takes(chosen: &[Chosen], sizes: &[Size]) -> Result<(), String> {
+    let Some(size) = sizes.iter().find(|size| size.key_heads != size.h) else { return Ok(()) };
+    let alone = |chosen: &&Chosen| SHARED_KEYS.iter().all(|operator| operator.name != chosen.operator.name);
+    match chosen.iter().find(alone) {
+        Some(chosen) => Err(format!("the heads of {} do not share keys, as those of `{size}` do", chosen.operator.name)),
+        None => Ok(()),
+    }
 }
 
 impl Chosen {
@@ -103,7 +116,9 @@ impl Problem {
 
 /// A problem small enough that all heads are compared, and what they share.
 fn small(size: Size) -> Size {
-    Size { b: 2, t: size.t.min(130), h: size.h.min(8), ..size }
+    let share = size.h / size.key_heads;
+    let key_heads = size.key_heads.min(8usize.div_ceil(share));
+    Size { b: 2, t: size.t.min(130), h: key_heads * share, key_heads, ..size }
 }
 
 fn bytes_in_use(device: &Device) -> u64 {
@@ -202,6 +217,7 @@ pub(crate) fn report(chosen: Chosen, size: Size, errors: &[Error], measured: &Me
         "operator": name,
         "engine": engine,
         "shape": [size.b, size.t, size.h, size.k, size.v],
+        "key_heads": size.key_heads,
         "device": machine.name,
         "forward_ms": seconds[0] * 1e3,
         "both_ms": seconds[1] * 1e3,

@@ -1,6 +1,6 @@
 //! Times operators, and refuses to print a time for a wrong answer.
 //!
-//! - `bench-hopper operators OPERATOR,… B×T×H×K×V,… [FILE]`: those of `burn_fla_tests::operators` (`all` is every one, `gla:mma`
+//! - `bench-hopper operators OPERATOR,… B×T×H×K×V,… [FILE]` (H is 8/32 where 32 heads of values share 8 of keys): those of `burn_fla_tests::operators` (`all` is every one, `gla:mma`
 //!   is one on the kernels for any NVIDIA GPU since Ampere), forward and backward. All cases are checked before the first is
 //!   timed. Compiling and checking are the slow part; processes that are given one file do these side by side, and time
 //!   one after the other when all have checked;
@@ -56,6 +56,7 @@ fn run(arguments: &[&str]) -> Result<bool, String> {
         }
         ["step", operators, shapes] => {
             let (chosen, sizes, machine) = (case::choose(operators)?, sizes(shapes)?, machine(&device));
+            case::takes(&chosen, &sizes)?;
             let mut right = true;
             for size in sizes {
                 for chosen in &chosen {
@@ -80,6 +81,7 @@ fn run(arguments: &[&str]) -> Result<bool, String> {
 
 fn time_operators(device: &Device, operators: &str, shapes: &str, file: Option<File>) -> Result<bool, String> {
     let (chosen, sizes) = (case::choose(operators)?, sizes(shapes)?);
+    case::takes(&chosen, &sizes)?;
     let lock =
         |of: fn(&File) -> std::io::Result<()>| file.as_ref().map_or(Ok(()), of).map_err(|error| error.to_string());
     lock(File::lock_shared)?;
@@ -121,13 +123,21 @@ fn numbers<const N: usize>(text: &str) -> Result<[usize; N], String> {
 }
 
 fn sizes(list: &str) -> Result<Vec<Size>, String> {
-    let one = |text| {
-        let size = numbers::<5>(text)?;
-        if size.contains(&0) {
+    let one = |text: &str| {
+        let (plain, key_heads) = match text.split('x').nth(2).and_then(|heads| heads.split_once('/')) {
+            Some((keys, heads)) => (text.replacen(&format!("{keys}/{heads}"), heads, 1), Some(keys)),
+            None => (text.to_string(), None),
+        };
+        let [b, t, h, k, v] = numbers::<5>(&plain)?;
+        let key_heads = key_heads.map_or(Ok(h), str::parse);
+        let key_heads = key_heads.map_err(|_| format!("the heads of `{text}` are not two numbers with / between them"))?;
+        if [b, t, h, k, v, key_heads].contains(&0) {
             return Err(format!("a size of `{text}` is 0"));
         }
-        let [b, t, h, k, v] = size;
-        Ok(Size { b, t, h, k, v })
+        if !h.is_multiple_of(key_heads) {
+            return Err(format!("the {h} heads of `{text}` are no multiple of those of its keys"));
+        }
+        Ok(Size { b, t, h, key_heads, k, v })
     };
     list.split(',').map(one).collect()
 }

@@ -76,6 +76,7 @@ pub(crate) fn run(plain: &Device, chosen: Chosen, size: Size, machine: &Machine)
         "engine": engine,
         "step": true,
         "shape": [b, 1, h, k, v],
+        "key_heads": size.key_heads,
         "device": machine.name,
         "step_ms": looped * 1e3,
         "graph_ms": captured * 1e3,
