@@ -11,8 +11,8 @@ mod problem;
 use burn::tensor::{DType, Device, Int, Tensor};
 use burn_fla_ops::bridge::{has_kernels, poison_outputs};
 use burn_fla_ops::{
-    CuSeqlens, Engine, GateActivation, OpError, ShortConvOptions, add_rms_norm, gated_rms_norm, rms_norm, rotary,
-    short_conv, swiglu,
+    CuSeqlens, DecayGate, Engine, GateActivation, OpError, ShortConvOptions, add_rms_norm, decay_gate, gated_rms_norm,
+    rms_norm, rotary, short_conv, swiglu,
 };
 use burn_fla_tests::{assert_close, kernel_devices, numbers, ratio, reference_device, tensor, uniform};
 use problem::{EPS, Op, Problem, Way, compare, loss_of, problems, run, values};
@@ -81,9 +81,9 @@ fn kernels_are_the_reference_at_odd_sizes() {
 fn cubes_walk_over_many_rows() {
     for (name, device) in kernel_devices() {
         for problem in problems([1, 1700, 516], 4) {
-            let walks =
-                matches!(problem.op, Op::Rms { .. } | Op::L2 | Op::AddRms | Op::Gated { .. } | Op::LogGate { .. });
-            if walks || matches!(problem.op, Op::Linear { residual: false, .. }) {
+            let row_wise = matches!(problem.op, Op::Rms { .. } | Op::L2 | Op::AddRms | Op::Gated { .. });
+            let gates = matches!(problem.op, Op::LogGate { .. } | Op::DecayGate { .. });
+            if row_wise || gates || matches!(problem.op, Op::Linear { residual: false, .. }) {
                 compare(&problem, &Way::new(&device, DType::F32), name, 1e-5);
             }
         }
@@ -124,7 +124,8 @@ fn kernels_take_any_inputs_and_losses() {
                 Op::Gated { .. } | Op::SwiGlu | Op::SwiGluLinear => {
                     compare(&problem, &Way { shared: true, ..way }, name, 1e-5)
                 }
-                Op::Rms { .. } | Op::L2 | Op::LogGate { .. } | Op::Linear { .. } | Op::Rotary => {}
+                Op::Rms { .. } | Op::L2 | Op::Linear { .. } | Op::Rotary => {}
+                Op::LogGate { .. } | Op::DecayGate { .. } => {}
             }
         }
     }
@@ -226,6 +227,11 @@ fn wrong_arguments_are_named() {
     let silu = GateActivation::Silu;
     named(gated_rms_norm(x(), f32s([3, 6]), None, EPS, silu, e).unwrap_err(), "gated_rms_norm", "gate");
     named(gated_rms_norm(x(), x().cast(DType::BF16), None, EPS, silu, e).unwrap_err(), "gated_rms_norm", "gate");
+    let gate = |heads: usize, bias: Option<usize>| DecayGate { a_log: w(heads), bias: bias.map(w) };
+    named(decay_gate(x(), gate(4, None), e).unwrap_err(), "decay_gate", "a_log");
+    named(decay_gate(x(), gate(0, None), e).unwrap_err(), "decay_gate", "a_log");
+    named(decay_gate(x(), gate(3, Some(3)), e).unwrap_err(), "decay_gate", "bias");
+    named(decay_gate(x().cast(DType::F16), gate(6, None), e).unwrap_err(), "decay_gate", "a");
     named(swiglu(x(), f32s([6, 2]), e).unwrap_err(), "swiglu", "up");
     named(swiglu(x(), x().cast(DType::F64), e).unwrap_err(), "swiglu", "up");
 

@@ -24,6 +24,7 @@ pub mod based;
 pub mod bridge;
 pub mod cases;
 pub mod comba;
+pub mod decay_gate;
 pub mod delta;
 pub mod delta_rule;
 #[cfg(feature = "cube")]
@@ -87,6 +88,7 @@ pub use adamw::{AdamWOptions, AdamWSlot, AdamWStep, AdamWUpdated, adamw};
 pub use attention::{AttentionOptions, attention};
 pub use based::based;
 pub use comba::comba;
+pub use decay_gate::{DecayGate, decay_gate};
 pub use delta::DeltaOptions;
 pub use delta_rule::delta_rule;
 pub use dplr::dplr;

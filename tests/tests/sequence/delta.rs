@@ -4,7 +4,7 @@
 mod problem;
 
 use burn::tensor::{DType, Tensor};
-use burn_fla_ops::{delta, gated_delta_product};
+use burn_fla_ops::{DecayGate, delta, gated_delta_product};
 use burn_fla_tests::agree::{Input, assert_agree, assert_evaluations, assert_finite_differences, evaluate};
 use burn_fla_tests::{assert_close, numbers, reference_device, tensor};
 
@@ -45,6 +45,43 @@ fn the_recurrence_is_the_equation() {
         }
         assert_close("o", &numbers(o), &expected, 1e-15);
         assert_close("state", &numbers(end), &s, 1e-15);
+    }
+}
+
+/// The gate inside is the gate written out before the operator, with its gradients.
+#[test]
+fn a_gate_makes_the_decays() {
+    for op in OPS {
+        let problem = Problem::new(op, 21);
+        let mut inputs = problem.inputs();
+        let views = |x: &[Tensor<1>]| problem.views(&x[..x.len() - 2]);
+        let heads = problem.heads * problem.groups;
+        let width = if op == Op::Kda { problem.keys } else { 1 };
+        inputs.push(Input::new("a_log", &[heads], (-2.0, 2.0)));
+        inputs.push(Input::new("bias", &[heads * width], (-2.0, 2.0)));
+        let inside = |x: &[Tensor<1>]| {
+            let [a_log, bias] = [2, 1].map(|i| x[x.len() - i].clone());
+            problem.with_gate(&views(x), Some(DecayGate { a_log, bias: Some(bias) }))
+        };
+        if matches!(op, Op::Delta | Op::ProductUngated(_)) {
+            let x: Vec<Tensor<1>> =
+                inputs.iter().map(|x| tensor(&x.values, [x.values.len()], &reference_device(), DType::F64)).collect();
+            let error = inside(&x).expect_err("nothing decays").to_string();
+            assert!(error.contains("decay_gate"), "{error}");
+            continue;
+        }
+        let written = |x: &[Tensor<1>]| {
+            let [a_log, bias] = [2, 1].map(|i| x[x.len() - i].clone());
+            let views = views(x);
+            let step = (views.g.clone() + bias.reshape([1, 1, heads, width])).exp().add_scalar(1.0).log();
+            let g = step * a_log.exp().neg().reshape([1, 1, heads, 1]);
+            problem.public(&Views { g, ..views })
+        };
+        let both = |result: Result<(Tensor<4>, Tensor<4>), _>| {
+            let (o, state) = result.expect("good inputs");
+            vec![flat::<4>(o), flat::<4>(state)]
+        };
+        assert_agree(&format!("{op:?}"), &inputs, 1e-12, |x| both(inside(x)), |x| both(written(x)));
     }
 }
 

@@ -2,8 +2,8 @@
 
 use burn::tensor::Tensor;
 use burn_fla_ops::{
-    CuSeqlens, DeltaOptions, Engine, OpError, SequenceOptions, comba, delta, delta_rule, gated_delta_product,
-    gated_delta_rule, kda,
+    CuSeqlens, DecayGate, DeltaOptions, Engine, OpError, SequenceOptions, comba, delta, delta_rule,
+    gated_delta_product, gated_delta_rule, kda,
 };
 use burn_fla_tests::agree::{Input, assert_agree, flat, view};
 
@@ -108,6 +108,11 @@ impl Problem {
 
     /// The public function.
     pub fn public(&self, x: &Views) -> Result<(Tensor<4>, Tensor<4>), OpError> {
+        self.with_gate(x, None)
+    }
+
+    /// The same with decays made of g by a gate.
+    pub fn with_gate(&self, x: &Views, decay_gate: Option<DecayGate>) -> Result<(Tensor<4>, Tensor<4>), OpError> {
         let sequence = SequenceOptions {
             scale: self.scale,
             initial_state: Some(x.state.clone()),
@@ -115,7 +120,7 @@ impl Problem {
             chunk: self.chunk,
             engine: self.engine,
         };
-        let options = DeltaOptions { sequence, l2_norm: self.l2_norm };
+        let options = DeltaOptions { sequence, l2_norm: self.l2_norm, decay_gate };
         let Views { q, k, v, p, g, beta, .. } = x.clone();
         let by_token = |g: Tensor<4>| g.squeeze_dim::<3>(3);
         match self.op {

@@ -3,8 +3,8 @@
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_fla_ops::bridge::poison_outputs;
 use burn_fla_ops::{
-    Activation, CuSeqlens, Engine, Epilogue, GateActivation, ShortConvOptions, add_rms_norm, gated_rms_norm, l2_norm,
-    linear_with, log_gate, rms_norm, rotary, short_conv, swiglu, swiglu_linear,
+    Activation, CuSeqlens, DecayGate, Engine, Epilogue, GateActivation, ShortConvOptions, add_rms_norm, decay_gate,
+    gated_rms_norm, l2_norm, linear_with, log_gate, rms_norm, rotary, short_conv, swiglu, swiglu_linear,
 };
 use burn_fla_tests::{assert_close, numbers, reference_device, tensor, uniform};
 
@@ -22,6 +22,7 @@ pub enum Op {
     SwiGlu,
     SwiGluLinear,
     LogGate { bias: bool },
+    DecayGate { bias: bool, heads: usize },
     Linear { activation: Activation, residual: bool },
     Conv { silu: bool, bias: bool, initial: bool, packed: Option<Vec<usize>> },
     Rotary,
@@ -63,6 +64,7 @@ impl Problem {
             Op::SwiGlu => vec![x, x],
             Op::SwiGluLinear => vec![x, x, parameter([1, OUT, d])],
             Op::LogGate { bias } => [vec![x], vec![w; usize::from(*bias)]].concat(),
+            Op::DecayGate { bias, heads } => [vec![x, parameter([1, 1, *heads])], vec![w; usize::from(*bias)]].concat(),
             Op::Linear { residual, .. } => {
                 let [_, t, _] = self.shape;
                 let residual = vec![activation([b, t, OUT]); usize::from(*residual)];
@@ -106,6 +108,11 @@ impl Problem {
             Op::LogGate { bias } => {
                 let x = next();
                 vec![log_gate(x, bias.then(|| next().reshape([d])), 16.0, engine).unwrap()]
+            }
+            Op::DecayGate { bias, heads } => {
+                let (x, a_log) = (next(), next().reshape([*heads]));
+                let gate = DecayGate { a_log, bias: bias.then(|| next().reshape([d])) };
+                vec![decay_gate(x, gate, engine).unwrap()]
             }
             Op::Linear { activation, residual } => {
                 let (x, weight, bias) = (next(), next().reshape([OUT, d]), Some(next().reshape([OUT])));
@@ -244,6 +251,8 @@ pub fn problems(shape: [usize; 3], taps: usize) -> Vec<Problem> {
         Op::SwiGluLinear,
         Op::LogGate { bias: true },
         Op::LogGate { bias: false },
+        Op::DecayGate { bias: true, heads: d },
+        Op::DecayGate { bias: false, heads: if d.is_multiple_of(2) { d / 2 } else { 1 } },
         Op::Linear { activation: Activation::Identity, residual: false },
         Op::Linear { activation: Activation::Identity, residual: true },
         Op::Linear { activation: Activation::Silu, residual: false },

@@ -2,12 +2,12 @@
 
 use burn::module::Param;
 use burn::tensor::{DType, Tensor, activation};
-use burn_fla_ops::{self as ops, DeltaOptions, Engine, GateActivation};
+use burn_fla_ops::{self as ops, DecayGate, DeltaOptions, Engine, GateActivation};
 
 use super::{Convs, SequenceContext, StepSizes};
 use crate::init::Init;
 pub(crate) use crate::modules::check_conv;
-use crate::modules::{Linear, RmsNorm, ShortConv, softplus};
+use crate::modules::{Linear, RmsNorm, ShortConv};
 use crate::{NnError, ParamScope};
 
 /// The heads of a layer whose heads have a width of their own, whatever the width of the model is.
@@ -78,10 +78,9 @@ pub(crate) fn dt_bias(scope: &ParamScope<'_, '_>, count: usize) -> Param<Tensor<
     StepSizes::new().bias(scope, "dt_bias", count)
 }
 
-/// The log decays −A softplus(a + dt_bias), f32 `[B, T, HV]`.
-pub(crate) fn log_decay(a: Tensor<3>, a_log: &Param<Tensor<1>>, dt_bias: &Param<Tensor<1>>) -> Tensor<3> {
-    let step = softplus(a.cast(DType::F32) + dt_bias.val().unsqueeze());
-    (step * a_log.val().exp().unsqueeze()).neg()
+/// The gate of log decays, −A softplus(a + dt_bias).
+pub(crate) fn decay_gate(a_log: &Param<Tensor<1>>, dt_bias: &Param<Tensor<1>>) -> DecayGate {
+    DecayGate { a_log: a_log.val(), bias: Some(dt_bias.val()) }
 }
 
 /// The writing strengths σ(b), f32; twice that where eigenvalues may be negative.
@@ -90,9 +89,10 @@ pub(crate) fn strength(b: Tensor<3>, allow_neg_eigval: bool) -> Tensor<3> {
     if allow_neg_eigval { beta.mul_scalar(2.0) } else { beta }
 }
 
-/// Options of an operator that normalises queries and keys and goes on from `state`.
-pub(crate) fn normalised(context: &SequenceContext, state: Option<Tensor<4>>) -> DeltaOptions {
-    DeltaOptions { sequence: context.options(state), l2_norm: true }
+/// Options of an operator that normalises queries and keys, makes decays of `gate` where there is one, and goes on from
+/// `state`.
+pub(crate) fn normalised(context: &SequenceContext, state: Option<Tensor<4>>, gate: Option<DecayGate>) -> DeltaOptions {
+    DeltaOptions { sequence: context.options(state), l2_norm: true, decay_gate: gate }
 }
 
 /// The norm on the output of each head, times act(gate) where there is a gate.

@@ -216,7 +216,11 @@ impl DeltaNet {
                 Tensor::full([b, t, self.num_heads], all, (&x.device(), DType::F32))
             }
         };
-        let options = DeltaOptions { sequence: context.options(state), l2_norm: self.qk_norm == QkNorm::L2 };
+        let options = DeltaOptions {
+            sequence: context.options(state),
+            l2_norm: self.qk_norm == QkNorm::L2,
+            ..Default::default()
+        };
         let (o, state) = ops::delta_rule(q, k, split_heads(v, self.num_heads), beta, options)?;
         let gate = match &self.g_proj {
             Some(g_proj) => Some(split_heads(g_proj.forward(x)?, self.num_heads)),

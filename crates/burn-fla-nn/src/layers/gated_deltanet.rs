@@ -7,7 +7,7 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use burn_fla_ops::{self as ops, GateActivation};
 
-use super::delta::{Heads, Maps, a_log, check_conv, convolved, dt_bias, gated_norm, log_decay, normalised, strength};
+use super::delta::{Heads, Maps, a_log, check_conv, convolved, decay_gate, dt_bias, gated_norm, normalised, strength};
 use super::{Convs, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, RmsNorm, ShortConv, merge_heads, project, split_heads};
@@ -170,11 +170,12 @@ impl GatedDeltaNet {
         let q = convolved(&mut convs, &self.q_conv1d, q)?;
         let k = convolved(&mut convs, &self.k_conv1d, k)?;
         let v = convolved(&mut convs, &self.v_conv1d, v)?;
-        let log_decay = log_decay(self.a_proj.forward(x.clone())?, &self.A_log, &self.dt_bias);
+        let a = self.a_proj.forward(x.clone())?;
+        let gate = Some(decay_gate(&self.A_log, &self.dt_bias));
         let beta = strength(self.b_proj.forward(x.clone())?, self.allow_neg_eigval);
         let [q, k] = [q, k].map(|x| split_heads(x, heads.keys));
         let v = split_heads(v, heads.values);
-        let (o, state) = ops::gated_delta_rule(q, k, v, log_decay, beta, normalised(context, state))?;
+        let (o, state) = ops::gated_delta_rule(q, k, v, a, beta, normalised(context, state, gate))?;
         let gate = match &self.g_proj {
             Some(g_proj) => Some(split_heads(g_proj.forward(x)?, heads.values)),
             None => None,

@@ -7,7 +7,7 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use burn_fla_ops::{self as ops, GateActivation};
 
-use super::delta::{Heads, Maps, a_log, check_conv, convolved, dt_bias, gated_norm, log_decay, normalised, strength};
+use super::delta::{Heads, Maps, a_log, check_conv, convolved, decay_gate, dt_bias, gated_norm, normalised, strength};
 use super::{Convs, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
 use crate::modules::{Linear, RmsNorm, ShortConv, merge_heads, project, split_heads};
@@ -178,12 +178,14 @@ impl GatedDeltaProduct {
         let k = k.reshape([b, t * n, heads.keys, heads.key_width]);
         let v = v.reshape([b, t * n, heads.values, heads.value_width]);
         let beta = strength(self.b_proj.forward(x.clone())?, self.allow_neg_eigval).reshape([b, t * n, heads.values]);
-        let log_decay = match (&self.a_proj, &self.A_log, &self.dt_bias) {
-            (Some(a_proj), Some(a_log), Some(dt_bias)) => Some(log_decay(a_proj.forward(x.clone())?, a_log, dt_bias)),
-            _ => None,
+        let (a, gate) = match (&self.a_proj, &self.A_log, &self.dt_bias) {
+            (Some(a_proj), Some(a_log), Some(dt_bias)) => {
+                (Some(a_proj.forward(x.clone())?), Some(decay_gate(a_log, dt_bias)))
+            }
+            _ => (None, None),
         };
         let q = split_heads(q, heads.keys);
-        let (o, state) = ops::gated_delta_product(q, k, v, log_decay, beta, n, normalised(context, state))?;
+        let (o, state) = ops::gated_delta_product(q, k, v, a, beta, n, normalised(context, state, gate))?;
         let gate = match &self.g_proj {
             Some(g_proj) => Some(split_heads(g_proj.forward(x)?, heads.values)),
             None => None,

@@ -7,10 +7,10 @@ use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor, activation};
 use burn_fla_ops::{self as ops, GateActivation};
 
-use super::delta::{Heads, Maps, a_log, check_conv, convolved, dt_bias, gated_norm, normalised, strength};
+use super::delta::{Heads, Maps, a_log, check_conv, convolved, decay_gate, dt_bias, gated_norm, normalised, strength};
 use super::{Convs, RecurrentState, SequenceContext};
 use crate::models::{CommonConfig, Fields};
-use crate::modules::{Linear, RmsNorm, ShortConv, merge_heads, project, softplus, split_heads};
+use crate::modules::{Linear, RmsNorm, ShortConv, merge_heads, project, split_heads};
 use crate::{NnError, ParamScope};
 
 /// The lowest bound of a log decay that the format's safe gate has.
@@ -178,11 +178,15 @@ impl Kda {
         let q = convolved(&mut convs, &self.q_conv1d, q)?;
         let k = convolved(&mut convs, &self.k_conv1d, k)?;
         let v = convolved(&mut convs, &self.v_conv1d, v)?;
-        let log_decay = self.log_decay(self.f_proj[1].forward(self.f_proj[0].forward(x.clone())?)?);
+        let f = self.f_proj[1].forward(self.f_proj[0].forward(x.clone())?)?;
+        let (decay, gate) = match self.lower_bound {
+            Some(bound) => (self.bounded_decay(f, bound), None),
+            None => (split_heads(f, heads.values), Some(decay_gate(&self.A_log, &self.dt_bias))),
+        };
         let beta = strength(self.b_proj.forward(x.clone())?, self.allow_neg_eigval);
         let [q, k] = [q, k].map(|x| split_heads(x, heads.keys));
         let v = split_heads(v, heads.values);
-        let (o, state) = ops::kda(q, k, v, log_decay, beta, normalised(context, state))?;
+        let (o, state) = ops::kda(q, k, v, decay, beta, normalised(context, state, gate))?;
         let gate = split_heads(self.g_proj[1].forward(self.g_proj[0].forward(x)?)?, heads.values);
         let o = gated_norm(o, Some(gate), &self.o_norm, GateActivation::Sigmoid, context.engine())?;
         let y = self.o_proj.forward(merge_heads(o))?;
@@ -190,13 +194,10 @@ impl Kda {
         Ok((y, state))
     }
 
-    /// ln α, f32 `[B, T, HV, K]`.
-    fn log_decay(&self, f: Tensor<3>) -> Tensor<4> {
+    /// ln α where it has a lower bound, f32 `[B, T, HV, K]`.
+    fn bounded_decay(&self, f: Tensor<3>, bound: f64) -> Tensor<4> {
         let f = split_heads(f.cast(DType::F32) + self.dt_bias.val().unsqueeze(), self.heads.values);
         let a = self.A_log.val().exp().reshape([1, 1, self.heads.values, 1]);
-        match self.lower_bound {
-            Some(bound) => activation::sigmoid(f * a).mul_scalar(bound),
-            None => (softplus(f) * a).neg(),
-        }
+        activation::sigmoid(f * a).mul_scalar(bound)
     }
 }

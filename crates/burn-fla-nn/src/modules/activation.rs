@@ -1,19 +1,12 @@
 //! Activations that mixers apply to queries, keys and gates.
 
 use burn::tensor::{DType, Tensor, activation};
+pub use burn_fla_ops::decay_gate::reference::softplus;
 pub use burn_fla_ops::log_gate::reference::log_sigmoid;
 use serde::{Deserialize, Serialize};
 
 use crate::NnError;
 use crate::models::Fields;
-
-/// ln(1 + e^x), to the last digits everywhere.
-///
-/// Far below zero the answer is e^x, which `log1p` keeps where the logarithm of a rounded sum would lose it; above 20 it
-/// is x.
-pub fn softplus<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    x.clone().clamp_max(20.0).exp().log1p() + x.sub_scalar(20.0).clamp_min(0.0)
-}
 
 /// An elementwise map of queries and keys (`feature_map` in config.json), computed in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

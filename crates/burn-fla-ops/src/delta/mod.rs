@@ -17,14 +17,12 @@ pub mod reference;
 
 use burn::tensor::{DType, Device, Tensor};
 
-#[cfg(feature = "cube")]
-use crate::Engine;
 use crate::arguments::activation;
 use crate::bridge::{same_device, same_dtype, same_shape};
 use crate::chunked::compute_dtype;
 use crate::l2_norm::{self, reference::l2_norm};
 use crate::sequences::by_sequence;
-use crate::{CuSeqlens, OpError, SequenceOptions};
+use crate::{CuSeqlens, DecayGate, Engine, OpError, SequenceOptions, decay_gate};
 
 /// Tokens a chunk where the decay is by key: its scores take pairs of tokens.
 const CHUNK_KEY: usize = 32;
@@ -39,11 +37,15 @@ pub struct DeltaOptions {
     /// Whether queries and keys (and what Comba reads with) are divided by their L2 norm first, as
     /// [`l2_norm`](crate::l2_norm()) does with [`EPS`](crate::l2_norm::EPS).
     pub l2_norm: bool,
+    /// Where it is given, the log decay of a call is the input a of this gate, and the decay is
+    /// `exp(−e^A ∘ softplus(a + b))`, see [`decay_gate`](crate::decay_gate()). A decay by key has one A for each head, or
+    /// for each channel, `[HV·K]`, and a bias for each channel.
+    pub decay_gate: Option<DecayGate>,
 }
 
 impl From<SequenceOptions> for DeltaOptions {
     fn from(sequence: SequenceOptions) -> Self {
-        Self { sequence, l2_norm: false }
+        Self { sequence, ..Default::default() }
     }
 }
 
@@ -95,6 +97,8 @@ impl Arguments {
         self.check()?;
         let [b, t, _, dk] = self.q.dims();
         let [.., heads, dv] = self.v.dims();
+        let gate = self.options.decay_gate.take();
+        self.gate = activated(self.op, self.gate, gate, self.options.sequence.engine)?;
         // Taken, not copied: a state that nobody else holds is updated in place.
         let sequence = std::mem::take(&mut self.options.sequence);
         let SequenceOptions { scale, initial_state, cu_seqlens, chunk, engine } = sequence;
@@ -321,6 +325,28 @@ impl Operands {
             }
         }
     }
+}
+
+/// The log decay of what `parameters` make of it, where there are some.
+pub(crate) fn activated(
+    op: &'static str,
+    log_decay: Option<Gate>,
+    parameters: Option<DecayGate>,
+    engine: Engine,
+) -> Result<Option<Gate>, OpError> {
+    let Some(parameters) = parameters else { return Ok(log_decay) };
+    Ok(Some(match log_decay {
+        Some(Gate::Token(a)) => Gate::Token(decay_gate(a, parameters, engine)?),
+        Some(Gate::Key(a)) => {
+            let [b, t, heads, keys] = a.dims();
+            let a = decay_gate(a.reshape([b, t, heads * keys]), parameters, engine)?;
+            Gate::Key(a.reshape([b, t, heads, keys]))
+        }
+        None => {
+            let reason = "is given to a rule without a decay; leave it out".into();
+            return Err(OpError::Option { op, option: "decay_gate", reason });
+        }
+    }))
 }
 
 /// Checks a gate or a writing strength: its shape and device. Its dtype is free among those of activations.

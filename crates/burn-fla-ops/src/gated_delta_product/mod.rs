@@ -13,7 +13,7 @@
 use burn::tensor::Tensor;
 
 use crate::bridge::same_shape;
-use crate::delta::{Arguments, Gate};
+use crate::delta::{Arguments, Gate, activated};
 use crate::{CuSeqlens, DeltaOptions, OpError};
 
 /// Gated DeltaProduct over whole sequences, with `n` steps of the delta rule a token.
@@ -55,6 +55,8 @@ pub fn gated_delta_product(
     if let Some(g) = &log_decay {
         same_shape(OP, "log_decay", g, [b, t, heads], "[B, T, HV]")?;
     }
+    // Before the zeros that stand for whole decays.
+    let gate = activated(OP, log_decay.map(Gate::Token), options.decay_gate.take(), options.sequence.engine)?;
     if let Some(packed) = options.sequence.cu_seqlens.take() {
         packed.check(b, t)?;
         let steps = CuSeqlens::new(packed.offsets().iter().map(|offset| offset * n).collect())?;
@@ -69,9 +71,9 @@ pub fn gated_delta_product(
             Tensor::cat(vec![zeros(h * dk, &q), q], 2).reshape([b, n * t, h, dk])
         }
     };
-    let gate = log_decay.map(|g| match n {
-        1 => Gate::Token(g),
-        _ => {
+    let gate = gate.map(|gate| match (n, gate) {
+        (1, gate) | (_, gate @ Gate::Key(_)) => gate,
+        (_, Gate::Token(g)) => {
             let g = g.reshape([b, t, 1, heads]);
             Gate::Token(Tensor::cat(vec![g.clone(), zeros(heads, &g)], 2).reshape([b, n * t, heads]))
         }

@@ -38,7 +38,7 @@
 //!   0.166 and 0.177.
 //! - The L2 norms of queries and keys are row-wise kernels before these. Inside, they would save 10 passes over a tensor: counted
 //!   for the 340M configuration of DeltaNet at 8 × 2048 tokens 0.34 GB, 0.08 ms, where a layer's products take 1.9 ms and the rule,
-//!   its convolutions and norms another 0.7. Not built. A scalar gate's activation is a number a token and head.
+//!   its convolutions and norms another 0.7. Not built. A gate's activation is a kernel before these too: a number a token and head.
 //! - Left: outputs could be another warpgroup's, which leaves three products to the walk. More than 128 key channels and
 //!   Comba's feedback run on the portable engine.
 //!

@@ -48,7 +48,9 @@ pub(crate) fn takes(chosen: &[Chosen], sizes: &[Size]) -> Result<(), String> {
     let Some(size) = sizes.iter().find(|size| size.key_heads != size.h) else { return Ok(()) };
     let alone = |chosen: &&Chosen| SHARED_KEYS.iter().all(|operator| operator.name != chosen.operator.name);
     match chosen.iter().find(alone) {
-        Some(chosen) => Err(format!("the heads of {} do not share keys, as those of `{size}` do", chosen.operator.name)),
+        Some(chosen) => {
+            Err(format!("the heads of {} do not share keys, as those of `{size}` do", chosen.operator.name))
+        }
         None => Ok(()),
     }
 }

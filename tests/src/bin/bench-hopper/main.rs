@@ -130,7 +130,8 @@ fn sizes(list: &str) -> Result<Vec<Size>, String> {
         };
         let [b, t, h, k, v] = numbers::<5>(&plain)?;
         let key_heads = key_heads.map_or(Ok(h), str::parse);
-        let key_heads = key_heads.map_err(|_| format!("the heads of `{text}` are not two numbers with / between them"))?;
+        let key_heads =
+            key_heads.map_err(|_| format!("the heads of `{text}` are not two numbers with / between them"))?;
         if [b, t, h, k, v, key_heads].contains(&0) {
             return Err(format!("a size of `{text}` is 0"));
         }

@@ -3,8 +3,8 @@
 
 use burn::tensor::{DType, Device, Distribution, Int, Tensor};
 use burn_fla_ops::{
-    Engine, GateActivation, ShortConvOptions, add_rms_norm, gated_rms_norm, log_gate, rms_norm, rotary, short_conv,
-    swiglu,
+    DecayGate, Engine, GateActivation, ShortConvOptions, add_rms_norm, decay_gate, gated_rms_norm, log_gate, rms_norm,
+    rotary, short_conv, swiglu,
 };
 use burn_fla_tests::{numbers, ratio};
 
@@ -39,7 +39,7 @@ struct Parameters {
     positions: Tensor<2, Int>,
 }
 
-const CASES: [Case; 11] = [
+const CASES: [Case; 12] = [
     Case {
         name: "rms_norm",
         width: WIDTH,
@@ -130,6 +130,16 @@ const CASES: [Case; 11] = [
         moved: [3.0, 4.0],
         apply: |p, mut x, engine| {
             vec![log_gate(x.remove(0), Some(p.weight.clone()), 16.0, engine).expect("good inputs")]
+        },
+    },
+    Case {
+        name: "decay_gate",
+        width: WIDTH,
+        inputs: 1,
+        moved: [3.0, 4.0],
+        apply: |p, mut x, engine| {
+            let gate = DecayGate { a_log: p.weight.clone(), bias: Some(p.weight.clone()) };
+            vec![decay_gate(x.remove(0), gate, engine).expect("good inputs")]
         },
     },
     Case {
