@@ -1,10 +1,10 @@
-"""Times operators of flash-linear-attention and PyTorch's flash attention: peer.py [--warm[=I/N]|--tune] OPERATOR,... BxTxHxKxV,...
+"""Times operators of flash-linear-attention and PyTorch's flash attention: peer.py [--warm[=I/N]] OPERATOR,... BxTxHxKxV,...
 
 The problems are those of bench-hopper: bf16, log decays log sigmoid(x) of normal numbers. A line of JSON for each, which `report operators`
 takes: medians of milliseconds over groups of calls with one wait each, as bench-hopper takes them, and the most bytes that
 tensors held at once, inputs and gradients included. What is added into a tensor's gradient is not timed. `--warm` only compiles, without choosing
 among the variants of a kernel, of which I/N is every Nth: run it for many operators side by side before one process
-tunes and times alone. `--tune` chooses, and times nothing.
+tunes and times alone.
 Needs a GPU, PyTorch and flash-linear-attention.
 """
 import json
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 import triton
 
 SLOTS = 64
-TUNE = "--tune" in sys.argv
 WARM = next((x.partition("=")[2] or "0/1" for x in sys.argv if x.startswith("--warm")), None)
 
 
@@ -245,7 +244,7 @@ def measure(name, size):
             x.grad = None
         forward().backward(grad)
 
-    if WARM or TUNE:
+    if WARM:
         both()
         torch.cuda.synchronize()
         return {}
@@ -275,7 +274,7 @@ def main():
                 print(f"{name} {shape}: {time.time() - start:.1f} s", file=sys.stderr, flush=True)
             except Exception as error:
                 row["failed"] = repr(error)[:300]
-            if "failed" in row or not (WARM or TUNE):
+            if "failed" in row or not WARM:
                 print(json.dumps(row), flush=True)
             torch.cuda.empty_cache()
 

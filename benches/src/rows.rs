@@ -12,7 +12,7 @@ struct Row {
     operator: String,
     engine: String,
     shape: [usize; 5],
-    /// Heads of queries and keys, where they are not those of `shape`.
+    /// Heads of queries and keys; those of `shape` where they are not given.
     key_heads: Option<usize>,
     device: String,
     forward_ms: Option<f64>,
@@ -186,7 +186,8 @@ a line for readers
 {"operator":"gla","engine":"auto","shape":[1,2,3,4,5],"device":"G","forward_ms":1.0,"both_ms":2.0,"peak_bytes":1073741824,"saved_bytes_per_token":0.0,"floor_ms":[0.5,1.0],"errors":{"o":1e-3,"g":4e-3}}
 {"operator":"gla","engine":"mma","shape":[1,2,3,4,5],"device":"H","forward_ms":1.0,"both_ms":2.0}
 {"operator":"gla","engine":"peer","shape":[1,2,3,4,5],"device":"G","forward_ms":3.0,"both_ms":5.0,"peak_bytes":2147483648}
-{"operator":"gla","engine":"auto","shape":[1,1,3,4,5],"device":"G","step":true,"step_ms":0.2,"graph_ms":0.1,"floor_ms":0.08,"errors":{"o":1e-3}}
+{"operator":"gla","engine":"auto","shape":[1,2,3,4,5],"key_heads":1,"device":"G","forward_ms":1.0,"both_ms":7.0}
+{"operator":"gla","engine":"auto","shape":[1,1,3,4,5],"key_heads":3,"device":"G","step":true,"step_ms":0.2,"graph_ms":0.1,"floor_ms":0.08,"errors":{"o":1e-3}}
 "#;
 
     #[test]
@@ -198,6 +199,7 @@ a line for readers
             [
                 "gla|1, 2, 3, 4, 5|1.000|3.000|3.00|2.000|5.000|2.50|1.000|2.0|1.00|2.00|0|4.0e-3 (g)|G",
                 "gla (mma)|1, 2, 3, 4, 5|1.000|–|–|2.000|–|–|–|–|–|–|–|–|H",
+                "gla|1, 2, 1/3, 4, 5|1.000|–|–|7.000|–|–|–|–|–|–|–|–|G",
             ]
         );
         assert!(table.rows.iter().all(|row| row.len() == table.columns.len()));

@@ -32,22 +32,23 @@
 //! Decays inside a chunk are factors `e^{G_i − M}` and `e^{M − G_j}` around its middle M, exact as long as no channel decays
 //! by more than 2^-120 over the chunk; a chunk in which one does is summed pair by pair ([`exact`]), in the same kernels.
 //!
-//! Nothing but the inputs is saved between forward and backward; while backward runs, operands and states hold
+//! Nothing is saved between forward and backward but the inputs and, where sequences are cut into the segments of
+//! [`crate::hopper_delta::segments`], the states between these; while backward runs, operands and states hold
 //! `8 K + 512 + 4 K V / 64` bytes a token and head.
 //!
 //! Measured on an H200, milliseconds forward / both, outputs and gradients right to 5e-3 (gates 4e-3): `rwkv7`
 //! 8 × 2048 × 32 × 64 × 64 takes 0.70 / 2.60, 16 × 4096 × 16 × 64 × 64 takes 1.32 / 5.03, `dplr` the same within a tenth. At the
 //! latter shape [`prepare`] takes 0.98 (1.12 for backward, 1.4 TB/s), the chains 0.24, 0.26 and 0.17 (all at 4.0 TB/s), and
 //! [`gradients`] 2.15 (2.2 TB/s: 4.7 GB, where its tensors are 2.6). Since then the inverse's rows are padded
-//! and a synchronisation was added, which has not run on a GPU. What is known to be left:
+//! and a synchronisation was added. `benches/results/90-operators.json` has it as it is on an H100, long sequences of few heads
+//! and, of `dplr` and kda, the peer beside it. What is known to be left:
 //! - [`prepare`] has 8 warps on a processor: with 252 registers a unit, two cubes run at a time where shared memory has room for
 //!   three. All four products between tokens at once, with 255 registers, took 0.19 less. Units wait for their own
 //!   instructions: a fifth of an instruction a cycle and warp.
 //! - [`gradients`] with one panel of keys: 128 registers a unit for two teams a cube, and the compiler waits for every product
 //!   (C7512) and spills 750 bytes a unit, which do not fit beside 226 KiB of shared memory and go to device memory. Running
 //!   sums made again at the end, inter staged early, and sums set to zero before their first product left 730.
-//! - No peer was timed beside these, nor long sequences of few heads, which are walked in the segments of
-//!   [`crate::hopper_delta::segments`], nor pairs that are summed one by one.
+//! - Pairs that are summed one by one, where decays are strong, were not timed.
 
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.
 #![allow(clippy::identity_op)]
