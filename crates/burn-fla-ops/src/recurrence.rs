@@ -176,9 +176,19 @@ impl Problem {
     /// Whether it runs in bf16 on matrix units.
     pub(crate) fn on_matrix_units(&self) -> bool {
         #[cfg(feature = "cuda")]
-        return Implementation::choose(self) == Implementation::Hopper;
+        return self.cores().is_some();
         #[cfg(not(feature = "cuda"))]
         false
+    }
+
+    /// The kernels for matrix units that it runs on.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cores(&self) -> Option<crate::hopper_walk::Cores> {
+        match Implementation::choose(self) {
+            Implementation::Hopper => Some(crate::hopper_walk::Cores::Hopper),
+            Implementation::Mma => Some(crate::hopper_walk::Cores::Mma),
+            _ => None,
+        }
     }
 
     /// Runs on the engine that the device and the options choose.

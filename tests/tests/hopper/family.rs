@@ -1,15 +1,15 @@
-//! What runs on the tensor cores under another name than the linear recurrences', against the token recurrence in f64 over
+//! What runs on the tensor cores under another name than the linear recurrences', by every engine that the device has, against the token recurrence in f64 over
 //! the same bf16 inputs: the slot memories `gsa` and `abc`, whose first pass decays by value, `rwkv6`, whose state is read
 //! before the token, and `ssd`, whose heads share queries and keys.
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_fla_ops::{
-    AbcOptions, AbcState, CuSeqlens, GsaOptions, GsaState, HeadGroups, SequenceOptions, SsdOptions, abc, bridge, gsa,
-    rwkv6, ssd,
+    AbcOptions, AbcState, CuSeqlens, Engine, GsaOptions, GsaState, HeadGroups, SequenceOptions, SsdOptions, abc,
+    bridge, gsa, rwkv6, ssd,
 };
 use burn_fla_tests::{numbers, ratio, reference_device, tensor, uniform};
 
-use super::hopper;
+use super::device_for;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Op {
@@ -104,7 +104,9 @@ impl Case {
         shapes
     }
 
-    fn run(&self, device: &Device, exact: bool) -> Found {
+    /// Outputs and gradients: of the public function with an engine, or of the recurrence in f64.
+    fn run(&self, device: &Device, engine: Option<Engine>) -> Found {
+        let exact = engine.is_none();
         let device = device.clone().autodiff();
         let shapes = self.shapes();
         let states = match self.op {
@@ -126,7 +128,10 @@ impl Case {
         };
         let leaves: Vec<Tensor<4>> = shapes.iter().enumerate().map(|(i, shape)| leaf(i, *shape)).collect();
         let (x, state) = leaves.split_at(leaves.len() - states);
-        let outputs = if exact { self.recurrent(x, state) } else { self.public(x, state) };
+        let outputs = match engine {
+            Some(engine) => self.public(x, state, engine),
+            None => self.recurrent(x, state),
+        };
         let wide = if exact { DType::F64 } else { DType::F32 };
         let mut loss = Tensor::<1>::zeros([1], (&device, wide));
         let mut found = Vec::new();
@@ -148,33 +153,33 @@ impl Case {
         found
     }
 
-    fn public(&self, x: &[Tensor<4>], state: &[Tensor<4>]) -> Vec<Tensor<4>> {
+    fn public(&self, x: &[Tensor<4>], state: &[Tensor<4>], engine: Engine) -> Vec<Tensor<4>> {
         let cu_seqlens = self.packed.map(|offsets| CuSeqlens::new(offsets.to_vec()).unwrap());
         let [q, k, v, s] = [0, 1, 2, 3].map(|i: usize| x[i].clone());
         match self.op {
             Op::Gsa => {
                 let initial_state = self.initial.then(|| GsaState { keys: state[0].clone(), values: state[1].clone() });
-                let options = GsaOptions { initial_state, cu_seqlens, ..Default::default() };
+                let options = GsaOptions { initial_state, cu_seqlens, engine, ..Default::default() };
                 let (o, state) = gsa(q, k, v, s, x[4].clone(), options).unwrap();
                 vec![o, state.keys, state.values]
             }
             Op::Abc => {
                 let initial_state = self.initial.then(|| abc_state(state));
-                let options = AbcOptions { initial_state, cu_seqlens, ..Default::default() };
+                let options = AbcOptions { initial_state, cu_seqlens, engine, ..Default::default() };
                 let (o, state) = abc(q, k, v, s, options).unwrap();
                 let [n, h, m] = state.normaliser.dims();
                 vec![o, state.keys, state.values, state.normaliser.reshape([n, h, m, 1])]
             }
             Op::Rwkv6 => {
                 let initial_state = self.initial.then(|| state[0].clone());
-                let options = SequenceOptions { initial_state, cu_seqlens, ..Default::default() };
+                let options = SequenceOptions { initial_state, cu_seqlens, engine, ..Default::default() };
                 let (o, state) = rwkv6(q, k, v, s, x[4].clone().reshape([self.heads, self.keys]), options).unwrap();
                 vec![o, state]
             }
             Op::Ssd(groups) => {
                 let [delta, a, skip] = [3, 4, 5].map(|i: usize| x[i].clone());
                 let (skip, initial_state) = (Some(skip.reshape([self.heads])), self.initial.then(|| state[0].clone()));
-                let options = SsdOptions { skip, groups, initial_state, cu_seqlens, ..Default::default() };
+                let options = SsdOptions { skip, groups, initial_state, cu_seqlens, engine, ..Default::default() };
                 let delta = delta.reshape([self.batch, self.tokens, self.heads]);
                 let (o, state) = ssd(v, delta, a.reshape([self.heads]), k, q, options).unwrap();
                 vec![o, state]
@@ -250,12 +255,12 @@ fn abc_state(state: &[Tensor<4>]) -> AbcState {
     AbcState { keys: state[0].clone(), values: state[1].clone(), normaliser: state[2].clone().reshape([n, h, m]) }
 }
 
-fn check(cases: &[Case]) {
-    let Some(device) = hopper() else { return };
+fn check(engine: Engine, cases: &[Case]) {
+    let Some(device) = device_for(engine) else { return };
     bridge::poison_outputs(true);
     let mut wrong = Vec::new();
     for case in cases {
-        let (found, expected) = (case.run(&device, false), case.run(&reference_device(), true));
+        let (found, expected) = (case.run(&device, Some(engine)), case.run(&reference_device(), None));
         let mut line = String::new();
         // What a decay's gradient is a difference of.
         let largest = |name: &str| {
@@ -277,23 +282,36 @@ fn check(cases: &[Case]) {
             let rare = *name == "g" && case.decay.0 < -100.0;
             let bound = if rare { 2e-2 } else { case.op.bounds()[usize::from(!output)] };
             if !(error <= bound || small) {
-                wrong.push(format!("{case:?}: {name} is off by {error:.1e}"));
+                wrong.push(format!("{engine:?} {case:?}: {name} is off by {error:.1e}"));
             }
         }
-        println!("{case:?}:{line}");
+        println!("{engine:?} {case:?}:{line}");
     }
     bridge::poison_outputs(false);
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-#[test]
-fn every_length_is_right() {
+suite!(Auto: hopper, Mma: mma; {
+    every_length_is_right,
+    every_size_is_right,
+    every_decay_is_right,
+    packed_sequences_are_right,
+    segments_are_right,
+    abc_is_right,
+    every_length_is_right_of_rwkv6,
+    every_size_is_right_of_rwkv6,
+    every_decay_is_right_of_rwkv6,
+    packed_sequences_and_segments_are_right_of_rwkv6,
+    shared_keys_are_right,
+    two_runs_are_equal_bit_for_bit,
+});
+
+fn every_length_is_right(engine: Engine) {
     let lengths = [2, 63, 64, 65, 131, 600];
-    check(&lengths.map(|tokens| Case { tokens, ..BASE }));
+    check(engine, &lengths.map(|tokens| Case { tokens, ..BASE }));
 }
 
-#[test]
-fn every_size_is_right() {
+fn every_size_is_right(engine: Engine) {
     let sizes = [
         (16, 16, 16),
         (64, 64, 64),
@@ -304,118 +322,132 @@ fn every_size_is_right() {
         (192, 192, 192),
         (256, 256, 256),
     ];
-    check(&sizes.map(|(keys, values, slots)| Case {
-        keys,
-        values,
-        slots,
-        batch: 1,
-        tokens: 100,
-        gates: DType::BF16,
-        ..BASE
-    }));
+    check(
+        engine,
+        &sizes.map(|(keys, values, slots)| Case {
+            keys,
+            values,
+            slots,
+            batch: 1,
+            tokens: 100,
+            gates: DType::BF16,
+            ..BASE
+        }),
+    );
 }
 
 /// Chunks are cut where the decay is strong: into 2, 4 and more spans.
-#[test]
-fn every_decay_is_right() {
-    check(&[
-        Case { decay: (0.0, 0.0), ..BASE },
-        Case { decay: (-4.0, 0.0), ..BASE },
-        Case { decay: (-8.0, -1.0), ..BASE },
-        Case { decay: (-30.0, 0.0), tokens: 600, ..BASE },
-        Case { decay: (-30.0, 0.0), gates: DType::BF16, keys: 48, values: 80, ..BASE },
-        Case { decay: (-30.0, -29.0), ..BASE },
-    ]);
+fn every_decay_is_right(engine: Engine) {
+    check(
+        engine,
+        &[
+            Case { decay: (0.0, 0.0), ..BASE },
+            Case { decay: (-4.0, 0.0), ..BASE },
+            Case { decay: (-8.0, -1.0), ..BASE },
+            Case { decay: (-30.0, 0.0), tokens: 600, ..BASE },
+            Case { decay: (-30.0, 0.0), gates: DType::BF16, keys: 48, values: 80, ..BASE },
+            Case { decay: (-30.0, -29.0), ..BASE },
+        ],
+    );
 }
 
-#[test]
-fn packed_sequences_are_right() {
+fn packed_sequences_are_right(engine: Engine) {
     let base = Case { batch: 1, tokens: 700, packed: Some(&[0, 64, 64, 65, 73, 140, 700]), ..BASE };
-    check(&[
-        base,
-        Case { initial: false, keys: 64, values: 48, ..base },
-        Case { decay: (-20.0, 0.0), ..base },
-        Case { op: Op::Abc, ..base },
-    ]);
+    check(
+        engine,
+        &[
+            base,
+            Case { initial: false, keys: 64, values: 48, ..base },
+            Case { decay: (-20.0, 0.0), ..base },
+            Case { op: Op::Abc, ..base },
+        ],
+    );
 }
 
 /// One head and a long sequence: it is walked in segments.
-#[test]
-fn segments_are_right() {
+fn segments_are_right(engine: Engine) {
     let base = Case { batch: 1, heads: 1, tokens: 2200, decay: (-0.1, 0.0), ..BASE };
-    check(&[base, Case { packed: Some(&[0, 2060, 2060, 2063, 2200]), keys: 32, values: 32, slots: 32, ..base }]);
+    check(
+        engine,
+        &[base, Case { packed: Some(&[0, 2060, 2060, 2063, 2200]), keys: 32, values: 32, slots: 32, ..base }],
+    );
 }
 
-#[test]
-fn abc_is_right() {
+fn abc_is_right(engine: Engine) {
     let base = Case { op: Op::Abc, ..BASE };
-    check(&[base, Case { initial: false, tokens: 600, keys: 64, values: 256, ..base }]);
+    check(engine, &[base, Case { initial: false, tokens: 600, keys: 64, values: 256, ..base }]);
 }
 
 const RWKV6: Case = Case { op: Op::Rwkv6, ..BASE };
 
-#[test]
-fn every_length_is_right_of_rwkv6() {
+fn every_length_is_right_of_rwkv6(engine: Engine) {
     let lengths = [2, 63, 64, 65, 131, 600];
-    check(&lengths.map(|tokens| Case { tokens, ..RWKV6 }));
+    check(engine, &lengths.map(|tokens| Case { tokens, ..RWKV6 }));
 }
 
-#[test]
-fn every_size_is_right_of_rwkv6() {
+fn every_size_is_right_of_rwkv6(engine: Engine) {
     let sizes = [(16, 16), (64, 64), (48, 80), (96, 176), (128, 256), (256, 128), (256, 256), (128, 272)];
-    check(&sizes.map(|(keys, values)| Case { keys, values, batch: 1, tokens: 100, gates: DType::BF16, ..RWKV6 }));
+    check(
+        engine,
+        &sizes.map(|(keys, values)| Case { keys, values, batch: 1, tokens: 100, gates: DType::BF16, ..RWKV6 }),
+    );
 }
 
-#[test]
-fn every_decay_is_right_of_rwkv6() {
-    check(&[
-        Case { decay: (0.0, 0.0), ..RWKV6 },
-        Case { decay: (-4.0, 0.0), ..RWKV6 },
-        Case { decay: (-8.0, -1.0), ..RWKV6 },
-        Case { decay: (-30.0, 0.0), tokens: 600, ..RWKV6 },
-        Case { decay: (-30.0, 0.0), gates: DType::BF16, keys: 48, values: 80, ..RWKV6 },
-        Case { decay: (-30.0, -29.0), ..RWKV6 },
-        Case { decay: (-500.0, 0.0), ..RWKV6 },
-    ]);
+fn every_decay_is_right_of_rwkv6(engine: Engine) {
+    check(
+        engine,
+        &[
+            Case { decay: (0.0, 0.0), ..RWKV6 },
+            Case { decay: (-4.0, 0.0), ..RWKV6 },
+            Case { decay: (-8.0, -1.0), ..RWKV6 },
+            Case { decay: (-30.0, 0.0), tokens: 600, ..RWKV6 },
+            Case { decay: (-30.0, 0.0), gates: DType::BF16, keys: 48, values: 80, ..RWKV6 },
+            Case { decay: (-30.0, -29.0), ..RWKV6 },
+            Case { decay: (-500.0, 0.0), ..RWKV6 },
+        ],
+    );
 }
 
-#[test]
-fn packed_sequences_and_segments_are_right_of_rwkv6() {
+fn packed_sequences_and_segments_are_right_of_rwkv6(engine: Engine) {
     let base = Case { batch: 1, tokens: 700, packed: Some(&[0, 64, 64, 65, 73, 140, 700]), ..RWKV6 };
     let long = Case { batch: 1, heads: 1, tokens: 2200, decay: (-0.1, 0.0), ..RWKV6 };
-    check(&[
-        base,
-        Case { initial: false, keys: 64, values: 48, ..base },
-        Case { decay: (-20.0, 0.0), ..base },
-        long,
-        Case { packed: Some(&[0, 2060, 2060, 2063, 2200]), keys: 32, values: 32, ..long },
-    ]);
+    check(
+        engine,
+        &[
+            base,
+            Case { initial: false, keys: 64, values: 48, ..base },
+            Case { decay: (-20.0, 0.0), ..base },
+            long,
+            Case { packed: Some(&[0, 2060, 2060, 2063, 2200]), keys: 32, values: 32, ..long },
+        ],
+    );
 }
 
 /// Groups of heads that share queries and keys, side by side and in turn.
-#[test]
-fn shared_keys_are_right() {
+fn shared_keys_are_right(engine: Engine) {
     let base = Case { op: Op::Ssd(HeadGroups::Contiguous), heads: 6, slots: 2, values: 64, ..BASE };
     let tiled = Op::Ssd(HeadGroups::Tiled);
-    check(&[
-        base,
-        Case { op: tiled, ..base },
-        Case { slots: 1, heads: 4, tokens: 600, initial: false, ..base },
-        Case { slots: 6, tokens: 65, ..base },
-        Case { op: tiled, batch: 1, tokens: 700, packed: Some(&[0, 64, 64, 65, 73, 140, 700]), ..base },
-        Case { heads: 2, slots: 1, batch: 1, tokens: 2200, decay: (-0.1, 0.0), ..base },
-        Case { op: tiled, heads: 4, values: 272, batch: 1, tokens: 70, ..base },
-    ]);
+    check(
+        engine,
+        &[
+            base,
+            Case { op: tiled, ..base },
+            Case { slots: 1, heads: 4, tokens: 600, initial: false, ..base },
+            Case { slots: 6, tokens: 65, ..base },
+            Case { op: tiled, batch: 1, tokens: 700, packed: Some(&[0, 64, 64, 65, 73, 140, 700]), ..base },
+            Case { heads: 2, slots: 1, batch: 1, tokens: 2200, decay: (-0.1, 0.0), ..base },
+            Case { op: tiled, heads: 4, values: 272, batch: 1, tokens: 70, ..base },
+        ],
+    );
 }
 
-#[test]
-fn two_runs_are_equal_bit_for_bit() {
-    let Some(device) = hopper() else { return };
+fn two_runs_are_equal_bit_for_bit(engine: Engine) {
+    let Some(device) = device_for(engine) else { return };
     for op in [Op::Gsa, Op::Abc, Op::Rwkv6, Op::Ssd(HeadGroups::Contiguous)] {
         let shared = matches!(op, Op::Ssd(_));
         let (heads, slots) = if shared { (2, 1) } else { (1, 64) };
         let case = Case { op, heads, slots, batch: 1, tokens: 2200, ..BASE };
-        let run = || case.run(&device, false).into_iter().map(|(_, x, _)| x).collect::<Vec<_>>();
+        let run = || case.run(&device, Some(engine)).into_iter().map(|(_, x, _)| x).collect::<Vec<_>>();
         assert_eq!(run(), run(), "{op:?}");
     }
 }

@@ -165,8 +165,8 @@ fn probabilities(scores: Tensor<4>, engine: Engine) -> Tensor<4> {
 
 /// Both passes over checked arguments (q, k, v, s, g): two problems with a softmax between them.
 ///
-/// The first decays by value, with the slots as values; the second by key, with the slots as keys. On the tensor cores of
-/// a Hopper GPU bf16 stays bf16, with a softmax in f32; everywhere else both are computed in f32.
+/// The first decays by value, with the slots as values; the second by key, with the slots as keys. On tensor cores
+/// bf16 stays bf16, with a softmax in f32; everywhere else both are computed in f32.
 pub(crate) fn run(
     op: &'static str,
     arguments: [Tensor<4>; 5],
@@ -198,9 +198,11 @@ pub(crate) fn run(
             return Ok(None);
         }
         #[cfg(feature = "cuda")]
-        if narrow && crate::hopper_walk::takes_both(&probe) {
-            let (o, keys, values) = crate::hopper_walk::run_slots(first, probe);
-            return Ok(Some((o, GsaState { keys, values })));
+        if let Some(cores) = first.cores().filter(|cores| probe.cores() == Some(*cores)) {
+            if crate::hopper_walk::takes_both(&probe) {
+                let (o, keys, values) = crate::hopper_walk::run_slots(first, probe, cores);
+                return Ok(Some((o, GsaState { keys, values })));
+            }
         }
         let (scores, keys) = first.run()?;
         let p = probabilities(scores, options.engine);

@@ -28,17 +28,30 @@ pub(super) fn weights_of_span(
     lane: u32,
     #[comptime] plan: WalkPlan,
 ) {
-    let (first, end) = kept_rows(place, span, plan);
-    let token = token_at(place.start + span.start, place, plan.out_rows(), plan);
     #[unroll]
     for half in 0..2usize {
         let row = lane + comptime!(32 * half as u32);
-        let mut weight = f32::new(0.0);
-        if row >= first && row < end {
-            weight = weights[((token + row) * heads + place.head) as usize];
-        }
-        to[at + row as usize] = weight;
+        to[at + row as usize] = weight_of_row(weights, row, place, span, heads, plan);
     }
+}
+
+/// The weight of a row's token's own value, zero where the row's output is none.
+#[cube]
+pub(crate) fn weight_of_row(
+    weights: &[f32],
+    row: u32,
+    place: &Place,
+    span: &Span,
+    heads: u32,
+    #[comptime] plan: WalkPlan,
+) -> f32 {
+    let (first, end) = kept_rows(place, span, plan);
+    let token = token_at(place.start + span.start, place, plan.out_rows(), plan);
+    let mut weight = f32::new(0.0);
+    if row >= first && row < end {
+        weight = weights[((token + row) * heads + place.head) as usize];
+    }
+    weight
 }
 
 /// Adds the value of the one row whose token's value is not among those of a chunk, but beside them: the last one,

@@ -43,19 +43,21 @@ impl Engine {
         let hopper = || WalkPlan::new(roles, keys, values, axis, exclusive);
         match self.cores {
             Cores::Hopper => hopper().expect("the engine was chosen by the size"),
-            Cores::Mma => self.mma_plan(roles, keys, values, axis).walk,
+            Cores::Mma => self.mma_plan(roles, keys, values, axis, exclusive).walk,
         }
     }
 
     /// Whether every walk, forward and backward, has a plan for the kernels of [`crate::mma_walk`].
-    pub(crate) fn takes(&self, keys: usize, values: usize, axis: Axis) -> bool {
+    pub(crate) fn takes(&self, keys: usize, values: usize, axis: Axis, exclusive: bool) -> bool {
         let gate = |roles| Roles { borders: Borders::Write, ..roles };
-        let walks = [FORWARD, VALUES, QUERIES, KEYS, gate(QUERIES), gate(KEYS)];
-        walks.into_iter().all(|roles| MmaPlan::new(roles, keys, values, axis, self.shared).is_some())
+        let [reads, writes] = if axis == Axis::Value { [FORWARD, VALUES] } else { [QUERIES, KEYS] };
+        let walks = [FORWARD, VALUES, QUERIES, KEYS, gate(reads), gate(writes)];
+        walks.into_iter().all(|roles| MmaPlan::new(roles, keys, values, axis, exclusive, self.shared).is_some())
     }
 
-    pub(crate) fn mma_plan(&self, roles: Roles, keys: usize, values: usize, axis: Axis) -> MmaPlan {
-        MmaPlan::new(roles, keys, values, axis, self.shared).expect("the engine was chosen by the size")
+    pub(crate) fn mma_plan(&self, roles: Roles, keys: usize, values: usize, axis: Axis, exclusive: bool) -> MmaPlan {
+        let plan = MmaPlan::new(roles, keys, values, axis, exclusive, self.shared);
+        plan.expect("the engine was chosen by the size")
     }
 
     /// Groups of the outer channels, each of which has its own sums of products with the outputs, or their own scales.
@@ -65,17 +67,16 @@ impl Engine {
             Cores::Mma => {
                 let (keys, values) =
                     if plan.roles.outer_is_value { (plan.inner, plan.outer) } else { (plan.outer, plan.inner) };
-                let mma = self.mma_plan(plan.roles, keys, values, plan.axis);
-                mma.channel_groups()
+                self.mma_plan(plan.roles, keys, values, plan.axis, plan.exclusive).channel_groups()
             }
         }
     }
 
     /// Cubes that run at once.
-    pub(crate) fn cubes(&self, roles: Roles, keys: usize, values: usize, axis: Axis) -> usize {
+    pub(crate) fn cubes(&self, roles: Roles, keys: usize, values: usize, axis: Axis, exclusive: bool) -> usize {
         match self.cores {
             Cores::Hopper => self.processors,
-            Cores::Mma => self.processors * self.mma_plan(roles, keys, values, axis).cubes(self.shared),
+            Cores::Mma => self.processors * self.mma_plan(roles, keys, values, axis, exclusive).cubes(self.shared),
         }
     }
 }

@@ -7,7 +7,7 @@ use cubecl::prelude::{CubeCount, CubeDim, TensorMapArg, Tiled};
 use super::engine::{Cores, Engine};
 use super::plan::{Axis, Borders, CHUNK, END_SUMS, KeyHeads, Roles, WalkPlan};
 use super::table::{ITEM_WORDS, SEQUENCE_WORDS};
-use super::{KEYS, gate, prepare, segments, walk};
+use super::{KEYS, VALUES, gate, prepare, segments, walk};
 use crate::bridge::{CubeTensor, alloc, contiguous};
 use crate::tile::hopper::{panel_map, readable, words};
 
@@ -202,9 +202,7 @@ impl HopperWalk {
         let between = self.between(w, decays, &unused);
         // Somewhere to map f16 where there are no products.
         let spare = alloc(g, [1, 1, 1, 64], DType::F16);
-        // Gradients of what heads share come head by head; and those of queries by token where keys are by row.
-        let [b, t, _, _] = if plan.values_of_other_rows() { w.q } else { w.v }.meta.shape().dims::<4>();
-        let out = alloc(w.v, [b, t, self.heads, plan.outer], w.v.dtype);
+        let out = self.output_of(w, &plan);
         let last = if w.last { alloc(g, self.state_shape(), DType::F32) } else { unused.clone() };
         let ends = gate.map_or(&unused, |gate| &gate.ends).clone();
         // Products by channel are f16 and copied like the output, sums over channels are f32.
@@ -249,6 +247,13 @@ impl HopperWalk {
             );
         }
         [out, last]
+    }
+
+    /// Room for a walk's output: gradients of what heads share come head by head; and those of queries by token where keys
+    /// are by row.
+    pub(crate) fn output_of(&self, w: &Walk<'_>, plan: &WalkPlan) -> CubeTensor {
+        let [b, t, _, _] = if plan.values_of_other_rows() { w.q } else { w.v }.meta.shape().dims::<4>();
+        alloc(w.v, [b, t, self.heads, plan.outer], w.v.dtype)
     }
 
     /// What a walk reads between segments.
@@ -371,10 +376,11 @@ impl HopperWalk {
         let dg = sum.unwrap_or_else(|| alloc(like, like.meta.shape().dims::<4>(), dtype));
         let padded = writing.ends.meta.shape().dims::<3>()[2] / END_SUMS;
         let share = padded / writing.scales.meta.shape().dims::<4>()[2];
-        let roles = Roles { borders: Borders::Multiply, ..KEYS };
+        let writes = if self.axis == Axis::Value { VALUES } else { KEYS };
+        let roles = Roles { borders: Borders::Multiply, ..writes };
         let sums = match self.engine.cores {
             Cores::Hopper => END_SUMS,
-            Cores::Mma => self.engine.mma_plan(roles, self.keys, self.values, self.axis).end_sums(),
+            Cores::Mma => self.engine.mma_plan(roles, self.keys, self.values, self.axis, self.has_bonus).end_sums(),
         };
         if self.chunks > 0 {
             // SAFETY: the table has `chunks` chunks of tokens inside of the tensors.

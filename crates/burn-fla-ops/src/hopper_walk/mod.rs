@@ -54,7 +54,7 @@
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.
 #![allow(clippy::identity_op)]
 
-mod bonus;
+pub(crate) mod bonus;
 mod engine;
 mod gate;
 mod gradients;
@@ -69,7 +69,7 @@ mod prepare;
 mod probabilities;
 pub(crate) mod products;
 mod segments;
-mod shift;
+pub(crate) mod shift;
 mod slots;
 pub(crate) mod states;
 pub(crate) mod table;
@@ -102,23 +102,23 @@ pub(crate) fn takes(problem: &Problem) -> bool {
     takes_size(problem) && is_hopper(&problem.q.device())
 }
 
-/// Whether the engine of [`crate::mma_walk`] takes a problem: a decay by head, token or key, without a bonus, sizes and
-/// dtypes as in [`takes_size`], where the device has the shared memory for them.
+/// Whether the engine of [`crate::mma_walk`] takes a problem: sizes and dtypes as in [`takes_size`], where the device has
+/// the shared memory for them.
 pub(crate) fn takes_with_mma(problem: &Problem) -> bool {
     let device = problem.q.device();
-    if !takes_size(problem) || problem.bonus.is_some() || !has_mma(&device) {
+    if !takes_size(problem) || !has_mma(&device) {
         return false;
     }
     let axis = match problem.decay {
         Decay::Key(_) => Axis::Key,
         Decay::Token(_) => Axis::Token,
         Decay::Head(_) | Decay::None => Axis::Head,
-        Decay::Value(_) => return false,
+        Decay::Value(_) => Axis::Value,
     };
     let (keys, values) = (problem.q.dims()[3], problem.v.dims()[3]);
     // As `run` divides them.
     let values = if values <= MOST_CHANNELS { values } else { values.div_ceil(32) * 16 };
-    Engine::on(&device, Cores::Mma).takes(keys, values, axis)
+    Engine::on(&device, Cores::Mma).takes(keys, values, axis, problem.bonus.is_some())
 }
 
 /// bf16, chunks of the engine's own choice, key channels in multiples of 16 up to 256 and value channels up to 512 (256
@@ -145,8 +145,6 @@ pub(crate) fn takes_both(second: &Problem) -> bool {
 /// Columns of the state are independent of each other: where a head has more value channels than a walk takes, both
 /// halves become heads of their own, with the same queries, keys and decays.
 pub(crate) fn run(problem: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>) {
-    // Only the kernels for Hopper read what heads share where it is.
-    let problem = if cores == Cores::Mma { problem.with_own_heads() } else { problem };
     let [b, t, h, dv] = problem.v.dims();
     let dk = problem.q.dims()[3];
     if dv <= MOST_CHANNELS {
@@ -217,7 +215,7 @@ fn run_whole(problem: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>) {
     };
     let engine = Engine::on(&device, cores);
     let plan = engine.plan(FORWARD, dk, dv, axis, bonus.is_some());
-    let table = cut(&sequences, h, &[plan], engine.cubes(FORWARD, dk, dv, axis));
+    let table = cut(&sequences, h, &[plan], engine.cubes(FORWARD, dk, dv, axis, bonus.is_some()));
     let operator = HopperWalk {
         name: op,
         engine,

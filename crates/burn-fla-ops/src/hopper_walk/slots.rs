@@ -72,16 +72,17 @@ impl SlotWalk {
 
 /// Both passes of gsa, of problems that the engine takes, with a softmax of the first one's outputs in the place of the
 /// second one's queries. Returns o and both memories.
-pub(crate) fn run(first: Problem, second: Problem) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
+pub(crate) fn run(first: Problem, second: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
     let Problem { op, q, k, v: slots, decay, state: keys, sequences, scale, .. } = first;
     let Problem { v, state: values, scale: second_scale, .. } = second;
     let Decay::Value(g) = decay else { unreachable!("the first pass decays by value") };
     let [b, t, h, dk] = q.dims();
     let (m, dv) = (slots.dims()[3], v.dims()[3]);
     let device = q.device().inner();
-    let engine = Engine::on(&device, Cores::Hopper);
+    let engine = Engine::on(&device, cores);
     let plans = [engine.plan(FORWARD, dk, m, Axis::Value, false), engine.plan(FORWARD, m, dv, Axis::Key, false)];
-    let table = cut(&sequences, h, &plans, engine.processors);
+    let cubes = [engine.cubes(FORWARD, dk, m, Axis::Value, false), engine.cubes(FORWARD, m, dv, Axis::Key, false)];
+    let table = cut(&sequences, h, &plans, cubes[0].min(cubes[1]));
     let walk = |axis, keys, values, scale: f64| HopperWalk {
         name: op,
         engine,

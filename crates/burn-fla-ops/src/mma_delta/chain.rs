@@ -17,7 +17,7 @@ use crate::hopper_delta::plan::Task;
 use crate::hopper_walk::parts::{Place, chunk_at, decay_at, place};
 use crate::hopper_walk::plan::CHUNK;
 use crate::hopper_walk::states::{load_state, store_state};
-use crate::mma_walk::loads::load_tile;
+use crate::mma_walk::loads::{load_tile, tokens_from};
 use crate::mma_walk::outputs::write_outputs;
 use crate::mma_walk::parts::{band_at, outputs_of_state, write_decays};
 use crate::mma_walk::plan::{DECAYS, LEFT, RIGHT};
@@ -144,7 +144,7 @@ pub(super) fn chain(
         let (warp, lane) = (unit / 32u32, unit % 32u32);
         solve(t + comptime!(plan.inverse_at()), lane, plan);
         if comptime!(plan.with_borders()) {
-            store_written(address_of_mut(rows), &p, token, heads, warp, lane, count, plan);
+            store_written(&tokens_from(address_of_mut(rows), token, count), &p, heads, warp, lane, plan);
             write_borders(address_of_mut(borders), &p, chunk, heads, warp, lane, plan);
         }
         if comptime!(stages == 1 && plan.with_queries()) {
@@ -159,7 +159,8 @@ pub(super) fn chain(
                 outputs_of_state(t + comptime!(plan.queries_at()), lane, half, plan.mma);
                 scale_outputs(&decays, g0, lane, out_scale, half, plan);
                 outputs_of_tokens(t + comptime!(plan.scores_at()), t, warp, lane, half, plan);
-                write_outputs(address_of_mut(rows), &p, token, heads, warp, lane, count, half, plan.mma);
+                let to = tokens_from(address_of_mut(rows), token, count);
+                write_outputs(&to, &p, heads, warp, lane, half, plan.mma);
             }
         }
         let unit = unit_again();

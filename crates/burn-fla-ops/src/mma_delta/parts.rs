@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 use super::plan::ChainPlan;
 use crate::hopper_walk::parts::Place;
 use crate::hopper_walk::plan::PANEL;
+use crate::mma_walk::loads::Source;
 use crate::mma_walk::outputs::{rows_at, store_block};
 use crate::mma_walk::parts::{band_at, band_in_tile};
 use crate::mma_walk::plan::{LEFT, OF_OUTPUTS, OF_VALUES, RIGHT};
@@ -230,20 +231,11 @@ pub(super) fn token_rows(
 
 /// Writes what the system was solved for to device memory.
 #[cube]
-pub(super) fn store_written(
-    to: u64,
-    place: &Place,
-    token: u32,
-    heads: u32,
-    warp: u32,
-    lane: u32,
-    count: u32,
-    #[comptime] plan: ChainPlan,
-) {
+pub(super) fn store_written(to: &Source, place: &Place, heads: u32, warp: u32, lane: u32, #[comptime] plan: ChainPlan) {
     let written = comptime!(plan.written());
     #[unroll]
     for band in 0..comptime!(plan.mma.bands) {
-        let rows = rows_at(to, place, token, heads, warp, lane, count, band, plan.mma);
+        let rows = rows_at(to, place, heads, warp, lane, band, plan.mma);
         #[unroll]
         for block in 0..8usize {
             let at = comptime!(16 * band + 2 * block);

@@ -20,15 +20,15 @@ impl HopperWalk {
         shape: WalkPlan,
     ) -> [CubeTensor; 2] {
         let g = &decays.g;
-        let plan = self.engine.mma_plan(w.roles, self.keys, self.values, self.axis);
+        let plan = self.engine.mma_plan(w.roles, self.keys, self.values, self.axis, self.has_bonus);
         let plan = MmaPlan { walk: WalkPlan { stages: plan.walk.stages, ..shape }, ..plan };
         let unused = alloc(g, [32], DType::F32);
         let initial = w.initial.unwrap_or(&unused);
         let between = self.between(w, decays, &unused);
-        let out = alloc(w.v, w.v.meta.shape().dims::<4>(), w.v.dtype);
+        let out = self.output_of(w, &shape);
         let last = if w.last { alloc(g, self.state_shape(), DType::F32) } else { unused.clone() };
         let products = gate.map_or(&unused, |gate| &gate.products);
-        let by_key = shape.by_channel();
+        let by_channel = shape.by_channel();
         // SAFETY: as in `walk`.
         unsafe {
             walk::walk::launch_unchecked(
@@ -41,20 +41,21 @@ impl HopperWalk {
                 words(gate.map_or(w.v, |gate| gate.x)),
                 words(if shape.factors() { &decays.factors } else { w.v }),
                 words(&out),
-                words(if by_key { products } else { &unused }),
+                words(if by_channel { products } else { &unused }),
                 gate.map_or(&unused, |gate| &gate.scales).clone().into_buffer_arg(),
-                if by_key { unused.clone() } else { g.clone() }.into_buffer_arg(),
+                if by_channel { unused.clone() } else { g.clone() }.into_buffer_arg(),
                 words(g),
                 decays.vectors.clone().into_buffer_arg(),
                 words(&decays.vectors),
                 decays.levels.clone().into_buffer_arg(),
+                decays.weights.clone().into_buffer_arg(),
                 decays.table.clone().into_buffer_arg(),
                 initial.clone().into_buffer_arg(),
                 last.clone().into_buffer_arg(),
                 between.into_buffer_arg(),
                 words(gate.map_or(&unused, |gate| &gate.states)),
                 gate.map_or(&unused, |gate| &gate.ends).clone().into_buffer_arg(),
-                if by_key { &unused } else { products }.clone().into_buffer_arg(),
+                if by_channel { &unused } else { products }.clone().into_buffer_arg(),
                 self.heads as u32,
                 self.tokens as u32,
                 self.scale,
@@ -75,7 +76,7 @@ impl HopperWalk {
         shape: WalkPlan,
     ) {
         let g = &decays.g;
-        let plan = self.engine.mma_plan(shape.roles, self.keys, self.values, self.axis);
+        let plan = self.engine.mma_plan(shape.roles, self.keys, self.values, self.axis, self.has_bonus);
         let plan = MmaPlan { walk: WalkPlan { stages: plan.walk.stages, ..shape }, ..plan };
         let unused = alloc(g, [32], DType::F32);
         // SAFETY: as in `walk`.

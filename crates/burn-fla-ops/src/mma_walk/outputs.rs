@@ -2,6 +2,7 @@
 
 use cubecl::prelude::*;
 
+use super::loads::Source;
 use super::parts::{band_at, band_in_tile};
 use super::plan::{LEFT, MmaPlan};
 use crate::hopper_walk::parts::Place;
@@ -10,20 +11,18 @@ use crate::tile::mma::{bf16_high, bf16_low, load, pack_pair, read, store_global_
 /// Writes the outputs of a half to device memory.
 #[cube]
 pub(crate) fn write_outputs(
-    to: u64,
+    to: &Source,
     place: &Place,
-    token: u32,
     heads: u32,
     warp: u32,
     lane: u32,
-    count: u32,
     #[comptime] half: usize,
     #[comptime] plan: MmaPlan,
 ) {
     #[unroll]
     for band in 0..comptime!(plan.bands) {
         let out = comptime!(plan.out(band));
-        let rows = rows_at(to, place, token, heads, warp, lane, count, band, plan);
+        let rows = rows_at(to, place, heads, warp, lane, band, plan);
         #[unroll]
         for j in 0..comptime!(2 * plan.half_groups()) {
             let low = pack_pair(out, comptime!(4 * j));
@@ -39,20 +38,19 @@ pub(crate) struct Rows {
     address: u64,
     /// Bytes between two of them.
     stride: u64,
-    /// How many there are.
+    /// How many there are, and whether the first one is.
     count: u32,
+    begins: bool,
 }
 
 /// [`Rows`] of a band: of its four channels, 0 or 4 in the first half of the band, 8 or 12 in the second.
 #[cube]
 pub(crate) fn rows_at(
-    to: u64,
+    to: &Source,
     place: &Place,
-    token: u32,
     heads: u32,
     warp: u32,
     lane: u32,
-    count: u32,
     #[comptime] band: usize,
     #[comptime] plan: MmaPlan,
 ) -> Rows {
@@ -61,12 +59,13 @@ pub(crate) fn rows_at(
     let own = (lane % 4u32 / 2u32) * 4u32 + (lane % 2u32) * 8u32;
     let channel = at.panel * 64u32 + at.unit / 32u32 * 16u32 + own;
     let stride = heads * comptime!(outer * 2);
-    let first = u64::cast_from(token + lane / 4u32) * u64::cast_from(stride);
-    let left = count + 7u32 - u32::min(lane / 4u32, count + 7u32);
+    let first = u64::cast_from(to.token + lane / 4u32) * u64::cast_from(stride);
+    let left = to.end + 7u32 - u32::min(lane / 4u32, to.end + 7u32);
     Rows {
-        address: to + first + u64::cast_from((place.head * outer + channel) * 2u32),
+        address: to.address + first + u64::cast_from((place.head * outer + channel) * 2u32),
         stride: u64::cast_from(stride * 8u32),
         count: select(channel < outer, left / 8u32, 0u32),
+        begins: lane / 4u32 >= to.begin,
     }
 }
 
@@ -84,7 +83,11 @@ pub(crate) fn store_block(low: u32, high: u32, rows: &Rows, lane: u32, #[comptim
     let first = select(odd, other, kept);
     let second = select(odd, kept, other);
     let address = rows.address + rows.stride * comptime!(block as u64);
-    store_global_pair(address, first, second, comptime!(block as u32) < rows.count);
+    let mut there = comptime!(block as u32) < rows.count;
+    if comptime!(block == 0) {
+        there = there && rows.begins;
+    }
+    store_global_pair(address, first, second, there);
 }
 
 /// The products of each token's outputs with the same of the tile `x`, summed over this warp's channels.

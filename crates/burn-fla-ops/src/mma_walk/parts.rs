@@ -32,8 +32,32 @@ pub(crate) fn band_at(place: &Place, warp: u32, lane: u32, #[comptime] band: usi
 /// A lane's address of the band's columns in a tile of the cube's outer channels, as a transposed left operand.
 #[cube]
 pub(crate) fn band_in_tile(tile: u32, warp: u32, lane: u32, #[comptime] band: usize, #[comptime] plan: MmaPlan) -> u32 {
+    band_in_panels(tile, warp, lane, band, PANEL, plan)
+}
+
+/// The same in a tile of values, whose panels may have rows around the chunk's.
+#[cube]
+pub(super) fn band_in_values(
+    tile: u32,
+    warp: u32,
+    lane: u32,
+    #[comptime] band: usize,
+    #[comptime] plan: MmaPlan,
+) -> u32 {
+    band_in_panels(tile, warp, lane, band, comptime!(plan.walk.value_panel()), plan)
+}
+
+#[cube]
+fn band_in_panels(
+    tile: u32,
+    warp: u32,
+    lane: u32,
+    #[comptime] band: usize,
+    #[comptime] bytes: usize,
+    #[comptime] plan: MmaPlan,
+) -> u32 {
     let at = warp * comptime!(plan.bands as u32) + comptime!(band as u32);
-    across_first(tile + at / 4u32 * comptime!(PANEL as u32), lane) ^ ((at % 4u32) * 32u32)
+    across_first(tile + at / 4u32 * comptime!(bytes as u32), lane) ^ ((at % 4u32) * 32u32)
 }
 
 /// One warp writes a chunk's decays to `to[at..]`, from the log decays of two tokens a lane, in powers of two.
@@ -248,7 +272,7 @@ pub(super) fn outputs_of_chunk(
     for step in first_step..end_step {
         #[unroll]
         for band in 0..comptime!(plan.bands) {
-            load(LEFT, band, band_in_tile(v, warp, lane, band, plan), comptime!(step * 2048), true);
+            load(LEFT, band, band_in_values(v, warp, lane, band, plan), comptime!(step * 2048), true);
         }
         let from = comptime!(if plan.walk.roles.against_time { first } else { usize::max(first, step) });
         let to = comptime!(if plan.walk.roles.against_time { usize::min(end, step + 1) } else { end });
@@ -285,7 +309,7 @@ pub(super) fn update_state(k: u32, v: u32, decays: &[f32], g0: usize, warp: u32,
         let at = from + comptime!(16 * step);
         #[unroll]
         for band in 0..comptime!(plan.bands) {
-            load(LEFT, band, band_in_tile(v, warp, lane, band, plan), comptime!(step * 2048), true);
+            load(LEFT, band, band_in_values(v, warp, lane, band, plan), comptime!(step * 2048), true);
             if comptime!(!plan.walk.by_channel()) {
                 #[unroll]
                 for i in 0..4usize {

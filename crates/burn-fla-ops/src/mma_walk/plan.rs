@@ -32,7 +32,14 @@ pub(crate) struct MmaPlan {
 
 impl MmaPlan {
     /// The plan for a device with this much shared memory a cube, where there is one.
-    pub(crate) fn new(roles: Roles, keys: usize, values: usize, axis: Axis, shared: usize) -> Option<Self> {
+    pub(crate) fn new(
+        roles: Roles,
+        keys: usize,
+        values: usize,
+        axis: Axis,
+        exclusive: bool,
+        shared: usize,
+    ) -> Option<Self> {
         let (inner, outer) = if roles.outer_is_value { (keys, values) } else { (values, keys) };
         if inner > 256 || inner == 0 || outer == 0 {
             return None;
@@ -45,7 +52,7 @@ impl MmaPlan {
                 warpgroups,
                 stages,
                 axis,
-                exclusive: false,
+                exclusive,
                 key_heads: KeyHeads::Own,
                 wide_gates: true,
                 initial: false,
@@ -107,9 +114,9 @@ impl MmaPlan {
         4 / self.halves()
     }
 
-    /// Sums that a chunk's end has for each key channel: one of the state, and one of each half of its tokens.
+    /// Sums that a chunk's end has for each channel that decays: one of the state, and two of each half of its tokens.
     pub(crate) fn end_sums(&self) -> usize {
-        1 + self.halves()
+        1 + 2 * self.halves()
     }
 
     /// Steps of 16 of the inner channels.
@@ -127,6 +134,11 @@ impl MmaPlan {
         self.walk.warpgroups * PANEL
     }
 
+    /// Bytes of a tile of values: that, and where they are beside the outputs, the rows around it.
+    pub(super) fn values(&self) -> usize {
+        self.walk.warpgroups * self.walk.value_panel()
+    }
+
     /// Tiles of the outer channels beside values: factors of the outputs, and what outputs are multiplied with.
     pub(super) fn extra_tiles(&self) -> usize {
         self.walk.factors() as usize + self.walk.dots() as usize
@@ -134,10 +146,12 @@ impl MmaPlan {
 
     /// Bytes of all tiles: queries, keys, values, the extra ones, and scores.
     pub(super) fn tile_bytes(&self) -> usize {
-        2 * self.walk.stages * self.wide() + (self.value_stages + self.extra_tiles()) * self.narrow() + PANEL
+        let outer = self.value_stages * self.values() + self.extra_tiles() * self.narrow();
+        2 * self.walk.stages * self.wide() + outer + PANEL
     }
 
-    /// Numbers of a step's decays, see [`DECAYS`], or two vectors of factors by key.
+    /// Numbers of a step's decays, see [`DECAYS`], or by channel two vectors of factors and the weights of the tokens' own
+    /// values.
     pub(super) fn decays(&self) -> usize {
         if self.walk.by_channel() { self.walk.decays() } else { DECAYS }
     }
@@ -189,10 +203,15 @@ mod tests {
                     for borders in [Borders::None, Borders::Write] {
                         for outer_is_value in [false, true] {
                             let roles = Roles { outer_is_value, against_time: false, borders };
-                            for axis in [Axis::Token, Axis::Key] {
-                                let Some(plan) = MmaPlan::new(roles, keys, values, axis, shared) else {
-                                    // The most that the gradients of a decay by key ask for is not in 99 KiB.
-                                    assert!(axis == Axis::Key && shared == LIMITS[2] && keys > 128 && values > 192);
+                            for (axis, exclusive) in
+                                [(Axis::Token, false), (Axis::Key, false), (Axis::Key, true), (Axis::Value, false)]
+                            {
+                                let Some(plan) = MmaPlan::new(roles, keys, values, axis, exclusive, shared) else {
+                                    // The most that the gradients of a decay by channel ask for is not in 99 KiB.
+                                    let (decaying, others) =
+                                        if axis == Axis::Value { (values, keys) } else { (keys, values) };
+                                    assert!(axis.by_channel() && shared == LIMITS[2]);
+                                    assert!(decaying > 128 && others > 192, "{keys} {values} {axis:?} {exclusive}");
                                     continue;
                                 };
                                 assert!(plan.shared_bytes() <= shared && [2, 4, 8].contains(&plan.warps()));
@@ -207,11 +226,11 @@ mod tests {
     #[test]
     fn two_cubes_share_a_processor_where_heads_have_128_channels() {
         let roles = Roles { outer_is_value: true, against_time: false, borders: Borders::None };
-        let plan = MmaPlan::new(roles, 128, 128, Axis::Token, LIMITS[1]).unwrap();
+        let plan = MmaPlan::new(roles, 128, 128, Axis::Token, false, LIMITS[1]).unwrap();
         assert_eq!((plan.warps(), plan.cubes(LIMITS[1])), (4, 2));
         // With a decay by key there are two tiles more: one buffer each leaves room.
         let roles = Roles { outer_is_value: false, against_time: true, borders: Borders::Multiply };
-        let plan = MmaPlan::new(roles, 128, 128, Axis::Key, LIMITS[1]).unwrap();
+        let plan = MmaPlan::new(roles, 128, 128, Axis::Key, false, LIMITS[1]).unwrap();
         assert_eq!((plan.walk.stages, plan.cubes(LIMITS[1])), (1, 2));
     }
 }

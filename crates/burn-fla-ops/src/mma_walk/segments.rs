@@ -4,11 +4,11 @@ use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::generic_to_shared;
 
 use super::key::scale_states;
-use super::loads::load_tile;
+use super::loads::{load_inner, load_values};
 use super::parts::{band_at, update_state, write_decays};
 use super::plan::{LEFT, MmaPlan, RIGHT};
 use crate::hopper_walk::key::factors_of_span;
-use crate::hopper_walk::parts::{Place, Span, chunk_at, decay_at, parts_of, place, span_at, spans_of};
+use crate::hopper_walk::parts::{chunk_at, decay_at, parts_of, place, span_at, spans_of};
 use crate::hopper_walk::plan::WalkPlan;
 use crate::hopper_walk::states::{load_state, store_end};
 use crate::tile::mma::{address_of, commit_copies, declare, declare_fragment, wait_copies};
@@ -35,11 +35,11 @@ pub(crate) fn segment_states(
     let stages = comptime!(shape.stages as u32);
     let bands = comptime!(plan.bands);
     let wide = comptime!(plan.wide() as u32);
-    let narrow = comptime!(plan.narrow() as u32);
+    let narrow = comptime!(plan.values() as u32);
     let tiles = Shared::<[u32]>::new_aligned_slice(comptime!((stages * (wide + narrow)) as usize / 4), 1024usize);
     let mut decays = Shared::<[f32]>::new_aligned_slice(comptime!(2 * plan.decays()), 128usize);
     let tiles_k = generic_to_shared::<u32>(tiles.as_ptr());
-    let tiles_v = tiles_k + comptime!(stages * wide);
+    let tiles_v = tiles_k + comptime!(stages * wide + 128 * shape.rows_before() as u32);
     #[unroll]
     for band in 0..bands {
         declare(comptime!(plan.state(band)));
@@ -89,7 +89,8 @@ pub(crate) fn segment_states(
             if comptime!(stages == 1) {
                 sync_cube();
             }
-            load_both(tile_k, tile_v, k, v, &span, &p, heads, plan);
+            load_inner(tile_k, address_of(k), &p, &span, heads, comptime!(shape.key_rows()), plan);
+            load_values(tile_v, address_of(v), &p, &span, heads, plan);
             commit_copies();
             if warp == 0u32 {
                 if comptime!(shape.by_channel()) {
@@ -138,25 +139,4 @@ pub(crate) fn segment_states(
         let state = comptime!(plan.state(band));
         store_end(ends, &p, at.panel, heads, at.row, lane, state, shape);
     }
-}
-
-/// Starts loading keys and values of a step.
-#[cube]
-fn load_both(
-    tile_k: u32,
-    tile_v: u32,
-    k: &[u32],
-    v: &[u32],
-    span: &Span,
-    place: &Place,
-    heads: u32,
-    #[comptime] plan: MmaPlan,
-) {
-    let shape = comptime!(plan.walk);
-    let token = place.start + span.start;
-    let channel = place.slice * comptime!(64 * shape.warpgroups as u32);
-    let head = place.head;
-    let units = comptime!(plan.units());
-    load_tile(tile_k, address_of(k), 0u32, token, head, heads, span.count, shape.inner, shape.panels(), units);
-    load_tile(tile_v, address_of(v), channel, token, head, heads, span.count, shape.outer, shape.warpgroups, units);
 }

@@ -12,17 +12,19 @@
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::generic_to_shared;
 
-use super::key::{finish_outputs, scale_states, scales_at, sum_of_state, write_products};
-use super::loads::{load_early, load_late};
+use super::key::{add_own_values, finish_outputs, scale_states, scales_at, sum_of_state, write_products};
+use super::loads::{load_early, load_late, source};
 use super::outputs::{output_products, write_outputs};
 use super::parts::{
     band_at, outputs_of_chunk, outputs_of_state, scale_outputs, update_state, write_decays, write_scores,
 };
 use super::plan::{LEFT, MmaPlan, RIGHT, SCORES};
+use crate::hopper_walk::bonus::weight_of_row;
 use crate::hopper_walk::key::factors_of_span;
 use crate::hopper_walk::parts::{chunk_at, decay_at, parts_of, place, span_at, spans_of};
 use crate::hopper_walk::plan::{Borders, CHUNK};
 use crate::hopper_walk::products::multiply_rows;
+use crate::hopper_walk::shift::Rows;
 use crate::hopper_walk::states::{load_state, multiply_border, store_state, write_border};
 use crate::tile::mma::{address_of_mut, commit_copies, declare, declare_fragment, exp2, unit_again, wait_copies};
 
@@ -41,6 +43,7 @@ pub(crate) fn walk(
     vectors: &[f32],
     vector_words: &[u32],
     levels: &[u32],
+    weights: &[f32],
     table: &[i32],
     initial: &[f32],
     last: &mut [f32],
@@ -66,7 +69,9 @@ pub(crate) fn walk(
     let tiles_q = generic_to_shared::<u32>(tiles.as_ptr());
     let tiles_k = tiles_q + comptime!(stages * wide);
     let tiles_v = tiles_k + comptime!(stages * wide);
-    let tile_x = tiles_v + comptime!(plan.value_stages as u32 * narrow);
+    // Where the values of a step's own rows begin in its tile.
+    let rows_v = tiles_v + comptime!(128 * shape.rows_before() as u32);
+    let tile_x = tiles_v + comptime!((plan.value_stages * plan.values()) as u32);
     let tile_f = tile_x + comptime!(shape.dots() as u32 * narrow);
     let tile_p = tile_f + comptime!(shape.factors() as u32 * narrow);
     let shared_g = generic_to_shared::<f32>(decays.as_ptr());
@@ -110,11 +115,21 @@ pub(crate) fn walk(
                 factors_of_span(vectors, gates, &mut decays, 0usize, &p, chunk, parts, &span, heads, lane, shape);
             }
         }
+        if comptime!(shape.owns()) {
+            if warp == 0u32 {
+                #[unroll]
+                for half in 0..2usize {
+                    let row = lane + comptime!(32 * half as u32);
+                    let weight = weight_of_row(weights, row, &p, &span, heads, shape);
+                    decays[comptime!(2 * shape.decay_channels() + 32 * half) + lane as usize] = weight;
+                }
+            }
+        }
         if comptime!(stages > 1) {
             load_early(
                 tiles_q,
                 tiles_k,
-                tiles_v,
+                rows_v,
                 shared_g,
                 q,
                 k,
@@ -139,7 +154,7 @@ pub(crate) fn walk(
         let stage = step % stages;
         let q0 = tiles_q + stage * wide;
         let k0 = tiles_k + stage * wide;
-        let v0 = tiles_v + (step % comptime!(plan.value_stages as u32)) * narrow;
+        let v0 = rows_v + (step % comptime!(plan.value_stages as u32)) * comptime!(plan.values() as u32);
         let g0 = ((step % 2u32) * comptime!(plan.decays() as u32)) as usize;
         let g1 = (((step + 1u32) % 2u32) * comptime!(plan.decays() as u32)) as usize;
         // The next step.
@@ -158,7 +173,7 @@ pub(crate) fn walk(
             }
         }
         let next_span = span_at(&p, next_chunk, next_n, next_parts + 0u32, next_spans + 0u32, shape);
-        // Its log decays by token, which are summed up at the end of this step.
+        // Its log decays by token, which are summed up at the end of this step, or the weights of its tokens' own values.
         let unit = unit_again();
         let (warp, lane) = (unit / 32u32, unit % 32u32);
         let sums = comptime!(!shape.by_channel()) && warp == 0u32 && follows;
@@ -168,18 +183,23 @@ pub(crate) fn walk(
             next_low = decay_at(g, &p, next_span.start + lane, heads, shape);
             next_high = decay_at(g, &p, next_span.start + 32u32 + lane, heads, shape);
         }
+        let weighs = comptime!(shape.owns()) && warp == 0u32 && follows;
+        if weighs {
+            next_low = weight_of_row(weights, lane, &p, &next_span, heads, shape);
+            next_high = weight_of_row(weights, lane + 32u32, &p, &next_span, heads, shape);
+        }
         if comptime!(stages > 1) {
             wait_copies(0u32);
             sync_cube();
             if comptime!(plan.loads_late()) {
-                load_late(tile_x, tile_f, v0, v, x, factors, token, count, &p, heads, plan);
+                load_late(tile_x, tile_f, v0, v, x, factors, &p, &span, heads, plan);
                 commit_copies();
             }
             if follows {
                 load_early(
                     tiles_q,
                     tiles_k,
-                    tiles_v,
+                    rows_v,
                     shared_g,
                     q,
                     k,
@@ -200,7 +220,7 @@ pub(crate) fn walk(
             load_early(
                 tiles_q,
                 tiles_k,
-                tiles_v,
+                rows_v,
                 shared_g,
                 q,
                 k,
@@ -214,7 +234,7 @@ pub(crate) fn walk(
                 heads,
                 plan,
             );
-            load_late(tile_x, tile_f, v0, v, x, factors, token, count, &p, heads, plan);
+            load_late(tile_x, tile_f, v0, v, x, factors, &p, &span, heads, plan);
             commit_copies();
             wait_copies(0u32);
             sync_cube();
@@ -299,9 +319,24 @@ pub(crate) fn walk(
             outputs_of_chunk(tile_p, v0, warp, lane, half, plan);
             if comptime!(shape.dots()) {
                 if comptime!(shape.by_channel()) {
-                    let to = address_of_mut(product_rows);
+                    let stride = heads * comptime!(shape.outer as u32 * 2);
+                    let to = source(address_of_mut(product_rows), stride, &p, &span, Rows::Prepared, shape);
                     let at = scales_at(&p, chunk, warp, heads, plan) + span.start % comptime!(CHUNK as u32);
-                    write_products(to, product_scales, at, tile_x, &p, token, heads, warp, lane, count, half, plan);
+                    write_products(
+                        &to,
+                        product_scales,
+                        at,
+                        tile_x,
+                        ends,
+                        chunk,
+                        first_span,
+                        &p,
+                        heads,
+                        warp,
+                        lane,
+                        half,
+                        plan,
+                    );
                 } else {
                     let at = group * tokens + token;
                     output_products(tile_x, dots, at, &p, heads, warp, lane, count, half, plan);
@@ -310,9 +345,15 @@ pub(crate) fn walk(
             if comptime!(shape.factors()) {
                 finish_outputs(&own, v0, tile_f, warp, lane, half, plan);
             }
+            if comptime!(shape.owns()) {
+                let at = g0 + comptime!(2 * shape.decay_channels());
+                add_own_values(&decays, at, v0, warp, lane, out_scale, half, plan);
+            }
             let unit = unit_again();
             let (warp, lane) = (unit / 32u32, unit % 32u32);
-            write_outputs(address_of_mut(rows), &p, token, heads, warp, lane, count, half, plan);
+            let stride = heads * comptime!(shape.outer as u32 * 2);
+            let to = source(address_of_mut(rows), stride, &p, &span, comptime!(shape.out_rows()), shape);
+            write_outputs(&to, &p, heads, warp, lane, half, plan);
         }
         let unit = unit_again();
         let (warp, lane) = (unit / 32u32, unit % 32u32);
@@ -336,6 +377,11 @@ pub(crate) fn walk(
             }
         } else if sums {
             write_decays(&mut decays, g1, next_low + 0.0f32, next_high + 0.0f32, lane, out_scale, plan);
+        }
+        if weighs {
+            let at = g1 + comptime!(2 * shape.decay_channels()) + lane as usize;
+            decays[at] = next_low + 0.0f32;
+            decays[at + 32] = next_high + 0.0f32;
         }
         i = next_i;
         n = next_n;

@@ -20,7 +20,7 @@ mod copy;
 mod product;
 mod store;
 
-pub use super::layout::{bf16_high, bf16_low, exp2, load_u32, store_u32, swizzled};
+pub use super::layout::{bf16_high, bf16_low, exp2, f16_high, f16_low, load_u32, store_u32, swizzled};
 pub use super::registers::{
     Acc, Frag, column_of, declare, declare_fragment, pack, pack_half_word, pack_pair, pack_step, pack_word, read,
     row_of, scale, word, write, zero,
