@@ -1,5 +1,5 @@
 //! The engine of the linear recurrences for NVIDIA GPUs since Ampere (compute capability 8.0), in bf16, with a decay by
-//! head, by token, or by token and key:
+//! head, by token, or by token and key or value:
 //!
 //! ```text
 //! S_t = diag(e^{g_t}) S_{t−1} + k_t v_tᵀ ,   o_t = scale · S_tᵀ q_t
@@ -9,6 +9,11 @@
 //! it shares: one kernel ([`walk`]) walks a sequence from chunk to chunk, and is the backward pass too, in other roles.
 //! Nothing is saved between forward and backward but the inputs: 0 bytes a token. What differs is a chunk's step: products
 //! of single warps, with transposed outputs, and copies by all units.
+//!
+//! A decay by value, the two passes of a slot memory, and heads that share queries and keys are what they are there. Where
+//! the state is read before the token ([`crate::hopper_walk::shift`]), a tile's rows that are none are loaded as zeros, and a
+//! token's own value is added to its output in f32, from the tile of values read one row later, against time one row before:
+//! one row beside the tile, and one `ldmatrix` for every 16 × 16 outputs more.
 //!
 //! Measured beside the engine for Hopper: `benches/results/69-mma-simple-gla.json`. On one H200, in milliseconds at
 //! 8 × 2048 × 32 × 128 × 128 with a decay by token, forward and with backward, where that engine took 0.17 and 0.92:
@@ -25,7 +30,8 @@
 //! - Scores above the diagonal are computed and selected away: 24 of a warp's 64 products for them.
 //! - At K = V = 128 the walks against and with time spill 0 to 60 bytes a unit, by key 20 to 124.
 //! - Segments load nothing ahead of the step at hand, and compute their states anew for each of the four walks.
-//! - It has run on Hopper GPUs alone; its instructions assemble for compute capability 8.0, 8.6, 8.9 and 12.0.
+//! - It has run on Hopper GPUs alone; its instructions assemble for compute capability 8.0, 8.6, 8.9 and 12.0. What it does
+//!   with decays by value, states that are read before the token and shared heads has not run on a GPU.
 
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.
 #![allow(clippy::identity_op)]
