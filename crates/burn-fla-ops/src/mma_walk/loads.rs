@@ -117,7 +117,7 @@ fn heads_of(heads: u32, #[comptime] inner: bool, #[comptime] plan: WalkPlan) -> 
         KeyHeads::Contiguous(count) | KeyHeads::Tiled(count) if plan.roles.outer_is_value == inner => count as u32,
         _ => 0,
     });
-    if comptime!(shared > 0) { heads * 0u32 + shared } else { heads + 0u32 }
+    if comptime!(shared > 0) { u32::new(comptime!(shared as i64)) } else { heads + 0u32 }
 }
 
 /// Starts loading queries, or keys, of a span.
