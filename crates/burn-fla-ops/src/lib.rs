@@ -55,6 +55,8 @@ pub mod mesa_net;
 #[cfg(feature = "cuda")]
 mod mma_delta;
 #[cfg(feature = "cuda")]
+mod mma_dplr;
+#[cfg(feature = "cuda")]
 mod mma_walk;
 pub mod nsa;
 #[cfg(feature = "cube")]

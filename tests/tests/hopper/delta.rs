@@ -100,10 +100,7 @@ fn check(engine: Engine, problems: &[Problem]) {
     check_with(engine, problems, as_they_are, 1.0);
 }
 
-/// The operators of an engine: a decay by key has kernels of its own, for Hopper alone.
-fn ops(engine: Engine) -> &'static [Op] {
-    if engine == Engine::Mma { &[Op::Delta, Op::Gated] } else { &[Op::Delta, Op::Gated, Op::Kda] }
-}
+const OPS: [Op; 3] = [Op::Delta, Op::Gated, Op::Kda];
 
 suite!(Auto: hopper, Mma: mma; {
     every_length_is_right,
@@ -120,14 +117,14 @@ suite!(Auto: hopper, Mma: mma; {
 });
 
 fn every_length_is_right(engine: Engine) {
-    for &op in ops(engine) {
+    for op in OPS {
         check(engine, &[2, 63, 64, 65, 131, 300].map(|tokens| base(op, tokens)));
     }
 }
 
 fn every_size_is_right(engine: Engine) {
     let sizes = [(16, 16), (64, 64), (128, 64), (64, 128), (48, 80), (96, 176), (128, 256), (112, 512)];
-    for &op in ops(engine) {
+    for op in OPS {
         // Every size is kernels of its own, which take their time to compile: dplr's suite has other ones of these.
         let sizes = if op == Op::Kda { &sizes[4..7] } else { &sizes[..] };
         let problems: Vec<Problem> =
@@ -138,7 +135,7 @@ fn every_size_is_right(engine: Engine) {
 
 /// Enough heads for cubes that walk 128 value channels.
 fn many_heads_are_right(engine: Engine) {
-    for &op in ops(engine) {
+    for op in OPS {
         check(
             engine,
             &[Problem { heads: 70, ..base(op, 70) }, Problem { heads: 140, values: 80, keys: 32, ..base(op, 70) }],
@@ -148,14 +145,14 @@ fn many_heads_are_right(engine: Engine) {
 
 fn every_decay_is_right(engine: Engine) {
     let ranges = [(0.0, 0.0), (-3.0, 0.0), (-30.0, 0.0), (-30.0, -29.0)];
-    for &op in ops(engine).iter().filter(|op| **op != Op::Delta) {
+    for op in OPS.into_iter().filter(|op| *op != Op::Delta) {
         check(engine, &ranges.map(|decay| Problem { decay, ..base(op, 131) }));
     }
 }
 
 /// Every token writes where all others read: their roundings add up.
 fn keys_that_repeat_are_right(engine: Engine) {
-    for &op in ops(engine) {
+    for op in OPS {
         check_with(engine, &[base(op, 131), Problem { l2_norm: true, ..base(op, 131) }], repeated, 3.0);
     }
 }
@@ -163,14 +160,14 @@ fn keys_that_repeat_are_right(engine: Engine) {
 /// Keys of length one are rounded to bf16 after the norm, which the recurrence here does not do, and with a β of up to 2
 /// nothing shortens a state and its errors.
 fn normalised_keys_are_right(engine: Engine) {
-    for &op in ops(engine) {
+    for op in OPS {
         let problem = Problem { l2_norm: true, ..base(op, 131) };
         check_with(engine, &[problem.clone(), Problem { keys: 16, values: 16, ..problem }], as_they_are, 2.0);
     }
 }
 
 fn packed_sequences_are_right(engine: Engine) {
-    for &op in ops(engine) {
+    for op in OPS {
         let packed = Some(vec![0, 64, 64, 65, 73, 140, 300]);
         let problem = Problem { batch: 1, packed, ..base(op, 300) };
         check(engine, &[problem.clone(), Problem { keys: 64, values: 48, ..problem }]);
@@ -179,7 +176,7 @@ fn packed_sequences_are_right(engine: Engine) {
 
 /// Sequences that are cut into segments on Hopper.
 fn few_heads_are_right(engine: Engine) {
-    for &op in ops(engine) {
+    for op in OPS {
         let problem = Problem { heads: 1, keys: 64, values: 32, batch: 1, ..base(op, 3300) };
         let packed = Some(vec![0, 3110, 3110, 3174, 3300]);
         check(engine, &[problem.clone(), Problem { keys: 48, values: 80, packed, ..problem }]);
@@ -187,7 +184,7 @@ fn few_heads_are_right(engine: Engine) {
 }
 
 fn value_heads_of_a_key_head_are_right(engine: Engine) {
-    for &op in ops(engine) {
+    for op in OPS {
         check(
             engine,
             &[Problem { groups: 3, ..base(op, 131) }, Problem { groups: 4, keys: 48, values: 64, ..base(op, 70) }],
@@ -202,7 +199,7 @@ fn products_are_right(engine: Engine) {
 
 fn two_runs_are_equal_bit_for_bit(engine: Engine) {
     let Some(device) = device_for(engine) else { return };
-    for &op in ops(engine) {
+    for op in OPS {
         let problem = Problem { groups: 2, ..base(op, 600) };
         let long = Problem { heads: 1, keys: 64, values: 32, batch: 1, ..base(op, 3300) };
         for problem in [problem, long] {

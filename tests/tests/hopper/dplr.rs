@@ -1,12 +1,12 @@
-//! The delta rules with a diagonal-plus-low-rank transition on the tensor cores of Hopper, against the token recurrence in
-//! f64 over the same bf16 inputs.
+//! The delta rules with a diagonal-plus-low-rank transition on the tensor cores, by every engine that the device has,
+//! against the token recurrence in f64 over the same bf16 inputs.
 
 use burn::tensor::{DType, Device, Tensor};
-use burn_fla_ops::{CuSeqlens, SequenceOptions, bridge, dplr, rwkv7};
+use burn_fla_ops::{CuSeqlens, Engine, SequenceOptions, bridge, dplr, rwkv7};
 use burn_fla_tests::agree::{Input, view};
 use burn_fla_tests::{numbers, ratio, reference_device, tensor, uniform};
 
-use super::hopper;
+use super::device_for;
 
 const NAMES: [&str; 9] = ["o", "state", "dq", "dk", "dv", "dg", "da", "db", "dh0"];
 /// Relative RMS errors: bf16 operands round to 2^-9, and each number is a sum of their products.
@@ -89,12 +89,13 @@ impl Problem {
         ([keys(0), keys(1), v, keys(3), keys(4), keys(5)], state)
     }
 
-    fn public(&self, x: &[Tensor<1>]) -> Pair {
+    fn public(&self, x: &[Tensor<1>], engine: Engine) -> Pair {
         let ([q, k, v, g, a, b], state) = self.views(x);
         let options = SequenceOptions {
             scale: Some(0.7),
             initial_state: Some(state),
             cu_seqlens: self.packed.clone().map(|offsets| CuSeqlens::new(offsets).expect("offsets")),
+            engine,
             ..Default::default()
         };
         let result = if self.removal { rwkv7(q, g, k, v, a, b, options) } else { dplr(q, k, v, a, b, g, options) };
@@ -119,8 +120,9 @@ impl Problem {
         (Tensor::cat(outputs, 1), Tensor::cat(states, 0))
     }
 
-    /// Outputs and gradients: of the public function, or of the recurrence in f64.
-    fn run(&self, device: &Device, exact: bool) -> Vec<Vec<f64>> {
+    /// Outputs and gradients: of the public function with an engine, or of the recurrence in f64.
+    fn run(&self, device: &Device, engine: Option<Engine>) -> Vec<Vec<f64>> {
+        let exact = engine.is_none();
         let device = device.clone().autodiff();
         let wide = if exact { DType::F64 } else { DType::F32 };
         let leaves: Vec<Tensor<1>> = self
@@ -135,7 +137,10 @@ impl Problem {
                 tensor::<1>(&numbers(rounded), [input.values.len()], &device, held).require_grad()
             })
             .collect();
-        let (o, end) = if exact { self.oracle(&leaves) } else { self.public(&leaves) };
+        let (o, end) = match engine {
+            Some(engine) => self.public(&leaves, engine),
+            None => self.oracle(&leaves),
+        };
         let weight = |seed, like: &Tensor<4>| -> Tensor<4> {
             let count = like.shape().num_elements();
             let rounded: Tensor<4> =
@@ -151,13 +156,13 @@ impl Problem {
     }
 }
 
-fn check_within(problems: &[Problem], times: f64) {
-    let Some(device) = hopper() else { return };
+fn check_within(engine: Engine, problems: &[Problem], times: f64) {
+    let Some(device) = device_for(engine) else { return };
     bridge::poison_outputs(true);
     let mut wrong = Vec::new();
     for problem in problems {
-        let found = problem.run(&device, false);
-        let exact = problem.run(&reference_device(), true);
+        let found = problem.run(&device, Some(engine));
+        let exact = problem.run(&reference_device(), None);
         let mut line = String::new();
         for (i, (found, exact)) in found.iter().zip(&exact).enumerate() {
             let error = ratio(found, exact);
@@ -166,78 +171,81 @@ fn check_within(problems: &[Problem], times: f64) {
             let vanishes = i == 5 && problem.decay.1 < -1.0;
             let small = found.iter().zip(exact).all(|(a, b)| (a - b).abs() <= 1e-5);
             if !(error <= times * BOUNDS[i] || vanishes && small) {
-                wrong.push(format!("{problem:?}: {} is off by {error:.1e}", NAMES[i]));
+                wrong.push(format!("{engine:?} {problem:?}: {} is off by {error:.1e}", NAMES[i]));
             }
         }
-        println!("{problem:?}:{line}");
+        println!("{engine:?} {problem:?}:{line}");
     }
     bridge::poison_outputs(false);
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-fn check(problems: &[Problem]) {
-    check_within(problems, 1.0);
+fn check(engine: Engine, problems: &[Problem]) {
+    check_within(engine, problems, 1.0);
 }
 
-#[test]
-fn every_length_is_right() {
+suite!(Auto: hopper, Mma: mma; {
+    every_length_is_right,
+    every_size_is_right,
+    many_heads_are_right,
+    every_decay_is_right,
+    keys_that_repeat_are_right,
+    few_heads_are_right,
+    packed_sequences_are_right,
+    two_runs_are_equal_bit_for_bit,
+});
+
+fn every_length_is_right(engine: Engine) {
     for removal in [true, false] {
-        check(&[2, 63, 64, 65, 131, 300].map(|tokens| base(removal, tokens)));
+        check(engine, &[2, 63, 64, 65, 131, 300].map(|tokens| base(removal, tokens)));
     }
 }
 
-#[test]
-fn every_size_is_right() {
+fn every_size_is_right(engine: Engine) {
     let sizes = [(16, 16), (64, 128), (48, 80), (128, 128), (112, 512)];
-    check(&sizes.map(|(keys, values)| Problem { keys, values, batch: 1, ..base(true, 100) }));
-    check(&[Problem { keys: 80, values: 256, batch: 1, ..base(false, 100) }]);
+    check(engine, &sizes.map(|(keys, values)| Problem { keys, values, batch: 1, ..base(true, 100) }));
+    check(engine, &[Problem { keys: 80, values: 256, batch: 1, ..base(false, 100) }]);
 }
 
 /// Enough heads for several rounds of cubes, and for cubes that walk 128 value channels.
-#[test]
-fn many_heads_are_right() {
+fn many_heads_are_right(engine: Engine) {
     let problem = Problem { heads: 140, keys: 32, values: 16, ..base(true, 70) };
-    check(&[problem.clone(), Problem { heads: 150, values: 80, ..problem }]);
+    check(engine, &[problem.clone(), Problem { heads: 150, values: 80, ..problem }]);
 }
 
-#[test]
-fn every_decay_is_right() {
+fn every_decay_is_right(engine: Engine) {
     let ranges = [(0.0, 0.0), (-3.0, 0.0), (-30.0, 0.0), (-30.0, -29.0)];
     for removal in [true, false] {
-        check(&ranges.map(|decay| Problem { decay, ..base(removal, 131) }));
+        check(engine, &ranges.map(|decay| Problem { decay, ..base(removal, 131) }));
     }
-    check(&[Problem { decay: (-4.0, 0.0), keys: 128, values: 128, batch: 1, narrow: true, ..base(true, 131) }]);
+    check(engine, &[Problem { decay: (-4.0, 0.0), keys: 128, values: 128, batch: 1, narrow: true, ..base(true, 131) }]);
 }
 
 /// Every token takes away where all others do: their roundings add up.
-#[test]
-fn keys_that_repeat_are_right() {
-    check_within(&[Problem { repeated: true, ..base(true, 131) }], 3.0);
+fn keys_that_repeat_are_right(engine: Engine) {
+    check_within(engine, &[Problem { repeated: true, ..base(true, 131) }], 3.0);
 }
 
 /// Sequences that are cut into segments.
-#[test]
-fn few_heads_are_right() {
+fn few_heads_are_right(engine: Engine) {
     for removal in [true, false] {
         let problem = Problem { heads: 1, values: 32, batch: 1, ..base(removal, 3300) };
         let packed = Some(vec![0, 3110, 3110, 3174, 3300]);
-        check(&[problem.clone(), Problem { keys: 48, values: 80, packed, ..problem }]);
+        check(engine, &[problem.clone(), Problem { keys: 48, values: 80, packed, ..problem }]);
     }
 }
 
-#[test]
-fn packed_sequences_are_right() {
+fn packed_sequences_are_right(engine: Engine) {
     for removal in [true, false] {
         let packed = Some(vec![0, 64, 64, 65, 73, 140, 300]);
         let problem = Problem { batch: 1, packed, ..base(removal, 300) };
-        check(&[problem.clone(), Problem { keys: 128, values: 48, narrow: true, ..problem }]);
+        check(engine, &[problem.clone(), Problem { keys: 128, values: 48, narrow: true, ..problem }]);
     }
 }
 
-#[test]
-fn two_runs_are_equal_bit_for_bit() {
-    let Some(device) = hopper() else { return };
+fn two_runs_are_equal_bit_for_bit(engine: Engine) {
+    let Some(device) = device_for(engine) else { return };
     for problem in [base(true, 600), Problem { keys: 128, values: 128, ..base(false, 200) }] {
-        assert_eq!(problem.run(&device, false), problem.run(&device, false));
+        assert_eq!(problem.run(&device, Some(engine)), problem.run(&device, Some(engine)));
     }
 }

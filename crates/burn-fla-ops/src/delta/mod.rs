@@ -212,8 +212,8 @@ impl Arguments {
         if self.p.is_none() && chunk.is_none() {
             let keys = self.q.dims()[3];
             if matches!(self.gate, Some(Gate::Key(_))) {
-                if crate::hopper_dplr::takes(&self.v, keys, &sequences) {
-                    return self.on_hopper_by_key(scale, state, sequences);
+                if let Some(cores) = crate::hopper_dplr::takes(&self.v, keys, &sequences, engine) {
+                    return self.on_tensor_cores_by_key(cores, scale, state, sequences);
                 }
             } else if let Some(cores) = crate::hopper_delta::takes(&self.v, keys, &sequences, engine) {
                 return self.on_tensor_cores(cores, scale, state, sequences);
@@ -239,7 +239,13 @@ impl Arguments {
     }
 
     #[cfg(feature = "cuda")]
-    fn on_hopper_by_key(self, scale: f64, state: Option<Tensor<4>>, sequences: CuSeqlens) -> (Tensor<4>, Tensor<4>) {
+    fn on_tensor_cores_by_key(
+        self,
+        cores: crate::hopper_walk::Cores,
+        scale: f64,
+        state: Option<Tensor<4>>,
+        sequences: CuSeqlens,
+    ) -> (Tensor<4>, Tensor<4>) {
         let Some(Gate::Key(log_decay)) = self.gate else { unreachable!("called with a decay by key") };
         // Operands of matrix units are bf16.
         let normalised = |x: Tensor<4>| if self.options.l2_norm { l2_norm::unchecked(x, l2_norm::EPS) } else { x };
@@ -248,6 +254,7 @@ impl Arguments {
         let (op, v) = (self.op, self.v);
         crate::hopper_dplr::run(crate::hopper_dplr::Problem {
             op,
+            cores,
             q,
             k,
             vectors,

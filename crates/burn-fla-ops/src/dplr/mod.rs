@@ -64,14 +64,16 @@ pub(crate) fn on_kernels(
     a: Tensor<4>,
     b: Tensor<4>,
 ) -> (Tensor<4>, Tensor<4>) {
-    let Problem { op, q, k, v, scale, state, sequences, chunk, .. } = problem;
+    let Problem { op, q, k, v, scale, state, sequences, chunk, engine, .. } = problem;
     #[cfg(feature = "cuda")]
-    if chunk.is_none() && crate::hopper_dplr::takes(&v, q.dims()[3], &sequences) {
+    if let Some(cores) = crate::hopper_dplr::takes(&v, q.dims()[3], &sequences, engine).filter(|_| chunk.is_none()) {
         use crate::hopper_dplr::{Problem, Vectors, run};
         let removal = form == crate::delta_walk::Form::Removal;
         let vectors = if removal { Vectors::Removal(a, b) } else { Vectors::Free(a, b) };
-        return run(Problem { op, q, k, vectors, v, log_decay, scale, state, sequences });
+        return run(Problem { op, cores, q, k, vectors, v, log_decay, scale, state, sequences });
     }
+    #[cfg(not(feature = "cuda"))]
+    let _ = engine;
     crate::delta_walk::run(crate::delta_walk::Problem {
         op,
         form,

@@ -9,15 +9,16 @@ use super::gradients::TOKENS_OF_WARP;
 use super::parts::{staged, staged_pair};
 use super::plan::{GradientPlan, KeyPlan, PANEL, SCORES, TEAM};
 use super::prepare::TOKENS;
+use super::products::fence_shared;
 use super::tokens::{BATCH, Part, Two, load_strengths, logs_at, logs_read, reader, two_of, writer};
 use crate::tile::hopper::{
-    Acc, bf16_high, bf16_low, column_of, exp2, fence_shared, load_u32, pack_word, read, store_f32_pair, store_u32,
-    swizzled, sync_warpgroup, write, zero,
+    Acc, bf16_high, bf16_low, column_of, exp2, load_u32, pack_word, read, store_f32_pair, store_u32, swizzled,
+    sync_warpgroup, write, zero,
 };
 
 /// The decay between two sums, of which the second comes first in time.
 #[cube]
-pub(super) fn between(later: f32, sooner: f32) -> f32 {
+pub(crate) fn between(later: f32, sooner: f32) -> f32 {
     exp2(f32::min(later - sooner, 0.0f32))
 }
 
@@ -29,13 +30,13 @@ fn sum_read(token: u32, #[comptime] plan: KeyPlan) -> u32 {
 
 /// A pair of a tile's row.
 #[cube]
-pub(super) fn tile_pair(tile: u32, row: u32, pair: u32) -> Two {
+pub(crate) fn tile_pair(tile: u32, row: u32, pair: u32) -> Two {
     Two::of(load_u32(swizzled(tile, row, pair * 4u32)))
 }
 
 /// Writes a panel of the running sums that units hold, as f32.
 #[cube]
-pub(super) fn stage_logs(to: u32, part: &Part, logs: &Array<f32>, #[comptime] panel: usize, #[comptime] tokens: usize) {
+pub(crate) fn stage_logs(to: u32, part: &Part, logs: &Array<f32>, #[comptime] panel: usize, #[comptime] tokens: usize) {
     #[unroll]
     for i in 0..tokens {
         let log = logs_at(logs, i, panel, tokens);
@@ -46,7 +47,7 @@ pub(super) fn stage_logs(to: u32, part: &Part, logs: &Array<f32>, #[comptime] pa
 /// The products between tokens of the tiles `x` and `y`, [`SCORES`], right up to the diagonal, or below it where x `reads`.
 /// `room`: 16 KiB for the sums.
 #[cube]
-pub(super) fn exact_scores(
+pub(crate) fn exact_scores(
     part: &Part,
     logs: &Array<f32>,
     x: u32,
@@ -92,7 +93,7 @@ pub(super) fn exact_scores(
 
 /// The tiles of readers and writers with the decays from the chunk's start and to its end.
 #[cube]
-pub(super) fn tokens_again(
+pub(crate) fn tokens_again(
     part: &Part,
     a: &[u32],
     b: &[u32],
@@ -127,7 +128,7 @@ pub(super) fn tokens_again(
             store_u32(b0 + to, pack_word(writers.low, writers.high));
         }
     }
-    fence_shared();
+    fence_shared(comptime!(plan.cores));
 }
 
 /// A number of a tile between tokens.
@@ -148,7 +149,7 @@ fn add_to(#[comptime] acc: Acc, #[comptime] i: usize, low: f32, high: f32) {
 /// Instead of [`super::gradient_parts::add_pairs`] and what comes before it: the sums get the decays of their states, inter is
 /// taken, and pairs of tokens are added.
 #[cube]
-pub(super) fn exact_gradients(
+pub(crate) fn exact_gradients(
     t: &Room,
     part: &Part,
     logs: &Array<f32>,
@@ -163,7 +164,7 @@ pub(super) fn exact_gradients(
     let outer = comptime!(plan.outer());
     let inner = comptime!(plan.inner());
     let panels = comptime!(plan.key.panels());
-    let room = t.first + 0u32;
+    let room = t.logs + 0u32;
     #[unroll]
     for panel in 0..panels {
         stage_logs(room + comptime!(2 * panel as u32 * PANEL as u32), part, logs, panel, TOKENS_OF_WARP);

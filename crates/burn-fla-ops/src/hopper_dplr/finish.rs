@@ -20,17 +20,17 @@ const FORGOTTEN: f32 = -24.5;
 /// products of both states; of what counts for the tokens after a warp's; and once a channel, the half chunk's decay and its
 /// logarithm.
 #[derive(CubeType, Clone, Copy)]
-pub(super) struct Sums {
-    pub(super) decays: usize,
-    pub(super) ends: usize,
-    pub(super) inters: usize,
-    pub(super) factors: usize,
-    pub(super) middles: usize,
+pub(crate) struct Sums {
+    pub(crate) decays: usize,
+    pub(crate) ends: usize,
+    pub(crate) inters: usize,
+    pub(crate) factors: usize,
+    pub(crate) middles: usize,
 }
 
 #[cube]
 impl Sums {
-    pub(super) fn of(team: u32, #[comptime] plan: GradientPlan) -> Sums {
+    pub(crate) fn of(team: u32, #[comptime] plan: GradientPlan) -> Sums {
         let decays = team as usize * comptime!(plan.team_sums());
         let all = comptime!(WARPS * plan.key.padded());
         let ends = decays + all;
@@ -42,7 +42,7 @@ impl Sums {
 
 /// The gradients of a panel of key channels.
 #[cube]
-pub(super) fn finish_panel(
+pub(crate) fn finish_panel(
     t: &Room,
     part: &Part,
     sums: &mut [f32],
@@ -71,7 +71,7 @@ pub(super) fn finish_panel(
 ) {
     let key = comptime!(plan.key);
     let tile = comptime!((panel * PANEL) as u32);
-    let first = t.first + 0u32;
+    let first = t.stage + 0u32;
     let second = first + comptime!(2 * PANEL as u32);
     let third = second + comptime!(2 * PANEL as u32);
     let mut removal = Array::<u32>::new(BATCH);
@@ -238,7 +238,7 @@ pub(super) fn finish_panel(
 
 /// The gradients of the writing strengths of a warp's tokens, from a unit's own channels.
 #[cube]
-pub(super) fn store_strengths(part: &Part, of_strength: &Array<f32>, dbeta: &mut [f32], heads: u32) {
+pub(crate) fn store_strengths(part: &Part, of_strength: &Array<f32>, dbeta: &mut [f32], heads: u32) {
     #[unroll]
     for i in 0..TOKENS_OF_WARP {
         let row = part.first + comptime!(i as u32);

@@ -2,20 +2,21 @@
 
 use cubecl::prelude::*;
 
+use super::gradients::TOKENS_OF_WARP;
 use super::parts::{mask, panel_of};
-use super::plan::{CHUNK, GradientPlan, PANEL, READ, TOKENS};
-use super::tokens::{Part, Two};
+use super::plan::{CHUNK, GradientPlan, KeyPlan, PANEL, READ, TOKENS};
+use super::products::{begin, commit, fence_shared, product, product_of, wait};
+use super::tokens::{BATCH, Part, Two, added, load_words, logs_at, logs_read, reader, writer};
 use crate::hopper_delta::parts::pack_all;
 use crate::hopper_walk::parts::{load_tile, publish};
 use crate::tile::hopper::{
-    Acc, bf16_high, bf16_low, column_of, commit, fence, fence_shared, k_major, load_3d, load_u32, mma_registers,
-    mma_shared, mn_major, pack_word, read, store_u32, swizzled, sync_warpgroup, wait, write,
+    Acc, bf16_high, bf16_low, column_of, load_3d, load_u32, pack_word, read, store_u32, swizzled, sync_warpgroup, write,
 };
 
 /// Half of the columns of dP.
-pub(super) const OUTER: Acc = Acc::new("p", 32);
+pub(crate) const OUTER: Acc = Acc::new("p", 32);
 /// Products between tokens.
-pub(super) const ACC: Acc = Acc::new("c", 64);
+pub(crate) const ACC: Acc = Acc::new("c", 64);
 
 /// Where a team's tiles are: queries, keys, readers and writers with their decays; Ã, B̂; N, A_qb, H; values, the outputs'
 /// gradients, and both states, whose places take later
@@ -28,25 +29,73 @@ pub(super) const ACC: Acc = Acc::new("c", 64);
 /// | its gradient | dK′, then dA_ab |
 /// | A_qb | dA_qb |
 #[derive(CubeType, Clone, Copy)]
-pub(super) struct Room {
-    pub(super) q: u32,
-    pub(super) k: u32,
-    pub(super) a: u32,
-    pub(super) b: u32,
-    pub(super) first: u32,
-    pub(super) second: u32,
-    pub(super) n: u32,
-    pub(super) qb: u32,
-    pub(super) h: u32,
-    pub(super) v: u32,
-    pub(super) o: u32,
-    pub(super) s: u32,
-    pub(super) z: u32,
+pub(crate) struct Room {
+    pub(crate) q: u32,
+    pub(crate) k: u32,
+    pub(crate) a: u32,
+    pub(crate) b: u32,
+    pub(crate) first: u32,
+    pub(crate) second: u32,
+    pub(crate) n: u32,
+    pub(crate) qb: u32,
+    pub(crate) h: u32,
+    pub(crate) v: u32,
+    pub(crate) o: u32,
+    pub(crate) s: u32,
+    pub(crate) z: u32,
+    /// Room for running sums of decays, and for what units take over from accumulators at last.
+    pub(crate) logs: u32,
+    pub(crate) stage: u32,
+}
+
+/// Writes the tiles of a panel of the tokens' vectors, with their decays from the chunk's middle, or where not all decays are
+/// `fast`, without any.
+#[cube]
+pub(crate) fn store_tokens(
+    t: &Room,
+    part: &Part,
+    q: &[u32],
+    k: &[u32],
+    a: &[u32],
+    b: &[u32],
+    logs: &Array<f32>,
+    befores: &Array<f32>,
+    strength: &Array<f32>,
+    fast: bool,
+    out_scale: f32,
+    #[comptime] panel: usize,
+    #[comptime] key: KeyPlan,
+) {
+    let mut qs = Array::<u32>::new(BATCH);
+    let mut ks = Array::<u32>::new(BATCH);
+    let mut readers = Array::<u32>::new(BATCH);
+    let mut writers = Array::<u32>::new(BATCH);
+    load_words(part, q, &mut qs, 0usize, panel, key);
+    load_words(part, k, &mut ks, 0usize, panel, key);
+    load_words(part, a, &mut readers, 0usize, panel, key);
+    load_words(part, b, &mut writers, 0usize, panel, key);
+    #[unroll]
+    for i in 0..TOKENS_OF_WARP {
+        let token = comptime!(i as u32);
+        let keep = part.inside(token, panel, key);
+        let log = logs_at(logs, i, panel, TOKENS_OF_WARP).kept(fast);
+        let before = logs_read(logs, befores, i, panel, TOKENS_OF_WARP, key).kept(fast);
+        let left = log.negated().power();
+        let to = swizzled(comptime!((panel * PANEL) as u32), part.first + token, part.pair * 4u32);
+        let queries = Two::of(qs[i]).scaled(out_scale).times(&log.power()).kept(keep);
+        let keys = added(ks[i], strength[i], key).times(&left).kept(keep);
+        let reads = reader(readers[i], key).times(&before.power()).kept(keep);
+        let writes = writer(readers[i], writers[i], strength[i], key).times(&left).kept(keep);
+        store_u32(t.q + to, pack_word(queries.low, queries.high));
+        store_u32(t.k + to, pack_word(keys.low, keys.high));
+        store_u32(t.a + to, pack_word(reads.low, reads.high));
+        store_u32(t.b + to, pack_word(writes.low, writes.high));
+    }
 }
 
 /// One unit loads a slice of 64 value channels.
 #[cube]
-pub(super) fn load_slice(
+pub(crate) fn load_slice(
     t: &Room,
     part: &Part,
     slice: u32,
@@ -69,7 +118,7 @@ pub(super) fn load_slice(
 
 /// Over a slice of values: what the warpgroup's operands are multiplied with in the states, and half of dP.
 #[cube]
-pub(super) fn outer_products(t: &Room, slice: u32, reads: bool, #[comptime] plan: GradientPlan) {
+pub(crate) fn outer_products(t: &Room, slice: u32, reads: bool, warp: u32, lane: u32, #[comptime] plan: GradientPlan) {
     let outer = comptime!(plan.outer());
     let inner = comptime!(plan.inner());
     let steps = comptime!(4 * plan.key.panels());
@@ -77,33 +126,33 @@ pub(super) fn outer_products(t: &Room, slice: u32, reads: bool, #[comptime] plan
         (select(reads, t.second, t.first), select(reads, t.z, t.s), select(reads, t.s, t.z), select(reads, t.o, t.v));
     let half = t.v + select(reads, 0u32, comptime!(PANEL as u32 / 2));
     let grads = t.o + 0u32;
-    fence();
+    begin(comptime!(plan.key.cores));
     #[unroll]
     for n in 0..steps {
-        mma_shared(READ, k_major(x, CHUNK, n), k_major(held, CHUNK, n), comptime!(n as u32), false, false);
+        product(READ, x, held, n, comptime!(n as u32), false, false, warp, lane, comptime!(plan.key.cores));
     }
-    commit();
+    commit(comptime!(plan.key.cores));
     #[unroll]
     for n in 0..4usize {
         let keep = slice + comptime!(n as u32);
-        mma_shared(outer, k_major(tokens, CHUNK, n), mn_major(other, CHUNK, n), keep, false, true);
-        mma_shared(OUTER, k_major(grads, CHUNK, n), k_major(half, CHUNK, n), keep, false, false);
+        product(outer, tokens, other, n, keep, false, true, warp, lane, comptime!(plan.key.cores));
+        product(OUTER, grads, half, n, keep, false, false, warp, lane, comptime!(plan.key.cores));
     }
-    commit();
-    wait(1u32);
+    commit(comptime!(plan.key.cores));
+    wait(1u32, comptime!(plan.key.cores));
     pack_all(TOKENS, READ);
-    fence();
+    begin(comptime!(plan.key.cores));
     #[unroll]
     for n in 0..4usize {
-        mma_registers(inner, TOKENS, n, mn_major(other, CHUNK, n), slice + comptime!(n as u32), true);
+        product_of(inner, TOKENS, other, n, slice + comptime!(n as u32), true, lane, comptime!(plan.key.cores));
     }
-    commit();
-    wait(0u32);
+    commit(comptime!(plan.key.cores));
+    wait(0u32, comptime!(plan.key.cores));
 }
 
 /// A unit's share of the products of both states, over the value channels of a slice.
 #[cube]
-pub(super) fn end_products(t: &Room, part: &Part, ends: &mut Array<f32>, #[comptime] plan: GradientPlan) {
+pub(crate) fn end_products(t: &Room, part: &Part, ends: &mut Array<f32>, #[comptime] plan: GradientPlan) {
     #[unroll]
     for panel in 0..comptime!(plan.key.panels()) {
         #[unroll]
@@ -119,7 +168,7 @@ pub(super) fn end_products(t: &Room, part: &Part, ends: &mut Array<f32>, #[compt
 
 /// Rows of tokens that the chunk does not have become zero.
 #[cube]
-pub(super) fn keep_rows(#[comptime] acc: Acc, row: u32, length: u32) {
+pub(crate) fn keep_rows(#[comptime] acc: Acc, row: u32, length: u32) {
     if length < comptime!(CHUNK as u32) {
         #[unroll]
         for n in 0..comptime!(acc.len()) {
@@ -131,7 +180,7 @@ pub(super) fn keep_rows(#[comptime] acc: Acc, row: u32, length: u32) {
 
 /// Writes a warpgroup's half of dP, masked.
 #[cube]
-pub(super) fn publish_outer(tile: u32, reads: bool, row: u32, lane: u32, length: u32) {
+pub(crate) fn publish_outer(tile: u32, reads: bool, row: u32, lane: u32, length: u32) {
     let first = select(reads, 0u32, 32u32);
     let base = swizzled(tile, row, (lane % 4u32) * 4u32) ^ (first * 2u32);
     #[unroll]
@@ -151,36 +200,36 @@ pub(super) fn publish_outer(tile: u32, reads: bool, row: u32, lane: u32, length:
 
 /// dA_qb and dÃ; dH and dB̂. Both in registers.
 #[cube]
-pub(super) fn answers(t: &Room, reads: bool, #[comptime] plan: GradientPlan) {
+pub(crate) fn answers(t: &Room, reads: bool, warp: u32, lane: u32, #[comptime] plan: GradientPlan) {
     let inner = comptime!(plan.inner());
     let x = select(reads, t.s, t.second);
     let y = select(reads, t.first, t.z);
     let (dp, qb, h, s, z) = (t.v, t.qb, t.h, t.s, t.z);
-    fence();
+    begin(comptime!(plan.key.cores));
     #[unroll]
     for n in 0..comptime!(4 * plan.key.panels()) {
-        mma_shared(ACC, k_major(x, CHUNK, n), k_major(y, CHUNK, n), comptime!(n as u32), false, false);
+        product(ACC, x, y, n, comptime!(n as u32), false, false, warp, lane, comptime!(plan.key.cores));
     }
     if reads {
         #[unroll]
         for n in 0..4usize {
-            mma_shared(ACC, k_major(dp, CHUNK, n), k_major(h, CHUNK, n), 1u32, false, false);
-            mma_shared(inner, mn_major(qb, CHUNK, n), mn_major(s, CHUNK, n), 1u32, true, true);
+            product(ACC, dp, h, n, 1u32, false, false, warp, lane, comptime!(plan.key.cores));
+            product(inner, qb, s, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
         }
     } else {
         #[unroll]
         for n in 0..4usize {
-            mma_shared(ACC, mn_major(qb, CHUNK, n), mn_major(dp, CHUNK, n), 1u32, true, true);
-            mma_shared(inner, k_major(h, CHUNK, n), mn_major(z, CHUNK, n), 1u32, false, true);
+            product(ACC, qb, dp, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
+            product(inner, h, z, n, 1u32, false, true, warp, lane, comptime!(plan.key.cores));
         }
     }
-    commit();
-    wait(0u32);
+    commit(comptime!(plan.key.cores));
+    wait(0u32, comptime!(plan.key.cores));
 }
 
 /// Hands dA_qb, dÃ and dH on; dã, in registers, and dA_ak.
 #[cube]
-pub(super) fn solve(t: &Room, reads: bool, row: u32, lane: u32, id: u32, #[comptime] plan: GradientPlan) {
+pub(crate) fn solve(t: &Room, reads: bool, row: u32, warp: u32, lane: u32, id: u32, #[comptime] plan: GradientPlan) {
     let inner = comptime!(plan.inner());
     if reads {
         mask(ACC, row, lane, false);
@@ -189,57 +238,57 @@ pub(super) fn solve(t: &Room, reads: bool, row: u32, lane: u32, id: u32, #[compt
     } else {
         publish(t.o, ACC, row, lane);
     }
-    fence_shared();
+    fence_shared(comptime!(plan.key.cores));
     // The warpgroup itself: what it wrote it alone reads now.
     let own = 2u32 * id + 1u32 + select(reads, 0u32, 1u32);
     sync_warpgroup(own, 128u32);
-    fence();
+    begin(comptime!(plan.key.cores));
     let (n0, x, y) = (t.n, t.s, t.o);
     if reads {
         #[unroll]
         for n in 0..4usize {
-            mma_shared(inner, mn_major(n0, CHUNK, n), mn_major(x, CHUNK, n), comptime!(n as u32), true, true);
+            product(inner, n0, x, n, comptime!(n as u32), true, true, warp, lane, comptime!(plan.key.cores));
         }
-        commit();
-        wait(0u32);
+        commit(comptime!(plan.key.cores));
+        wait(0u32, comptime!(plan.key.cores));
     } else {
         #[unroll]
         for n in 0..4usize {
-            mma_shared(ACC, mn_major(n0, CHUNK, n), mn_major(y, CHUNK, n), comptime!(n as u32), true, true);
+            product(ACC, n0, y, n, comptime!(n as u32), true, true, warp, lane, comptime!(plan.key.cores));
         }
-        commit();
-        wait(0u32);
+        commit(comptime!(plan.key.cores));
+        wait(0u32, comptime!(plan.key.cores));
         mask(ACC, row, lane, true);
         sync_warpgroup(own, 128u32);
         publish(t.o, ACC, row, lane);
-        fence_shared();
+        fence_shared(comptime!(plan.key.cores));
     }
 }
 
 /// dA_ab.
 #[cube]
-pub(super) fn solve_again(t: &Room, row: u32, lane: u32, #[comptime] plan: GradientPlan) {
+pub(crate) fn solve_again(t: &Room, row: u32, warp: u32, lane: u32, #[comptime] plan: GradientPlan) {
     let operand = comptime!(plan.operand());
     let (first, dak, h) = (t.first, t.o, t.h);
     pack_all(operand, comptime!(plan.inner()));
-    fence();
+    begin(comptime!(plan.key.cores));
     #[unroll]
     for n in 0..comptime!(4 * plan.key.panels()) {
-        mma_registers(ACC, operand, n, k_major(first, CHUNK, n), comptime!(n as u32), false);
+        product_of(ACC, operand, first, n, comptime!(n as u32), false, lane, comptime!(plan.key.cores));
     }
     #[unroll]
     for n in 0..4usize {
-        mma_shared(ACC, k_major(dak, CHUNK, n), k_major(h, CHUNK, n), 1u32, false, false);
+        product(ACC, dak, h, n, 1u32, false, false, warp, lane, comptime!(plan.key.cores));
     }
-    commit();
-    wait(0u32);
+    commit(comptime!(plan.key.cores));
+    wait(0u32, comptime!(plan.key.cores));
     mask(ACC, row, lane, true);
     publish(t.z, ACC, row, lane);
 }
 
 /// The products of keys and writers with what the state after the chunk gives to their gradients.
 #[cube]
-pub(super) fn inter_products(t: &Room, row: u32, lane: u32, #[comptime] plan: GradientPlan) {
+pub(crate) fn inter_products(t: &Room, row: u32, lane: u32, #[comptime] plan: GradientPlan) {
     let outer = comptime!(plan.outer());
     let inner = comptime!(plan.inner());
     let inter = comptime!(plan.inter());
@@ -261,29 +310,29 @@ pub(super) fn inter_products(t: &Room, row: u32, lane: u32, #[comptime] plan: Gr
 
 /// What tokens of the chunk give to each other's gradients.
 #[cube]
-pub(super) fn add_pairs(t: &Room, reads: bool, #[comptime] plan: GradientPlan) {
+pub(crate) fn add_pairs(t: &Room, reads: bool, warp: u32, lane: u32, #[comptime] plan: GradientPlan) {
     let outer = comptime!(plan.outer());
     let inner = comptime!(plan.inner());
     let (dqb, dp, dak, dab) = (t.qb, t.v, t.o, t.z);
     let (q, k, a, b) = (t.q, t.k, t.a, t.b);
-    fence();
+    begin(comptime!(plan.key.cores));
     if reads {
         #[unroll]
         for n in 0..4usize {
-            mma_shared(outer, k_major(dqb, CHUNK, n), mn_major(b, CHUNK, n), 1u32, false, true);
-            mma_shared(outer, k_major(dp, CHUNK, n), mn_major(k, CHUNK, n), 1u32, false, true);
-            mma_shared(inner, k_major(dab, CHUNK, n), mn_major(b, CHUNK, n), 1u32, false, true);
-            mma_shared(inner, k_major(dak, CHUNK, n), mn_major(k, CHUNK, n), 1u32, false, true);
+            product(outer, dqb, b, n, 1u32, false, true, warp, lane, comptime!(plan.key.cores));
+            product(outer, dp, k, n, 1u32, false, true, warp, lane, comptime!(plan.key.cores));
+            product(inner, dab, b, n, 1u32, false, true, warp, lane, comptime!(plan.key.cores));
+            product(inner, dak, k, n, 1u32, false, true, warp, lane, comptime!(plan.key.cores));
         }
     } else {
         #[unroll]
         for n in 0..4usize {
-            mma_shared(outer, mn_major(dp, CHUNK, n), mn_major(q, CHUNK, n), 1u32, true, true);
-            mma_shared(outer, mn_major(dak, CHUNK, n), mn_major(a, CHUNK, n), 1u32, true, true);
-            mma_shared(inner, mn_major(dqb, CHUNK, n), mn_major(q, CHUNK, n), 1u32, true, true);
-            mma_shared(inner, mn_major(dab, CHUNK, n), mn_major(a, CHUNK, n), 1u32, true, true);
+            product(outer, dp, q, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
+            product(outer, dak, a, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
+            product(inner, dqb, q, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
+            product(inner, dab, a, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
         }
     }
-    commit();
-    wait(0u32);
+    commit(comptime!(plan.key.cores));
+    wait(0u32, comptime!(plan.key.cores));
 }

@@ -31,25 +31,22 @@ use super::exact::exact_gradients;
 use super::finish::{Sums, finish_panel, store_strengths};
 use super::gradient_parts::{
     ACC, OUTER, Room, add_pairs, answers, end_products, inter_products, keep_rows, load_slice, outer_products,
-    publish_outer, solve, solve_again,
+    publish_outer, solve, solve_again, store_tokens,
 };
 use super::parts::scale_by;
 use super::plan::{Form, GradientPlan, PANEL, READ, TEAM, TOKENS};
-use super::tokens::{
-    BATCH, Two, added, centre_decays, load_strengths, load_words, logs_at, logs_read, part_of, reader, sum_decays,
-    two_of, writer,
-};
+use super::tokens::{BATCH, centre_decays, load_strengths, part_of, sum_decays, two_of};
 use crate::hopper_walk::parts::publish;
 use crate::tile::hopper::{
-    barrier_expect, barrier_fence, barrier_init, barrier_wait, declare, declare_fragment, exp2, fence_shared,
-    pack_word, row_of, store_u32, swizzled, sync_warpgroup,
+    barrier_expect, barrier_fence, barrier_init, barrier_wait, declare, declare_fragment, exp2, fence_shared, row_of,
+    sync_warpgroup,
 };
 
 /// Tokens a warp.
-pub(super) const TOKENS_OF_WARP: usize = BATCH;
+pub(crate) const TOKENS_OF_WARP: usize = BATCH;
 
 #[cube(launch_unchecked)]
-pub(super) fn gradients(
+pub(crate) fn gradients(
     first: &TensorMap<bf16, Tiled>,
     second: &TensorMap<bf16, Tiled>,
     inverse: &TensorMap<bf16, Tiled>,
@@ -140,6 +137,8 @@ pub(super) fn gradients(
         o: o0,
         s: s0,
         z: z0,
+        logs: first0,
+        stage: first0,
     };
     let at = Sums::of(team, plan);
     let mut turn = 0u32;
@@ -183,31 +182,7 @@ pub(super) fn gradients(
                 sums[at.middles + to] = middle.low;
                 sums[at.middles + to + 1] = middle.high;
             }
-            let mut qs = Array::<u32>::new(BATCH);
-            let mut ks = Array::<u32>::new(BATCH);
-            let mut readers = Array::<u32>::new(BATCH);
-            let mut writers = Array::<u32>::new(BATCH);
-            load_words(&part, q, &mut qs, 0usize, panel, key);
-            load_words(&part, k, &mut ks, 0usize, panel, key);
-            load_words(&part, a, &mut readers, 0usize, panel, key);
-            load_words(&part, b, &mut writers, 0usize, panel, key);
-            #[unroll]
-            for i in 0..TOKENS_OF_WARP {
-                let token = comptime!(i as u32);
-                let keep = part.inside(token, panel, key);
-                let log = logs_at(&logs, i, panel, TOKENS_OF_WARP).kept(fast);
-                let before = logs_read(&logs, &befores, i, panel, TOKENS_OF_WARP, key).kept(fast);
-                let left = log.negated().power();
-                let to = swizzled(comptime!((panel * PANEL) as u32), part.first + token, part.pair * 4u32);
-                let queries = Two::of(qs[i]).scaled(out_scale).times(&log.power()).kept(keep);
-                let keys = added(ks[i], strength[i], key).times(&left).kept(keep);
-                let reads = reader(readers[i], key).times(&before.power()).kept(keep);
-                let writes = writer(readers[i], writers[i], strength[i], key).times(&left).kept(keep);
-                store_u32(q0 + to, pack_word(queries.low, queries.high));
-                store_u32(k0 + to, pack_word(keys.low, keys.high));
-                store_u32(a0 + to, pack_word(reads.low, reads.high));
-                store_u32(b0 + to, pack_word(writes.low, writes.high));
-            }
+            store_tokens(&t, &part, q, k, a, b, &logs, &befores, &strength, fast, out_scale, panel, key);
         }
         // The products of both states, by key channel.
         let mut ends = Array::<f32>::new(comptime!(2 * panels));
@@ -235,7 +210,7 @@ pub(super) fn gradients(
             }
             barrier_wait(barrier, turn & 1u32);
             turn += 1u32;
-            outer_products(&t, slice, reads, plan);
+            outer_products(&t, slice, reads, warp, lane, plan);
             end_products(&t, &part, &mut ends, plan);
         }
         #[unroll]
@@ -251,12 +226,12 @@ pub(super) fn gradients(
         publish_outer(v0, reads, row, lane, part.length);
         fence_shared();
         sync_warpgroup(id, comptime!(TEAM as u32));
-        answers(&t, reads, plan);
+        answers(&t, reads, warp, lane, plan);
         sync_warpgroup(id, comptime!(TEAM as u32));
-        solve(&t, reads, row, lane, id, plan);
+        solve(&t, reads, row, warp, lane, id, plan);
         sync_warpgroup(id, comptime!(TEAM as u32));
         if reads {
-            solve_again(&t, row, lane, plan);
+            solve_again(&t, row, warp, lane, plan);
         } else if fast {
             scale_by(outer, &sums, at.factors, lane);
             scale_by(inner, &sums, at.factors, lane);
@@ -269,7 +244,7 @@ pub(super) fn gradients(
                 scale_by(outer, &sums, at.factors, lane);
                 scale_by(inner, &sums, at.factors, lane);
             }
-            add_pairs(&t, reads, plan);
+            add_pairs(&t, reads, warp, lane, plan);
         } else {
             exact_gradients(&t, &part, &logs, &sums, at.middles, reads, row, lane, id, plan);
         }

@@ -54,22 +54,23 @@
 #![allow(clippy::identity_op)]
 
 mod chain;
-mod exact;
-mod finish;
-mod gradient_parts;
-mod gradients;
-mod operator;
-mod parts;
-mod plan;
+pub(crate) mod exact;
+pub(crate) mod finish;
+pub(crate) mod gradient_parts;
+pub(crate) mod gradients;
+pub(crate) mod operator;
+pub(crate) mod parts;
+pub(crate) mod plan;
 mod prepare;
-mod tokens;
+pub(crate) mod products;
+pub(crate) mod tokens;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
-use crate::CuSeqlens;
-use crate::bridge::{apply, is_hopper};
+use crate::bridge::{apply, has_mma, is_hopper};
 use crate::hopper_delta::segments;
-use crate::hopper_walk::table;
+use crate::hopper_walk::{Cores, shared_memory, table};
+use crate::{CuSeqlens, Engine};
 use operator::HopperDplr;
 use plan::Form;
 
@@ -91,6 +92,7 @@ pub(crate) enum Vectors {
 /// A checked problem.
 pub(crate) struct Problem {
     pub(crate) op: &'static str,
+    pub(crate) cores: Cores,
     /// bf16 `[B, T, H, K]`
     pub(crate) q: Tensor<4>,
     /// bf16 `[B, T, H, K]`
@@ -107,30 +109,46 @@ pub(crate) struct Problem {
     pub(crate) sequences: CuSeqlens,
 }
 
-/// Whether this engine takes such values with so many key channels: bf16 on a Hopper GPU, channels in multiples of 16, and
-/// some sequence of more than one token.
-pub(crate) fn takes(v: &Tensor<4>, keys: usize, sequences: &CuSeqlens) -> bool {
+/// The kernels that take such values with so many key channels, these or those of [`crate::mma_dplr`]: bf16 on a GPU that has
+/// them, channels in multiples of 16, and some sequence of more than one token.
+pub(crate) fn takes(v: &Tensor<4>, keys: usize, sequences: &CuSeqlens, engine: Engine) -> Option<Cores> {
     let values = v.dims()[3];
-    v.dtype() == DType::BF16
+    let device = v.device();
+    let taken = v.dtype() == DType::BF16
         && sequences.lengths().any(|n| n > 1)
         && keys.is_multiple_of(16)
         && keys <= MOST_KEYS
         && values.is_multiple_of(16)
-        && values <= MOST_VALUES
-        && is_hopper(&v.device())
+        && values <= MOST_VALUES;
+    if !taken {
+        return None;
+    }
+    let mma = || has_mma(&device) && crate::mma_dplr::plan::fits(keys, values, shared_memory(&device));
+    if engine == Engine::Mma && mma() {
+        return Some(Cores::Mma);
+    }
+    if is_hopper(&device) {
+        return Some(Cores::Hopper);
+    }
+    mma().then_some(Cores::Mma)
 }
 
 /// Runs a problem that [`takes`] accepts: `o` and the last state.
 pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
-    let Problem { op, q, k, vectors, v, log_decay, scale, state, sequences } = problem;
+    let Problem { op, cores, q, k, vectors, v, log_decay, scale, state, sequences } = problem;
     let [batch, t, key_heads, keys] = q.dims();
     let [.., heads, values] = v.dims();
     let device = v.device().inner();
     let longest = sequences.lengths().max().unwrap_or(0);
     let count = sequences.num_sequences();
-    // Each cube walks 64 value channels.
-    let cubes = heads * values.div_ceil(64);
-    let segment = segments::segment_tokens(longest, count, cubes, crate::hopper_walk::launch::processors(&device));
+    let segment = match cores {
+        // Each cube walks 64 value channels.
+        Cores::Hopper => {
+            let cubes = heads * values.div_ceil(64);
+            segments::segment_tokens(longest, count, cubes, crate::hopper_walk::launch::processors(&device))
+        }
+        Cores::Mma => longest.max(1),
+    };
     let table = table::build(&sequences, segment);
     let operator = HopperDplr {
         name: op,
@@ -139,6 +157,7 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
             Vectors::Removal(..) => Form::Removal,
             Vectors::Key(..) => Form::Key,
         },
+        cores,
         has_state: state.is_some(),
         scale: scale as f32,
         tokens: batch * t,

@@ -8,27 +8,29 @@ use super::{chain, gradients, prepare};
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, zeros};
 use crate::hopper_delta::groups;
 use crate::hopper_delta::segments::Cut;
+use crate::hopper_walk::Cores;
 use crate::tile::hopper::{panel_map, readable, words};
 
 /// A delta rule with a diagonal-plus-low-rank transition. Inputs: q, k, where the form is not [`Form::Key`] a and b, v, the log
 /// decays, where it is the writing strengths, and with `has_state` the initial state.
 #[derive(Debug)]
-pub(super) struct HopperDplr {
-    pub(super) name: &'static str,
-    pub(super) form: Form,
-    pub(super) has_state: bool,
-    pub(super) scale: f32,
-    pub(super) tokens: usize,
+pub(crate) struct HopperDplr {
+    pub(crate) name: &'static str,
+    pub(crate) form: Form,
+    pub(crate) cores: Cores,
+    pub(crate) has_state: bool,
+    pub(crate) scale: f32,
+    pub(crate) tokens: usize,
     /// Value heads.
-    pub(super) heads: usize,
+    pub(crate) heads: usize,
     /// Value heads that share a key head.
-    pub(super) groups: usize,
-    pub(super) keys: usize,
-    pub(super) values: usize,
-    pub(super) sequences: usize,
+    pub(crate) groups: usize,
+    pub(crate) keys: usize,
+    pub(crate) values: usize,
+    pub(crate) sequences: usize,
     /// Segments of them all: more than sequences where heads are few.
-    pub(super) items: usize,
-    pub(super) chunks: usize,
+    pub(crate) items: usize,
+    pub(crate) chunks: usize,
 }
 
 /// Where the inputs are.
@@ -40,27 +42,47 @@ struct At {
 }
 
 /// The inputs as the kernels read them.
-struct Inputs {
+pub(crate) struct Inputs {
     /// q, k, a, b; k again where there is no a or b.
-    qkab: [CubeTensor; 4],
-    v: CubeTensor,
-    g: CubeTensor,
+    pub(crate) qkab: [CubeTensor; 4],
+    pub(crate) v: CubeTensor,
+    pub(crate) g: CubeTensor,
     /// Writing strengths, or anything.
-    strengths: CubeTensor,
+    pub(crate) strengths: CubeTensor,
     initial: Option<CubeTensor>,
-    table: CubeTensor,
+    pub(crate) table: CubeTensor,
 }
 
 /// What [`prepare`] leaves.
-struct Operands {
-    first: CubeTensor,
-    second: CubeTensor,
+pub(crate) struct Operands {
+    pub(crate) first: CubeTensor,
+    pub(crate) second: CubeTensor,
     out: CubeTensor,
     into: CubeTensor,
-    scores: CubeTensor,
-    decays: CubeTensor,
+    pub(crate) scores: CubeTensor,
+    pub(crate) decays: CubeTensor,
     /// N, A_qb and H, for backward.
-    extras: [CubeTensor; 3],
+    pub(crate) extras: [CubeTensor; 3],
+}
+
+impl Operands {
+    /// What a walk reads the state with, what that is written with, what outputs read with, and what values are written with.
+    pub(crate) fn for_walk(&self, against_time: bool) -> [&CubeTensor; 4] {
+        match against_time {
+            false => [&self.first, &self.second, &self.out, &self.into],
+            true => [&self.second, &self.first, &self.into, &self.out],
+        }
+    }
+}
+
+/// Where the gradients of q, k, a and b, of the decays, and of the writing strengths go.
+pub(crate) struct Gradients {
+    pub(crate) dq: CubeTensor,
+    pub(crate) dk: CubeTensor,
+    pub(crate) da: CubeTensor,
+    pub(crate) db: CubeTensor,
+    pub(crate) dg: CubeTensor,
+    pub(crate) dbeta: CubeTensor,
 }
 
 impl HopperDplr {
@@ -81,12 +103,12 @@ impl HopperDplr {
     }
 
     /// Where the table has its chunks.
-    fn chunks_at(&self) -> u32 {
+    pub(crate) fn chunks_at(&self) -> u32 {
         self.cut().chunks_at()
     }
 
     fn key_plan(&self, g: &CubeTensor) -> KeyPlan {
-        KeyPlan { form: self.form, keys: self.keys, wide: g.dtype == DType::F32 }
+        KeyPlan { form: self.form, keys: self.keys, wide: g.dtype == DType::F32, cores: self.cores }
     }
 
     fn inputs(&self, inputs: &[CubeTensor], ints: &[CubeTensor]) -> Inputs {
@@ -184,6 +206,9 @@ impl HopperDplr {
         values: &CubeTensor,
         initial: Option<&CubeTensor>,
     ) -> [CubeTensor; 3] {
+        if self.cores == Cores::Mma {
+            return self.mma_chain(task, x, table, values, initial);
+        }
         let client = values.client.clone();
         let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
         let plan = ChainPlan { initial: initial.is_some(), ..self.chain_plan(task, processors) };
@@ -200,10 +225,7 @@ impl HopperDplr {
         let rows = plan.slices() * 64 * plan.warpgroups;
         let blocks = if plan.with_borders() { [self.blocks(), rows, plan.padded()] } else { [1, 64, 64] };
         let borders = alloc(values, blocks, DType::BF16);
-        let [first, second, out, into] = match plan.against_time() {
-            false => [&x.first, &x.second, &x.out, &x.into],
-            true => [&x.second, &x.first, &x.into, &x.out],
-        };
+        let [first, second, out, into] = x.for_walk(plan.against_time());
         // SAFETY: as in `prepare`.
         unsafe {
             chain::chain::launch_unchecked(
@@ -265,11 +287,32 @@ impl HopperDplr {
         let plan = GradientPlan { key: self.key_plan(&x.g), values: self.values };
         let [batch, tokens, ..] = x.v.meta.shape().dims::<4>();
         let shape = [batch, tokens, self.heads, self.keys];
-        let [dq, dk] = [(); 2].map(|()| alloc(&x.v, shape, DType::BF16));
         let pair = self.form != Form::Key;
-        let [da, db] = [(); 2].map(|()| alloc(&x.v, if pair { shape } else { [1, 1, 1, 32] }, DType::BF16));
-        let dg = alloc(&x.g, shape, x.g.dtype);
-        let dbeta = alloc(&x.g, if pair { [1, 1, 32] } else { [batch, tokens, self.heads] }, DType::F32);
+        let of = |there: bool| alloc(&x.v, if there { shape } else { [1, 1, 1, 32] }, DType::BF16);
+        let to = Gradients {
+            dq: of(true),
+            dk: of(true),
+            da: of(pair),
+            db: of(pair),
+            dg: alloc(&x.g, shape, x.g.dtype),
+            dbeta: alloc(&x.g, if pair { [1, 1, 32] } else { [batch, tokens, self.heads] }, DType::F32),
+        };
+        match self.cores {
+            Cores::Hopper => self.hopper_gradients(x, operands, [grad_o, states, grad_states], &to, plan),
+            Cores::Mma => self.mma_gradients(x, operands, [grad_o, states, grad_states], &to, plan),
+        }
+        let Gradients { dq, dk, da, db, dg, dbeta } = to;
+        [self.by_key_head(dq), self.by_key_head(dk), da, db, dg, dbeta]
+    }
+
+    fn hopper_gradients(
+        &self,
+        x: &Inputs,
+        operands: &Operands,
+        [grad_o, states, grad_states]: [&CubeTensor; 3],
+        to: &Gradients,
+        plan: GradientPlan,
+    ) {
         let processors = x.v.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
         let [q, k, a, b] = &x.qkab;
         let [inverse, answers, passed] = &operands.extras;
@@ -295,12 +338,12 @@ impl HopperDplr {
                 words(&x.g),
                 x.strengths.clone().into_buffer_arg(),
                 x.table.clone().into_buffer_arg(),
-                words(&dq),
-                words(&dk),
-                words(&da),
-                words(&db),
-                words(&dg),
-                dbeta.clone().into_buffer_arg(),
+                words(&to.dq),
+                words(&to.dk),
+                words(&to.da),
+                words(&to.db),
+                words(&to.dg),
+                to.dbeta.clone().into_buffer_arg(),
                 self.heads as u32,
                 self.groups as u32,
                 self.blocks() as u32,
@@ -309,7 +352,6 @@ impl HopperDplr {
                 plan,
             );
         }
-        [self.by_key_head(dq), self.by_key_head(dk), da, db, dg, dbeta]
     }
 }
 

@@ -12,7 +12,7 @@ use crate::tile::hopper::{
 
 /// Keeps what a token has of those up to itself (`strict`: before itself), in products between tokens.
 #[cube]
-pub(super) fn mask(#[comptime] acc: Acc, row: u32, lane: u32, #[comptime] strict: bool) {
+pub(crate) fn mask(#[comptime] acc: Acc, row: u32, lane: u32, #[comptime] strict: bool) {
     #[unroll]
     for n in 0..comptime!(acc.len()) {
         let line = row + comptime!((n / 2 % 2 * 8) as u32);
@@ -24,7 +24,7 @@ pub(super) fn mask(#[comptime] acc: Acc, row: u32, lane: u32, #[comptime] strict
 
 /// Multiplies the columns of an accumulator of key channels, each with its factor in `factors[at..]`.
 #[cube]
-pub(super) fn scale_by(#[comptime] acc: Acc, factors: &[f32], at: usize, lane: u32) {
+pub(crate) fn scale_by(#[comptime] acc: Acc, factors: &[f32], at: usize, lane: u32) {
     #[unroll]
     for j in 0..comptime!(acc.columns() / 8) {
         let column = at + column_of(lane, comptime!(4 * j)) as usize;
@@ -40,13 +40,13 @@ pub(super) fn scale_by(#[comptime] acc: Acc, factors: &[f32], at: usize, lane: u
 /// The address of a pair of channels in a panel of f32: rows of 256 bytes whose groups of four pairs are swapped by the row's
 /// number, so that neither accumulators nor whole rows meet in a bank.
 #[cube]
-pub(super) fn staged(panel: u32, row: u32, pair: u32) -> u32 {
+pub(crate) fn staged(panel: u32, row: u32, pair: u32) -> u32 {
     panel + row * 256u32 + (pair ^ ((row % 4u32) * 4u32)) * 8u32
 }
 
 /// Writes a panel of an accumulator as f32, 16 KiB.
 #[cube]
-pub(super) fn stage_panel(to: u32, #[comptime] acc: Acc, #[comptime] panel: usize, row: u32, lane: u32) {
+pub(crate) fn stage_panel(to: u32, #[comptime] acc: Acc, #[comptime] panel: usize, row: u32, lane: u32) {
     let base = staged(to, row, lane % 4u32);
     #[unroll]
     for j in 0..8usize {
@@ -59,21 +59,21 @@ pub(super) fn stage_panel(to: u32, #[comptime] acc: Acc, #[comptime] panel: usiz
 
 /// A staged pair.
 #[cube]
-pub(super) fn staged_pair(panel: u32, row: u32, pair: u32) -> Two {
+pub(crate) fn staged_pair(panel: u32, row: u32, pair: u32) -> Two {
     let found = load_f32_pair(staged(panel, row, pair));
     Two { low: found.extract(0usize), high: found.extract(1usize) }
 }
 
 /// A staged pair and another one, summed and rounded.
 #[cube]
-pub(super) fn add_rows(panel: u32, row: u32, pair: u32, own: Two) -> u32 {
+pub(crate) fn add_rows(panel: u32, row: u32, pair: u32, own: Two) -> u32 {
     let found = staged_pair(panel, row, pair);
     pack_word(found.low + own.low, found.high + own.high)
 }
 
 /// A unit copies its pairs of a tile to a chunk of rows of `width` words, from word `column` on.
 #[cube]
-pub(super) fn copy_tile(tile: u32, to: &mut [u32], part: &Part, column: u32, width: u32, #[comptime] tokens: usize) {
+pub(crate) fn copy_tile(tile: u32, to: &mut [u32], part: &Part, column: u32, width: u32, #[comptime] tokens: usize) {
     let first = (part.block * 64u32 + part.first) * width + column + part.pair;
     #[unroll]
     for i in 0..tokens {
@@ -85,20 +85,20 @@ pub(super) fn copy_tile(tile: u32, to: &mut [u32], part: &Part, column: u32, wid
 
 /// Where a cube of a chain works: a segment of a sequence, a head, a slice of its value channels.
 #[derive(CubeType, Clone, Copy)]
-pub(super) struct Place {
-    pub(super) slice: u32,
-    pub(super) head: u32,
-    pub(super) start: u32,
-    pub(super) length: u32,
-    pub(super) chunks: u32,
+pub(crate) struct Place {
+    pub(crate) slice: u32,
+    pub(crate) head: u32,
+    pub(crate) start: u32,
+    pub(crate) length: u32,
+    pub(crate) chunks: u32,
     /// The segment; sequences that are not cut have one each.
-    pub(super) item: u32,
+    pub(crate) item: u32,
     /// Its first chunk among all.
-    pub(super) border: u32,
+    pub(crate) border: u32,
 }
 
 #[cube]
-pub(super) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: ChainPlan) -> Place {
+pub(crate) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: ChainPlan) -> Place {
     let slices = comptime!(plan.slices() as u32);
     let item = index / slices / heads;
     let at = (item * comptime!(ITEM_WORDS as u32)) as usize;
@@ -116,7 +116,7 @@ pub(super) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: Cha
 
 /// The chunk of step `i`.
 #[cube]
-pub(super) fn chunk_at(i: u32, chunks: u32, #[comptime] plan: ChainPlan) -> u32 {
+pub(crate) fn chunk_at(i: u32, chunks: u32, #[comptime] plan: ChainPlan) -> u32 {
     if comptime!(plan.against_time()) { chunks - 1u32 - i } else { i + 0u32 }
 }
 
@@ -140,7 +140,7 @@ fn state_at(
 
 /// Sets the state where the walk enters a segment.
 #[cube]
-pub(super) fn load_state(
+pub(crate) fn load_state(
     initial: &[f32],
     place: &Place,
     panel: u32,
@@ -173,7 +173,7 @@ pub(super) fn load_state(
 
 /// Writes the state where the walk leaves a segment.
 #[cube]
-pub(super) fn store_state(
+pub(crate) fn store_state(
     last: &mut [f32],
     place: &Place,
     panel: u32,
@@ -194,6 +194,6 @@ pub(super) fn store_state(
 
 /// The address of panel `n` of a tile.
 #[cube]
-pub(super) fn panel_of(tile: u32, #[comptime] n: usize) -> u32 {
+pub(crate) fn panel_of(tile: u32, #[comptime] n: usize) -> u32 {
     tile + comptime!((n * PANEL) as u32)
 }

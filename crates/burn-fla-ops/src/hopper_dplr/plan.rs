@@ -1,26 +1,27 @@
 //! What the kernels are specialised on, and how that is chosen.
 
 use crate::hopper_delta::segments;
+use crate::hopper_walk::Cores;
 use crate::tile::hopper::{Acc, Frag};
 
 /// Tokens a chunk.
-pub(super) const CHUNK: usize = 64;
+pub(crate) const CHUNK: usize = 64;
 /// Bytes of one panel of 64 rows.
-pub(super) const PANEL: usize = 64 * 128;
+pub(crate) const PANEL: usize = 64 * 128;
 /// Shared memory a cube of a chain may use, less what barriers and alignment take.
 const SHARED: usize = 232_448 - 1_536;
 /// Units of the cubes of [`super::prepare`].
-pub(super) const PREPARE_UNITS: usize = 128;
+pub(crate) const PREPARE_UNITS: usize = 128;
 /// Units that compute the gradients of one chunk.
-pub(super) const TEAM: usize = 256;
+pub(crate) const TEAM: usize = 256;
 
 /// Powers of two by which a channel may decay over a chunk for its scores to be products of two factors: each is then
 /// between `2^{−RANGE / 2}` and `2^{RANGE / 2}`. Where a channel decays further, pairs are summed one by one.
-pub(super) const RANGE: f32 = 120.0;
+pub(crate) const RANGE: f32 = 120.0;
 
 /// Where the vectors of the low-rank term come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Form {
+pub(crate) enum Form {
     /// `a` and `b` are given.
     Free,
     /// RWKV7: `a = −κ`, `b = κ ∘ rate`.
@@ -31,52 +32,53 @@ pub(super) enum Form {
 
 impl Form {
     /// Whether the state is read after the token's decay.
-    pub(super) fn reads_decayed(self) -> bool {
+    pub(crate) fn reads_decayed(self) -> bool {
         self == Self::Key
     }
 }
 
 /// The heads of a problem, and what its inputs are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct KeyPlan {
-    pub(super) form: Form,
-    pub(super) keys: usize,
+pub(crate) struct KeyPlan {
+    pub(crate) form: Form,
+    pub(crate) keys: usize,
     /// Log decays are f32, otherwise bf16.
-    pub(super) wide: bool,
+    pub(crate) wide: bool,
+    pub(crate) cores: Cores,
 }
 
 impl KeyPlan {
     /// Panels of 64 key channels.
-    pub(super) fn panels(&self) -> usize {
+    pub(crate) fn panels(&self) -> usize {
         self.keys.div_ceil(64)
     }
 
     /// Key channels in whole panels.
-    pub(super) fn padded(&self) -> usize {
+    pub(crate) fn padded(&self) -> usize {
         64 * self.panels()
     }
 
     /// All key channels of a chunk's tokens.
-    pub(super) fn channels(&self, name: &'static str) -> Acc {
+    pub(crate) fn channels(&self, name: &'static str) -> Acc {
         Acc::new(name, self.padded())
     }
 }
 
 /// Products between the tokens of a chunk, and those of queries and keys.
-pub(super) const SCORES: Acc = Acc::new("x", 64);
-pub(super) const QK: Acc = Acc::new("p", 64);
+pub(crate) const SCORES: Acc = Acc::new("x", 64);
+pub(crate) const QK: Acc = Acc::new("p", 64);
 
 /// What tokens read from the state: value channels × tokens.
-pub(super) const READ: Acc = Acc::new("x", 64);
+pub(crate) const READ: Acc = Acc::new("x", 64);
 /// Outputs: value channels × tokens.
-pub(super) const OUT: Acc = Acc::new("o", 64);
+pub(crate) const OUT: Acc = Acc::new("o", 64);
 /// Left operands of 64 tokens: what was read, and the values.
-pub(super) const TOKENS: Frag = Frag::new("r", 64);
-pub(super) const VALUES: Frag = Frag::new("v", 64);
+pub(crate) const TOKENS: Frag = Frag::new("r", 64);
+pub(crate) const VALUES: Frag = Frag::new("v", 64);
 
 /// What a chain computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Task {
+pub(crate) enum Task {
     /// With time: the outputs.
     Outputs,
     /// With time: the state before each chunk.
@@ -91,20 +93,20 @@ pub(super) enum Task {
 
 /// A walk from chunk to chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct ChainPlan {
-    pub(super) task: Task,
-    pub(super) keys: usize,
-    pub(super) values: usize,
+pub(crate) struct ChainPlan {
+    pub(crate) task: Task,
+    pub(crate) keys: usize,
+    pub(crate) values: usize,
     /// Warpgroups that walk, 64 value channels each.
-    pub(super) warpgroups: usize,
-    pub(super) stages: usize,
+    pub(crate) warpgroups: usize,
+    pub(crate) stages: usize,
     /// There is a state where the walk enters a sequence.
-    pub(super) initial: bool,
+    pub(crate) initial: bool,
 }
 
 impl ChainPlan {
     /// `narrow`: one warpgroup a cube, where that fills more of the device.
-    pub(super) fn new(task: Task, keys: usize, values: usize, narrow: bool) -> Self {
+    pub(crate) fn new(task: Task, keys: usize, values: usize, narrow: bool) -> Self {
         let plan = Self { task, keys, values, warpgroups: 1, stages: 0, initial: false };
         let warpgroups = if narrow || plan.columns() <= 64 { 1 } else { 2 };
         let plan = Self { warpgroups, ..plan };
@@ -117,53 +119,53 @@ impl ChainPlan {
     }
 
     /// Panels of 64 key channels.
-    pub(super) fn panels(&self) -> usize {
+    pub(crate) fn panels(&self) -> usize {
         self.keys.div_ceil(64)
     }
 
-    pub(super) fn padded(&self) -> usize {
+    pub(crate) fn padded(&self) -> usize {
         64 * self.panels()
     }
 
     /// Cubes that share the value channels of a head.
-    pub(super) fn slices(&self) -> usize {
+    pub(crate) fn slices(&self) -> usize {
         self.columns().div_ceil(64 * self.warpgroups)
     }
 
-    pub(super) fn with_outputs(&self) -> bool {
+    pub(crate) fn with_outputs(&self) -> bool {
         matches!(self.task, Task::Outputs | Task::Gradients)
     }
 
-    pub(super) fn with_borders(&self) -> bool {
+    pub(crate) fn with_borders(&self) -> bool {
         matches!(self.task, Task::Borders | Task::Gradients)
     }
 
-    pub(super) fn against_time(&self) -> bool {
+    pub(crate) fn against_time(&self) -> bool {
         matches!(self.task, Task::Gradients | Task::SegmentGradients)
     }
 
     /// Whether chunks leave something in memory; else only the state at the end counts.
-    pub(super) fn stores(&self) -> bool {
+    pub(crate) fn stores(&self) -> bool {
         self.with_outputs() || self.with_borders()
     }
 
     /// Whether the state at the end is written.
-    pub(super) fn with_last(&self) -> bool {
+    pub(crate) fn with_last(&self) -> bool {
         self.task != Task::Borders
     }
 
     /// Columns of the state, which are value channels, or with a segment's transition also key channels.
-    pub(super) fn columns(&self) -> usize {
+    pub(crate) fn columns(&self) -> usize {
         if self.task == Task::SegmentStates { segments::columns(self.keys, self.values) } else { self.values }
     }
 
     /// Panels that copies bring to a stage: what is read with, written with, and added from values; for outputs also what
     /// they are read with and the products between tokens; and the values.
-    pub(super) fn stage_panels(&self) -> usize {
+    pub(crate) fn stage_panels(&self) -> usize {
         (3 + self.with_outputs() as usize) * self.panels() + self.with_outputs() as usize + self.warpgroups
     }
 
-    pub(super) fn stage_bytes(&self) -> usize {
+    pub(crate) fn stage_bytes(&self) -> usize {
         self.stage_panels() * PANEL
     }
 
@@ -173,78 +175,78 @@ impl ChainPlan {
     }
 
     /// The walking warpgroups, and the loader's warp.
-    pub(super) fn units(&self) -> usize {
+    pub(crate) fn units(&self) -> usize {
         128 * self.warpgroups + 32
     }
 
     /// Cubes that run on a processor at a time.
-    pub(super) fn resident(&self) -> usize {
+    pub(crate) fn resident(&self) -> usize {
         let bytes = self.fixed_bytes() + self.stages * (self.stage_bytes() + 4 * self.padded());
         if self.warpgroups == 1 && 2 * bytes <= SHARED { 2 } else { 1 }
     }
 
     /// The state, transposed: 64 value channels, all key channels.
-    pub(super) fn state(&self) -> Acc {
+    pub(crate) fn state(&self) -> Acc {
         Acc::new("s", self.padded())
     }
 
     /// The state as a left operand.
-    pub(super) fn operand(&self) -> Frag {
+    pub(crate) fn operand(&self) -> Frag {
         Frag::new("f", self.padded())
     }
 }
 
 /// The gradients of a chunk, from the states at its borders.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct GradientPlan {
-    pub(super) key: KeyPlan,
-    pub(super) values: usize,
+pub(crate) struct GradientPlan {
+    pub(crate) key: KeyPlan,
+    pub(crate) values: usize,
 }
 
 impl GradientPlan {
-    pub(super) fn slices(&self) -> usize {
+    pub(crate) fn slices(&self) -> usize {
         self.values.div_ceil(64)
     }
 
     /// Teams of a cube, each with a chunk of its own.
-    pub(super) fn teams(&self) -> usize {
+    pub(crate) fn teams(&self) -> usize {
         if self.key.panels() == 1 { 2 } else { 1 }
     }
 
-    pub(super) fn units(&self) -> usize {
+    pub(crate) fn units(&self) -> usize {
         TEAM * self.teams()
     }
 
     /// Panels of a team: four operands of its tokens, the two of the state, three of the chunk, and a slice of values.
-    pub(super) fn team_panels(&self) -> usize {
+    pub(crate) fn team_panels(&self) -> usize {
         4 * self.key.panels() + 2 * self.key.panels() + 3 + self.slice_panels()
     }
 
     /// Panels of a slice of 64 value channels: values and the outputs' gradients, and both states.
-    pub(super) fn slice_panels(&self) -> usize {
+    pub(crate) fn slice_panels(&self) -> usize {
         2 + 2 * self.key.panels()
     }
 
     /// Numbers that warps sum up and exchange, see [`super::finish::Sums`].
-    pub(super) fn team_sums(&self) -> usize {
+    pub(crate) fn team_sums(&self) -> usize {
         (3 * TEAM / 32 + 2) * self.key.padded()
     }
 
     /// dQ′ or dK′, then what they become.
-    pub(super) fn outer(&self) -> Acc {
+    pub(crate) fn outer(&self) -> Acc {
         self.key.channels("m")
     }
 
     /// dÃ or dB̂, then what they become.
-    pub(super) fn inner(&self) -> Acc {
+    pub(crate) fn inner(&self) -> Acc {
         self.key.channels("n")
     }
 
-    pub(super) fn inter(&self) -> Acc {
+    pub(crate) fn inter(&self) -> Acc {
         self.key.channels("i")
     }
 
-    pub(super) fn operand(&self) -> Frag {
+    pub(crate) fn operand(&self) -> Frag {
         Frag::new("f", self.key.padded())
     }
 
@@ -270,7 +272,8 @@ mod tests {
                         assert!(plan.stages >= 2, "{plan:?}");
                     }
                 }
-                let plan = GradientPlan { key: KeyPlan { form: Form::Free, keys, wide: true }, values };
+                let plan =
+                    GradientPlan { key: KeyPlan { form: Form::Free, keys, wide: true, cores: Cores::Hopper }, values };
                 assert!(plan.bytes() <= 232_448, "{plan:?}");
                 // At last three panels of f32 stand where all but the tokens' operands did.
                 assert!(plan.team_panels() - 4 * plan.key.panels() >= 6, "{plan:?}");

@@ -7,23 +7,24 @@ use cubecl_cpp::cuda::ptx::generic_to_shared;
 use super::exact::{exact_scores, tokens_again};
 use super::parts::{add_rows, copy_tile, scale_by, stage_panel};
 use super::plan::{CHUNK, KeyPlan, PANEL, QK, SCORES};
+use super::products::{begin, commit, declare_operands, fence_shared, product, wait};
 use super::tokens::{
     BATCH, Part, Two, added, centre_decays, load_strengths, load_words, logs_at, logs_read, part_of, reader,
     sum_decays, two_of, writer,
 };
 use crate::hopper_walk::parts::publish;
 use crate::tile::hopper::{
-    TRIANGLE_COLUMN, TRIANGLE_ROW, column_of, commit, declare, exp2, fence, fence_shared, invert_triangle, k_major,
-    load_f32, mma_shared, mn_major, pack_word, read, row_of, store_f32, store_u32, swizzled, wait, write,
+    TRIANGLE_COLUMN, TRIANGLE_ROW, column_of, declare, exp2, invert_triangle, load_f32, pack_word, read, row_of,
+    store_f32, store_u32, swizzled, write,
 };
 
 /// Tokens a warp.
-pub(super) const TOKENS: usize = 16;
+pub(crate) const TOKENS: usize = 16;
 
 /// The kernel. All but the decays are bf16 in whole chunks, `[chunks, H, 64, …]`, zero after the last token: with the names of
 /// [`super`] `first` is Ã, `second` B̂, `out` Q′, `into` K′ and `scores` P; with `extras` also N, `A_qb` and H.
 #[cube(launch_unchecked)]
-pub(super) fn prepare(
+pub(crate) fn prepare(
     q: &[u32],
     k: &[u32],
     a: &[u32],
@@ -47,6 +48,7 @@ pub(super) fn prepare(
     #[comptime] extras: bool,
     #[comptime] plan: KeyPlan,
 ) {
+    let cores = comptime!(plan.cores);
     let panels = comptime!(plan.panels());
     let wide = comptime!((plan.panels() * PANEL) as u32);
     let padded = comptime!(plan.padded() as u32);
@@ -55,8 +57,8 @@ pub(super) fn prepare(
     // One panel of queries and one of keys have less room than the inverse's padded rows need.
     let pad = comptime!(if panels == 1 { 2048 } else { 0 });
     let shared = Shared::<[u32]>::new_aligned_slice(comptime!(((4 * panels + 2) * PANEL + pad) / 4), 1024usize);
-    let triangle = Shared::<[f32]>::new_aligned_slice(comptime!(CHUNK * TRIANGLE_COLUMN), 1024usize);
-    let mut totals = Shared::<[f32]>::new_aligned_slice(comptime!(4 * plan.padded()), 128usize);
+    // The totals of decays first.
+    let mut triangle = Shared::<[f32]>::new_aligned_slice(comptime!(CHUNK * TRIANGLE_COLUMN), 1024usize);
     let mut factors = Shared::<[f32]>::new_aligned_slice(comptime!(plan.padded()), 128usize);
     let q0 = generic_to_shared::<u32>(shared.as_ptr());
     let k0 = q0 + wide;
@@ -68,6 +70,7 @@ pub(super) fn prepare(
     declare(SCORES);
     declare(QK);
     declare(channels);
+    declare_operands(cores);
 
     let part = part_of(CUBE_POS_X, table, table_at, heads, groups, UNIT_POS, TOKENS);
     // The first of a unit's words in rows of a block.
@@ -78,9 +81,9 @@ pub(super) fn prepare(
     let mut logs = Array::<f32>::new(comptime!(2 * TOKENS * panels));
     let mut middles = Array::<f32>::new(comptime!(2 * panels));
     let mut befores = Array::<f32>::new(comptime!(2 * panels));
-    sum_decays(&part, gates, heads, &mut totals, 0usize, &mut logs, TOKENS, plan);
+    sum_decays(&part, gates, heads, &mut triangle, 0usize, &mut logs, TOKENS, plan);
     sync_cube();
-    let fast = centre_decays(&part, &totals, 0usize, &mut logs, &mut middles, &mut befores, TOKENS, plan);
+    let fast = centre_decays(&part, &triangle, 0usize, &mut logs, &mut middles, &mut befores, TOKENS, plan);
     #[unroll]
     for panel in 0..panels {
         let middle = two_of(&middles, panel);
@@ -129,7 +132,7 @@ pub(super) fn prepare(
             }
         }
     }
-    fence_shared();
+    fence_shared(cores);
     sync_cube();
     // Queries with keys, with writers, readers with keys, with writers.
     for which in 0..4u32 {
@@ -137,13 +140,13 @@ pub(super) fn prepare(
         let x = select(reads, a0, q0);
         let y = select(which % 2u32 == 0u32, k0, b0);
         if fast {
-            fence();
+            begin(cores);
             #[unroll]
             for n in 0..comptime!(4 * panels) {
-                mma_shared(SCORES, k_major(x, CHUNK, n), k_major(y, CHUNK, n), comptime!(n as u32), false, false);
+                product(SCORES, x, y, n, comptime!(n as u32), false, false, warp, lane, cores);
             }
-            commit();
-            wait(0u32);
+            commit(cores);
+            wait(0u32, cores);
         } else {
             exact_scores(&part, &logs, x, y, reads, t0, row, lane, TOKENS, plan);
         }
@@ -187,30 +190,30 @@ pub(super) fn prepare(
         let high = select(column < line, load_f32(from + 4u32), 0.0f32);
         store_u32(swizzled(n0, line, lane * 4u32), pack_word(low, high));
     }
-    fence_shared();
+    fence_shared(cores);
     sync_cube();
-    fence();
+    begin(cores);
     #[unroll]
     for n in 0..4usize {
         let keep = comptime!(n as u32);
-        mma_shared(channels, k_major(n0, CHUNK, n), mn_major(a0, CHUNK, n), keep, false, true);
-        mma_shared(SCORES, k_major(n0, CHUNK, n), mn_major(ak0, CHUNK, n), keep, false, true);
+        product(channels, n0, a0, n, keep, false, true, warp, lane, cores);
+        product(SCORES, n0, ak0, n, keep, false, true, warp, lane, cores);
     }
-    commit();
-    wait(0u32);
+    commit(cores);
+    wait(0u32, cores);
     scale_by(channels, &factors, 0usize, lane);
     publish(q0, channels, row, lane);
     publish(h0, SCORES, row, lane);
-    fence_shared();
+    fence_shared(cores);
     sync_cube();
-    fence();
+    begin(cores);
     #[unroll]
     for n in 0..4usize {
-        mma_shared(channels, k_major(qb0, CHUNK, n), mn_major(q0, CHUNK, n), comptime!(n as u32), false, true);
-        mma_shared(QK, k_major(qb0, CHUNK, n), mn_major(h0, CHUNK, n), 1u32, false, true);
+        product(channels, qb0, q0, n, comptime!(n as u32), false, true, warp, lane, cores);
+        product(QK, qb0, h0, n, 1u32, false, true, warp, lane, cores);
     }
-    commit();
-    wait(0u32);
+    commit(cores);
+    wait(0u32, cores);
     publish(ak0, QK, row, lane);
     #[unroll]
     for panel in 0..panels {
@@ -232,13 +235,13 @@ pub(super) fn prepare(
             out[to as usize] = add_rows(k0, part.first + token, part.pair, own);
         }
     }
-    fence();
+    begin(cores);
     #[unroll]
     for n in 0..4usize {
-        mma_shared(channels, mn_major(h0, CHUNK, n), mn_major(b0, CHUNK, n), comptime!(n as u32), true, true);
+        product(channels, h0, b0, n, comptime!(n as u32), true, true, warp, lane, cores);
     }
-    commit();
-    wait(0u32);
+    commit(cores);
+    wait(0u32, cores);
     scale_by(channels, &factors, 0usize, lane);
     #[unroll]
     for panel in 0..panels {

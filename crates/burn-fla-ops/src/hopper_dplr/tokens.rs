@@ -9,30 +9,30 @@ use crate::hopper_walk::table::CHUNK_WORDS;
 use crate::tile::hopper::{bf16_high, bf16_low, exp2};
 
 /// Tokens that are loaded before the first of them is used.
-pub(super) const BATCH: usize = 8;
+pub(crate) const BATCH: usize = 8;
 
 /// A chunk of one head, and the part of it that a unit has.
 #[derive(CubeType, Clone, Copy)]
-pub(super) struct Part {
-    pub(super) head: u32,
+pub(crate) struct Part {
+    pub(crate) head: u32,
     /// The head of its keys, and how many there are.
-    pub(super) key_head: u32,
-    pub(super) key_heads: u32,
+    pub(crate) key_head: u32,
+    pub(crate) key_heads: u32,
     /// The chunk's first token, and how many it has.
-    pub(super) start: u32,
-    pub(super) length: u32,
+    pub(crate) start: u32,
+    pub(crate) length: u32,
     /// The chunk and head among all.
-    pub(super) block: u32,
+    pub(crate) block: u32,
     /// The unit's first token inside the chunk; its warp's number among those that share the chunk.
-    pub(super) first: u32,
-    pub(super) warp: u32,
+    pub(crate) first: u32,
+    pub(crate) warp: u32,
     /// The unit's pair of channels in a panel.
-    pub(super) pair: u32,
+    pub(crate) pair: u32,
 }
 
 /// The part of `unit`, where `tokens` tokens are a warp's.
 #[cube]
-pub(super) fn part_of(
+pub(crate) fn part_of(
     block: u32,
     table: &[i32],
     table_at: u32,
@@ -58,41 +58,41 @@ pub(super) fn part_of(
 
 /// Two numbers that stand side by side.
 #[derive(CubeType, Clone, Copy)]
-pub(super) struct Two {
-    pub(super) low: f32,
-    pub(super) high: f32,
+pub(crate) struct Two {
+    pub(crate) low: f32,
+    pub(crate) high: f32,
 }
 
 #[cube]
 impl Two {
-    pub(super) fn of(word: u32) -> Two {
+    pub(crate) fn of(word: u32) -> Two {
         Two { low: bf16_low(word), high: bf16_high(word) }
     }
 
     /// Both as powers of two.
-    pub(super) fn power(&self) -> Two {
+    pub(crate) fn power(&self) -> Two {
         Two { low: exp2(self.low), high: exp2(self.high) }
     }
 
     /// Both sums as powers of two.
-    pub(super) fn grown(&self, by: &Two) -> Two {
+    pub(crate) fn grown(&self, by: &Two) -> Two {
         Two { low: exp2(self.low + by.low), high: exp2(self.high + by.high) }
     }
 
-    pub(super) fn scaled(&self, by: f32) -> Two {
+    pub(crate) fn scaled(&self, by: f32) -> Two {
         Two { low: self.low * by, high: self.high * by }
     }
 
-    pub(super) fn times(&self, by: &Two) -> Two {
+    pub(crate) fn times(&self, by: &Two) -> Two {
         Two { low: self.low * by.low, high: self.high * by.high }
     }
 
-    pub(super) fn negated(&self) -> Two {
+    pub(crate) fn negated(&self) -> Two {
         Two { low: -self.low, high: -self.high }
     }
 
     /// Both, or zeros.
-    pub(super) fn kept(&self, keep: bool) -> Two {
+    pub(crate) fn kept(&self, keep: bool) -> Two {
         Two { low: select(keep, self.low, 0.0f32), high: select(keep, self.high, 0.0f32) }
     }
 }
@@ -100,12 +100,12 @@ impl Two {
 #[cube]
 impl Part {
     /// Whether token `i` of the unit and its channels of a panel exist.
-    pub(super) fn inside(&self, i: u32, #[comptime] panel: usize, #[comptime] plan: KeyPlan) -> bool {
+    pub(crate) fn inside(&self, i: u32, #[comptime] panel: usize, #[comptime] plan: KeyPlan) -> bool {
         self.first + i < self.length && self.channel(panel) < comptime!(plan.keys as u32)
     }
 
     /// The first of its two channels.
-    pub(super) fn channel(&self, #[comptime] panel: usize) -> u32 {
+    pub(crate) fn channel(&self, #[comptime] panel: usize) -> u32 {
         comptime!(64 * panel as u32) + 2u32 * self.pair
     }
 
@@ -115,13 +115,13 @@ impl Part {
     }
 
     /// The pair of a row `[tokens, heads, K]` at the unit's token `i`, counted in pairs. Where there is none, one that there is.
-    pub(super) fn pair_at(&self, i: u32, heads: u32, #[comptime] panel: usize, #[comptime] plan: KeyPlan) -> u32 {
+    pub(crate) fn pair_at(&self, i: u32, heads: u32, #[comptime] panel: usize, #[comptime] plan: KeyPlan) -> u32 {
         let channel = u32::min(self.channel(panel), comptime!(plan.keys as u32 - 2));
         ((self.token(i) * heads + self.head) * comptime!(plan.keys as u32) + channel) / 2u32
     }
 
     /// The same of a row `[tokens, key heads, K]`.
-    pub(super) fn key_pair_at(&self, i: u32, #[comptime] panel: usize, #[comptime] plan: KeyPlan) -> u32 {
+    pub(crate) fn key_pair_at(&self, i: u32, #[comptime] panel: usize, #[comptime] plan: KeyPlan) -> u32 {
         let channel = u32::min(self.channel(panel), comptime!(plan.keys as u32 - 2));
         ((self.token(i) * self.key_heads + self.key_head) * comptime!(plan.keys as u32) + channel) / 2u32
     }
@@ -144,7 +144,7 @@ fn gates_at(gates: &[u32], pair: u32, #[comptime] plan: KeyPlan) -> Two {
 /// A unit's running sums of log decays over its own tokens, and these tokens' totals, `[warps, channels]`, to `totals[room..]`; a synchronisation
 /// must follow.
 #[cube]
-pub(super) fn sum_decays(
+pub(crate) fn sum_decays(
     part: &Part,
     gates: &[u32],
     heads: u32,
@@ -179,7 +179,7 @@ pub(super) fn sum_decays(
 ///
 /// `middles` gets half a chunk's decay, `befores` the sum before the unit's first token, counted alike.
 #[cube]
-pub(super) fn centre_decays(
+pub(crate) fn centre_decays(
     part: &Part,
     totals: &[f32],
     room: usize,
@@ -218,7 +218,7 @@ pub(super) fn centre_decays(
 
 /// The running sums of a unit's token `i`.
 #[cube]
-pub(super) fn logs_at(
+pub(crate) fn logs_at(
     logs: &Array<f32>,
     #[comptime] i: usize,
     #[comptime] panel: usize,
@@ -229,7 +229,7 @@ pub(super) fn logs_at(
 
 /// Those before it.
 #[cube]
-pub(super) fn logs_before(
+pub(crate) fn logs_before(
     logs: &Array<f32>,
     befores: &Array<f32>,
     #[comptime] i: usize,
@@ -245,7 +245,7 @@ pub(super) fn logs_before(
 
 /// Those up to which the state that token `i` reads has decayed.
 #[cube]
-pub(super) fn logs_read(
+pub(crate) fn logs_read(
     logs: &Array<f32>,
     befores: &Array<f32>,
     #[comptime] i: usize,
@@ -262,13 +262,13 @@ pub(super) fn logs_read(
 
 /// A panel's two numbers.
 #[cube]
-pub(super) fn two_of(x: &Array<f32>, #[comptime] panel: usize) -> Two {
+pub(crate) fn two_of(x: &Array<f32>, #[comptime] panel: usize) -> Two {
     Two { low: x[comptime!(2 * panel)], high: x[comptime!(2 * panel + 1)] }
 }
 
 /// The words of `BATCH` of a unit's tokens from `first` on, in a panel: all are on their way before one is used.
 #[cube]
-pub(super) fn load_words(
+pub(crate) fn load_words(
     part: &Part,
     from: &[u32],
     words: &mut Array<u32>,
@@ -284,7 +284,7 @@ pub(super) fn load_words(
 
 /// The writing strengths of these tokens, where the form has any.
 #[cube]
-pub(super) fn load_strengths(
+pub(crate) fn load_strengths(
     part: &Part,
     strengths: &[f32],
     heads: u32,
@@ -304,21 +304,21 @@ pub(super) fn load_strengths(
 
 /// The vector that values are added with.
 #[cube]
-pub(super) fn added(k: u32, strength: f32, #[comptime] plan: KeyPlan) -> Two {
+pub(crate) fn added(k: u32, strength: f32, #[comptime] plan: KeyPlan) -> Two {
     let found = Two::of(k);
     if comptime!(plan.form == Form::Key) { found.scaled(strength) } else { found }
 }
 
 /// The vector that reads.
 #[cube]
-pub(super) fn reader(a: u32, #[comptime] plan: KeyPlan) -> Two {
+pub(crate) fn reader(a: u32, #[comptime] plan: KeyPlan) -> Two {
     let found = Two::of(a);
     if comptime!(plan.form == Form::Free) { found } else { found.negated() }
 }
 
 /// The vector that what was read is written with.
 #[cube]
-pub(super) fn writer(a: u32, b: u32, strength: f32, #[comptime] plan: KeyPlan) -> Two {
+pub(crate) fn writer(a: u32, b: u32, strength: f32, #[comptime] plan: KeyPlan) -> Two {
     let found = Two::of(b);
     if comptime!(plan.form == Form::Removal) {
         found.times(&Two::of(a))

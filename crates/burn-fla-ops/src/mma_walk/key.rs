@@ -34,7 +34,7 @@ pub(super) fn load_factors(to: u32, vectors: u64, at: u32, #[comptime] plan: Mma
 
 /// Multiplies the state with `factors[at..]`, a number for each channel that decays.
 #[cube]
-pub(super) fn scale_states(factors: &[f32], at: usize, place: &Place, warp: u32, lane: u32, #[comptime] plan: MmaPlan) {
+pub(crate) fn scale_states(factors: &[f32], at: usize, place: &Place, warp: u32, lane: u32, #[comptime] plan: MmaPlan) {
     if comptime!(!plan.walk.factors()) {
         #[unroll]
         for j in 0..comptime!(2 * plan.steps()) {

@@ -36,7 +36,7 @@
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.
 #![allow(clippy::identity_op)]
 
-mod key;
+pub(crate) mod key;
 mod launch;
 pub(crate) mod loads;
 pub(crate) mod outputs;

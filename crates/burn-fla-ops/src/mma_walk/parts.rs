@@ -291,7 +291,7 @@ pub(super) fn outputs_of_chunk(
 
 /// Decays the state over the chunk, where the decay is not by key, and adds what its tokens contribute.
 #[cube]
-pub(super) fn update_state(k: u32, v: u32, decays: &[f32], g0: usize, warp: u32, lane: u32, #[comptime] plan: MmaPlan) {
+pub(crate) fn update_state(k: u32, v: u32, decays: &[f32], g0: usize, warp: u32, lane: u32, #[comptime] plan: MmaPlan) {
     if comptime!(!plan.walk.by_channel()) {
         let decay = exp2(decays[g0 + 63]);
         #[unroll]

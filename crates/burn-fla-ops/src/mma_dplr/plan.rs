@@ -1,0 +1,201 @@
+//! What the kernels are specialised on, and how that is chosen.
+
+use crate::hopper_dplr::plan::{Form, GradientPlan, KeyPlan, Task};
+use crate::hopper_walk::Cores;
+use crate::hopper_walk::plan::{Axis, Borders, CHUNK, KeyHeads, PANEL, Roles, WalkPlan};
+use crate::mma_walk::plan::MmaPlan;
+use crate::tile::hopper::{TRIANGLE_COLUMN, TRIANGLE_ROW};
+use crate::tile::mma::Frag;
+
+/// A walk from chunk to chunk, by four warps of 16 or 32 value channels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct ChainPlan {
+    pub(super) task: Task,
+    /// Its state and its units. The outer channels are values; every stage has a buffer of each operand.
+    pub(super) mma: MmaPlan,
+}
+
+impl ChainPlan {
+    /// The plan for `heads` heads of all sequences together, on a device with so many processors and so much shared memory
+    /// a cube, where there is one.
+    ///
+    /// Few heads have cubes of 64 value channels, so that more processors walk.
+    pub(super) fn new(
+        task: Task,
+        [keys, values]: [usize; 2],
+        heads: usize,
+        processors: usize,
+        shared: usize,
+    ) -> Option<Self> {
+        let plan = |panels: usize, stages: usize| {
+            let roles = Roles { outer_is_value: true, against_time: task == Task::Gradients, borders: Borders::None };
+            let walk = WalkPlan {
+                roles,
+                inner: keys,
+                outer: values,
+                warpgroups: panels,
+                stages,
+                axis: Axis::Key,
+                exclusive: false,
+                key_heads: KeyHeads::Own,
+                wide_gates: false,
+                initial: false,
+                segmented: false,
+                last: task != Task::Borders,
+            };
+            Self { task, mma: MmaPlan { walk, bands: panels, value_stages: stages, quarters: false } }
+        };
+        let narrow = values <= 64 || heads * plan(1, 1).mma.walk.slices() <= processors;
+        let panels = if narrow { 1 } else { 2 };
+        let (twice, once) = (plan(panels, 2), plan(panels, 1));
+        // A second cube on a processor hides more than a second stage.
+        let cubes = heads * once.mma.walk.slices();
+        let at_once = |plan: &Self| usize::min(processors * plan.cubes(shared), cubes);
+        let fits = |plan: &Self| plan.shared_bytes() <= shared;
+        if fits(&twice) && at_once(&twice) >= at_once(&once) {
+            return Some(twice);
+        }
+        [once, plan(1, 1)].into_iter().find(fits)
+    }
+
+    pub(super) fn with_outputs(&self) -> bool {
+        self.task != Task::Borders
+    }
+
+    pub(super) fn with_borders(&self) -> bool {
+        self.task != Task::Outputs
+    }
+
+    pub(super) fn against_time(&self) -> bool {
+        self.task == Task::Gradients
+    }
+
+    /// Key channels in whole panels.
+    pub(super) fn padded(&self) -> usize {
+        64 * self.mma.walk.panels()
+    }
+
+    /// Rows of a border's state: value channels in whole slices.
+    pub(super) fn border_rows(&self) -> usize {
+        64 * self.mma.walk.outer_panels()
+    }
+
+    /// What tokens read, transposed: value channels × tokens, 64 columns a band.
+    pub(super) fn read(&self) -> Frag {
+        Frag::new("x", CHUNK * self.mma.bands)
+    }
+
+    /// Where a stage has what that is written with, what values are written with, the values, what outputs read with, and
+    /// what they take of values; what the state is read with comes first.
+    pub(super) fn second_at(&self) -> u32 {
+        (self.mma.walk.panels() * PANEL) as u32
+    }
+
+    pub(super) fn into_at(&self) -> u32 {
+        2 * self.second_at()
+    }
+
+    pub(super) fn values_at(&self) -> u32 {
+        3 * self.second_at()
+    }
+
+    pub(super) fn out_at(&self) -> u32 {
+        self.values_at() + (self.mma.walk.warpgroups * PANEL) as u32
+    }
+
+    pub(super) fn scores_at(&self) -> u32 {
+        self.out_at() + self.second_at()
+    }
+
+    pub(super) fn stage_bytes(&self) -> usize {
+        let panels = self.mma.walk.panels();
+        let outputs = if self.with_outputs() { panels + 1 } else { 0 };
+        (3 * panels + self.mma.walk.warpgroups + outputs) * PANEL
+    }
+
+    /// Shared memory of a cube: with the decays of each stage.
+    pub(super) fn shared_bytes(&self) -> usize {
+        self.mma.walk.stages * (self.stage_bytes() + 4 * self.padded())
+    }
+
+    /// Cubes that a processor runs at once, as [`MmaPlan::cubes`] counts them.
+    fn cubes(&self, shared: usize) -> usize {
+        usize::min((shared + 1024) / (self.shared_bytes() + 1024), 65_536 / (256 * self.mma.units()))
+    }
+}
+
+/// Where the gradients of a chunk have their tiles, in panels: first Ã, B̂, N and H, where the tokens' vectors come later,
+/// then A_qb, values, the outputs' gradients, and both states, where running sums of decays, and at last what units take
+/// over from accumulators, come later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct GradientRoom {
+    pub(super) shape: GradientPlan,
+}
+
+impl GradientRoom {
+    fn panels(&self) -> usize {
+        self.shape.key.panels()
+    }
+
+    /// Where the second part begins.
+    pub(super) fn second_part(&self) -> u32 {
+        (4 * self.panels() * PANEL) as u32
+    }
+
+    /// Panels of both parts: the four of values, three scores and a state are there beside the sums; the last steps need six.
+    pub(super) fn tile_bytes(&self) -> usize {
+        let panels = self.panels();
+        (4 * panels + usize::max(6, 2 * panels + 4)) * PANEL
+    }
+
+    pub(super) fn shared_bytes(&self) -> usize {
+        self.tile_bytes() + 4 * self.shape.team_sums()
+    }
+}
+
+/// Shared memory of the cubes of [`crate::hopper_dplr::prepare`].
+fn prepare_bytes(keys: usize) -> usize {
+    let panels = keys.div_ceil(64);
+    let rows = usize::max(2 * panels * PANEL, 4 * CHUNK * TRIANGLE_ROW);
+    rows + (2 * panels + 2) * PANEL + 4 * (CHUNK * TRIANGLE_COLUMN + 64 * panels)
+}
+
+/// Whether every kernel, forward and backward, has room where a cube may use so much shared memory.
+pub(crate) fn fits(keys: usize, values: usize, shared: usize) -> bool {
+    let chain = |task| ChainPlan::new(task, [keys, values], 1, 1, shared).is_some();
+    let key = KeyPlan { form: Form::Free, keys, wide: true, cores: Cores::Mma };
+    let room = GradientRoom { shape: GradientPlan { key, values } };
+    [Task::Outputs, Task::Borders, Task::Gradients].into_iter().all(chain)
+        && room.shared_bytes() <= shared
+        && prepare_bytes(keys) <= shared
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Shared memory that a cube may use on GPUs of compute capability 8.0, 9.0, and 8.6, 8.9 or 12.0.
+    const LIMITS: [usize; 3] = [163 * 1024, 227 * 1024, 99 * 1024];
+
+    #[test]
+    fn every_size_that_is_promised_has_a_plan() {
+        for shared in LIMITS {
+            for keys in (16..=128).step_by(16) {
+                for values in (16..=512).step_by(16) {
+                    // The gradients of more than 64 key channels need 141 KiB.
+                    assert_eq!(
+                        fits(keys, values, shared),
+                        keys <= 64 || shared > LIMITS[2],
+                        "{keys} {values} {shared}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn two_cubes_of_heads_of_64_channels_share_a_processor() {
+        let plan = ChainPlan::new(Task::Outputs, [64, 64], 256, 132, LIMITS[1]).unwrap();
+        assert_eq!((plan.mma.bands, plan.mma.walk.stages, plan.cubes(LIMITS[1])), (1, 2, 2));
+    }
+}
