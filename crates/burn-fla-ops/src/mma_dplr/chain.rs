@@ -133,7 +133,7 @@ pub(super) fn chain(
         let unit = unit_again();
         let (warp, lane) = (unit / 32u32, unit % 32u32);
         scale_states(&factors, g0, &p, warp, lane, plan.mma);
-        update_state(t + comptime!(plan.into_at()), v0, &factors, g0, warp, lane, plan.mma);
+        update_state(t + comptime!(plan.added_at()), v0, &factors, g0, warp, lane, plan.mma);
         write_read(t + comptime!(plan.second_at()), lane, plan);
     }
     let unit = unit_again();
@@ -175,7 +175,7 @@ fn load_chunk(
     load_tile(to, address_of(first), 0u32, row, 0u32, 1u32, rows, padded, panels, units);
     let at = to + comptime!(plan.second_at());
     load_tile(at, address_of(second), 0u32, row, 0u32, 1u32, rows, padded, panels, units);
-    let at = to + comptime!(plan.into_at());
+    let at = to + comptime!(plan.added_at());
     load_tile(at, address_of(into), 0u32, row, 0u32, 1u32, rows, padded, panels, units);
     let at = to + comptime!(plan.values_at());
     let channel = p.slice * comptime!(64 * walk.warpgroups as u32);

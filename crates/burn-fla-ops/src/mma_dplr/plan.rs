@@ -91,7 +91,7 @@ impl ChainPlan {
         (self.mma.walk.panels() * PANEL) as u32
     }
 
-    pub(super) fn into_at(&self) -> u32 {
+    pub(super) fn added_at(&self) -> u32 {
         2 * self.second_at()
     }
 
