@@ -307,7 +307,7 @@ suite!(Auto: hopper, Mma: mma; {
 });
 
 fn every_length_is_right(engine: Engine) {
-    let lengths = [2, 63, 64, 65, 131, 600];
+    let lengths = [1, 2, 63, 64, 65, 131, 600];
     check(engine, &lengths.map(|tokens| Case { tokens, ..BASE }));
 }
 
@@ -381,7 +381,7 @@ fn abc_is_right(engine: Engine) {
 const RWKV6: Case = Case { op: Op::Rwkv6, ..BASE };
 
 fn every_length_is_right_of_rwkv6(engine: Engine) {
-    let lengths = [2, 63, 64, 65, 131, 600];
+    let lengths = [1, 2, 63, 64, 65, 131, 600];
     check(engine, &lengths.map(|tokens| Case { tokens, ..RWKV6 }));
 }
 
