@@ -58,6 +58,7 @@ pub(crate) mod exact;
 pub(crate) mod finish;
 pub(crate) mod gradient_parts;
 pub(crate) mod gradients;
+pub(crate) mod operands;
 pub(crate) mod operator;
 pub(crate) mod parts;
 pub(crate) mod plan;

@@ -3,6 +3,7 @@
 use burn::tensor::{DType, Shape};
 use cubecl::prelude::{CubeCount, CubeDim, TensorMapArg, Tiled};
 
+use super::operands::{Gradients, Inputs, Operands};
 use super::plan::{CHUNK, ChainPlan, Form, GradientPlan, KeyPlan, PREPARE_UNITS, Task};
 use super::{chain, gradients, prepare};
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, zeros};
@@ -39,50 +40,6 @@ struct At {
     g: usize,
     strengths: Option<usize>,
     state: usize,
-}
-
-/// The inputs as the kernels read them.
-pub(crate) struct Inputs {
-    /// q, k, a, b; k again where there is no a or b.
-    pub(crate) qkab: [CubeTensor; 4],
-    pub(crate) v: CubeTensor,
-    pub(crate) g: CubeTensor,
-    /// Writing strengths, or anything.
-    pub(crate) strengths: CubeTensor,
-    initial: Option<CubeTensor>,
-    pub(crate) table: CubeTensor,
-}
-
-/// What [`prepare`] leaves.
-pub(crate) struct Operands {
-    pub(crate) first: CubeTensor,
-    pub(crate) second: CubeTensor,
-    out: CubeTensor,
-    into: CubeTensor,
-    pub(crate) scores: CubeTensor,
-    pub(crate) decays: CubeTensor,
-    /// N, A_qb and H, for backward.
-    pub(crate) extras: [CubeTensor; 3],
-}
-
-impl Operands {
-    /// What a walk reads the state with, what that is written with, what outputs read with, and what values are written with.
-    pub(crate) fn for_walk(&self, against_time: bool) -> [&CubeTensor; 4] {
-        match against_time {
-            false => [&self.first, &self.second, &self.out, &self.into],
-            true => [&self.second, &self.first, &self.into, &self.out],
-        }
-    }
-}
-
-/// Where the gradients of q, k, a and b, of the decays, and of the writing strengths go.
-pub(crate) struct Gradients {
-    pub(crate) dq: CubeTensor,
-    pub(crate) dk: CubeTensor,
-    pub(crate) da: CubeTensor,
-    pub(crate) db: CubeTensor,
-    pub(crate) dg: CubeTensor,
-    pub(crate) dbeta: CubeTensor,
 }
 
 impl HopperDplr {
