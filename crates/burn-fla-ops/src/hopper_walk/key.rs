@@ -6,7 +6,9 @@ use cubecl::prelude::*;
 use super::parts::{LOG2_E, Place, Span};
 use super::plan::{DECAYED, SCORES, VALUES, WalkPlan};
 use super::shift::{Rows, first_written, token_at};
-use crate::tile::hopper::{bf16_high, bf16_low, column_of, exp2, load_transposed, pack, put, read, scale, swizzled};
+use crate::tile::hopper::{
+    bf16_high, bf16_low, column_of, exp2, load_transposed, next, pack, put, read, scale_columns, scale_rows, swizzled,
+};
 
 /// The log decay at an element, as a power of two.
 #[cube]
@@ -37,35 +39,52 @@ pub(crate) fn factors_of_span(
     #[comptime] plan: WalkPlan,
 ) {
     let keys = comptime!(plan.decaying() as u32);
-    #[unroll]
-    for i in 0..comptime!(plan.decay_channels() / 32) {
-        let channel = lane + comptime!(32 * i as u32);
-        // Channels that only fill a panel keep a state of zeros.
-        let mut early = f32::new(1.0);
-        let mut late = f32::new(1.0);
-        if channel < keys {
-            if parts == 1u32 {
-                let from =
-                    ((place.border + chunk) * heads + place.head) * comptime!(2 * plan.decaying() as u32) + channel;
-                early = vectors[from as usize];
-                late = vectors[(from + keys) as usize];
-            } else {
-                let row = token_at(place.start + span.start, place, Rows::Written, plan) * heads + place.head;
-                let mut first = f32::new(0.0);
-                if first_written(place, span, plan) == 0u32 {
+    if parts == 1u32 {
+        let from = ((place.border + chunk) * heads + place.head) * comptime!(2 * plan.decaying() as u32);
+        #[unroll]
+        for i in 0..comptime!(plan.decay_channels() / 32) {
+            let channel = lane + comptime!(32 * i as u32);
+            // Channels that only fill a panel keep a state of zeros.
+            let mut early = f32::new(1.0);
+            let mut late = f32::new(1.0);
+            if channel < keys {
+                early = vectors[(from + channel) as usize];
+                late = vectors[(from + channel + keys) as usize];
+            }
+            put_factors(to, at + channel as usize, early, late, plan);
+        }
+    } else {
+        let row = token_at(place.start + span.start, place, Rows::Written, plan) * heads + place.head;
+        let writes = first_written(place, span, plan) == 0u32;
+        // Rarely taken: one piece of code for all channels.
+        let mut channel = lane + 0u32;
+        while channel < comptime!(plan.decay_channels() as u32) {
+            let mut first = f32::new(0.0);
+            let mut rest = f32::new(0.0);
+            if channel < keys {
+                if writes {
                     first = gate_at(gates, row * keys + channel, plan.wide_gates);
                 }
-                let mut rest = f32::new(0.0);
                 for t in 1..span.count {
                     rest += gate_at(gates, (row + t * heads) * keys + channel, plan.wide_gates);
                 }
-                early = exp2(first + rest * 0.5f32);
-                late = exp2(rest * 0.5f32);
             }
+            put_factors(to, at + channel as usize, exp2(first + rest * 0.5f32), exp2(rest * 0.5f32), plan);
+            channel = next(channel + 31u32);
         }
-        let channel = at + channel as usize;
-        to[channel] = if comptime!(plan.roles.against_time) { late } else { early };
-        to[channel + comptime!(plan.decay_channels())] = if comptime!(plan.roles.against_time) { early } else { late };
+    }
+}
+
+/// Writes a channel's factors in the order of the walk.
+#[cube]
+fn put_factors(to: &mut [f32], at: usize, early: f32, late: f32, #[comptime] plan: WalkPlan) {
+    let after = at + comptime!(plan.decay_channels());
+    if comptime!(plan.roles.against_time) {
+        to[at] = late;
+        to[after] = early;
+    } else {
+        to[at] = early;
+        to[after] = late;
     }
 }
 
@@ -79,19 +98,13 @@ pub(super) fn scale_state(factors: &[f32], at: usize, panel: u32, row: u32, lane
             let channel = at + column_of(lane, comptime!(4 * j)) as usize;
             let even = factors[channel];
             let odd = factors[channel + 1];
-            scale(state, comptime!(4 * j), even);
-            scale(state, comptime!(4 * j + 1), odd);
-            scale(state, comptime!(4 * j + 2), even);
-            scale(state, comptime!(4 * j + 3), odd);
+            scale_columns(state, j, even, odd);
         }
     } else {
         let channel = at + (panel * 64u32 + row) as usize;
         let low = factors[channel];
         let high = factors[channel + 8];
-        #[unroll]
-        for n in 0..comptime!(state.len()) {
-            scale(state, n, if comptime!(n / 2 % 2 == 0) { low } else { high });
-        }
+        scale_rows(state, low, high);
     }
 }
 

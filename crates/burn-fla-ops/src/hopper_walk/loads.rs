@@ -8,7 +8,7 @@ use super::key::factors_of_span;
 use super::parts::{chunk_at, decays_of_chunk, load_panels, load_tile, parts_of, place, span_at, spans_of};
 use super::plan::{PANEL, WalkPlan};
 use super::shift::{Rows, token_at};
-use crate::tile::hopper::{Ring, barrier_arrive, barrier_expect};
+use crate::tile::hopper::{Ring, barrier_arrive, barrier_expect, next};
 
 /// Queries, keys and values of each span, to the tiles of a stage; `maps` are theirs. With `for_states`, keys and values
 /// alone.
@@ -43,7 +43,9 @@ pub(super) fn load_tensors(
             let chunk = chunk_at(i, p.chunks, plan);
             let parts = parts_of(levels, &p, chunk, heads, plan);
             let spans = spans_of(&p, chunk, parts, plan);
-            for n in 0..spans {
+            // Counted so that it is not unrolled.
+            let mut n = 0u32;
+            while n < spans {
                 let row = p.start + span_at(&p, chunk, n, parts, spans, plan).start;
                 let query = token_at(row, &p, plan.query_rows(), plan);
                 let key = token_at(row, &p, plan.key_rows(), plan);
@@ -59,6 +61,7 @@ pub(super) fn load_tensors(
                 let to = tiles_v + stage * narrow;
                 load_panels(to, map_v, channel, p.outer_head, value, full, warpgroups, value_panel);
                 step += 1u32;
+                n = next(n);
             }
         }
         index += CUBE_COUNT_X;
@@ -89,7 +92,9 @@ pub(super) fn load_decays(
             let chunk = chunk_at(i, p.chunks, plan);
             let parts = parts_of(levels, &p, chunk, heads, plan);
             let spans = spans_of(&p, chunk, parts, plan);
-            for n in 0..spans {
+            // Counted so that it is not unrolled.
+            let mut n = 0u32;
+            while n < spans {
                 ring.wait_room(step);
                 let at = (ring.stage(step) * comptime!(plan.decays() as u32)) as usize;
                 if comptime!(plan.by_channel()) {
@@ -104,6 +109,7 @@ pub(super) fn load_decays(
                 }
                 barrier_arrive(ring.full(step));
                 step += 1u32;
+                n = next(n);
             }
         }
         index += CUBE_COUNT_X;
@@ -134,7 +140,9 @@ pub(super) fn load_factors(
             let chunk = chunk_at(i, p.chunks, plan);
             let parts = parts_of(levels, &p, chunk, heads, plan);
             let spans = spans_of(&p, chunk, parts, plan);
-            for n in 0..spans {
+            // Counted so that it is not unrolled.
+            let mut n = 0u32;
+            while n < spans {
                 let row = p.start + span_at(&p, chunk, n, parts, spans, plan).start;
                 let token = token_at(row, &p, Rows::Prepared, plan);
                 let full = ring.full(step);
@@ -147,6 +155,7 @@ pub(super) fn load_factors(
                     load_tile(tiles_x, map_x, channel, p.outer_head, token, full, warpgroups);
                 }
                 step += 1u32;
+                n = next(n);
             }
         }
         index += CUBE_COUNT_X;

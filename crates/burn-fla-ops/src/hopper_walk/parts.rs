@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::plan::{Axis, CHUNK, DECAYED, KeyHeads, PANEL, SCORES, VALUES, WalkPlan};
 use super::table::ITEM_WORDS;
 use crate::tile::hopper::{
-    Acc, bf16_high, bf16_low, column_of, exp2, load_3d, load_transposed, load_u32, pack, pack_pair, read, store_u32,
+    Acc, bf16_high, bf16_low, column_of, exp2, load_3d, load_transposed, load_u32, next, pack, read, store_columns,
     swizzled,
 };
 
@@ -260,41 +260,33 @@ pub(crate) fn publish(tile: u32, #[comptime] acc: Acc, row: u32, lane: u32) {
     let base = swizzled(tile, row, (lane % 4u32) * 4u32);
     #[unroll]
     for j in 0..comptime!(acc.columns() / 8) {
-        #[unroll]
-        for half in 0..2usize {
-            let to = (base ^ comptime!((j % 8 * 16) as u32)) + comptime!((j / 8 * PANEL + half * 1024) as u32);
-            store_u32(to, pack_pair(acc, comptime!(4 * j + 2 * half)));
-        }
+        store_columns(acc, j, base ^ comptime!((j % 8 * 16) as u32), comptime!((j / 8 * PANEL) as u32));
     }
 }
 
-/// Writes the outputs of the rows `kept` of a chunk straight to device memory: what stands beside them belongs to others.
+/// A warpgroup copies the rows `kept` of a panel to rows of the outer channels, from channel `channel` on. Row 0 is row
+/// `first` there, `stride` rows before the next.
 #[cube]
-pub(super) fn write_rows(
-    rows: &mut [u32],
-    token: u32,
-    head: u32,
-    heads: u32,
+pub(super) fn copy_rows(
+    tile: u32,
+    to: &mut [u32],
+    first: u32,
+    stride: u32,
     channel: u32,
-    row: u32,
-    lane: u32,
     kept: (u32, u32),
+    unit: u32,
     #[comptime] plan: WalkPlan,
 ) {
-    let out = comptime!(plan.out());
-    let (first, end) = kept;
-    #[unroll]
-    for j in 0..8usize {
-        let column = channel + column_of(lane, comptime!(4 * j));
-        #[unroll]
-        for half in 0..2usize {
-            let at = row + comptime!(8 * half as u32);
-            let word = pack_pair(out, comptime!(4 * j + 2 * half));
-            if at >= first && at < end && column < comptime!(plan.outer as u32) {
-                let to = ((token + at) * heads + head) * comptime!(plan.outer as u32 / 2) + column / 2u32;
-                rows[to as usize] = word;
-            }
+    let (begin, end) = kept;
+    let pair = unit % 32u32;
+    let mut row = begin + unit / 32u32;
+    while row < end {
+        if channel + 2u32 * pair < comptime!(plan.outer as u32) {
+            let word = load_u32(swizzled(tile, row, pair * 4u32));
+            let at = (first + row * stride) * comptime!(plan.outer as u32 / 2) + channel / 2u32 + pair;
+            to[at as usize] = word;
         }
+        row = next(row + 3u32);
     }
 }
 

@@ -148,6 +148,11 @@ impl WalkPlan {
         self.slices() * self.warpgroups
     }
 
+    /// Whether every place of the state's panels is a channel's, so that none needs a check.
+    pub(crate) fn fills_panels(&self) -> bool {
+        self.inner.is_multiple_of(64) && self.outer == 64 * self.outer_panels()
+    }
+
     /// Bytes that copies bring to a stage.
     pub(crate) fn stage_bytes(&self) -> usize {
         2 * self.panels() * PANEL + self.warpgroups * self.value_panel()

@@ -52,41 +52,26 @@ pub(super) fn products_of_span(
     f32::reinterpret((268u32 - exponent) << 23u32)
 }
 
-/// Writes the outputs of a span, each with its own token's part and its factor; with `plan.dots()`, also the products
-/// times `products_scale`, in f16.
-///
-/// A whole chunk goes to the tiles `outputs` and `products`, otherwise straight to device memory: what stands beside it
-/// belongs to other spans. `first` says where the first row is, of outputs and of products; the outputs of the rows
-/// `kept` are.
+/// Writes the outputs of a span, each with its own token's part and its factor, to the tile `outputs`; with `plan.dots()`,
+/// also the products times `products_scale`, in f16, to the tile `products`. Rows beyond the span may hold anything.
 #[cube]
 pub(super) fn write_factored(
-    rows: &mut [u32],
-    product_rows: &mut [u32],
     outputs: u32,
     products: u32,
     products_scale: f32,
     factors: u32,
     values: u32,
     own: (f32, f32),
-    first: (u32, u32),
-    channel: u32,
-    stride: u32,
     row: u32,
     lane: u32,
-    kept: (u32, u32),
-    count: u32,
-    #[comptime] whole: bool,
     #[comptime] plan: WalkPlan,
 ) {
     let out = comptime!(plan.out());
+    let kept = comptime!(plan.products());
     let base = swizzled(0u32, row, (lane % 4u32) * 4u32);
     let (own_low, own_high) = own;
-    let (first_row, first_product) = first;
-    let (begin, end) = kept;
-    let kept = comptime!(plan.products());
     #[unroll]
     for j in 0..8usize {
-        let column = channel + column_of(lane, comptime!(4 * j));
         #[unroll]
         for half in 0..2usize {
             let at = (base ^ comptime!((j * 16) as u32)) + comptime!((half * 1024) as u32);
@@ -96,25 +81,11 @@ pub(super) fn write_factored(
             let factor = load_u32(factors + at);
             let a = (read(out, i) + own * bf16_low(value)) * factor_of(bf16_low(factor), plan);
             let b = (read(out, comptime!(i + 1)) + own * bf16_high(value)) * factor_of(bf16_high(factor), plan);
-            let word = pack_word(a, b);
-            let token = row + comptime!(8 * half as u32);
-            let inside = column < comptime!(plan.outer as u32);
-            if comptime!(whole) {
-                store_u32(outputs + at, word);
-            } else if token >= begin && token < end && inside {
-                let to = (first_row + token * stride) * comptime!(plan.outer as u32 / 2) + column / 2u32;
-                rows[to as usize] = word;
-            }
+            store_u32(outputs + at, pack_word(a, b));
             if comptime!(plan.dots()) {
                 let a = read(kept, i) * products_scale;
                 let b = read(kept, comptime!(i + 1)) * products_scale;
-                let word = pack_half_word(a, b);
-                if comptime!(whole) {
-                    store_u32(products + at, word);
-                } else if token < count && inside {
-                    let to = (first_product + token * stride) * comptime!(plan.outer as u32 / 2) + column / 2u32;
-                    product_rows[to as usize] = word;
-                }
+                store_u32(products + at, pack_half_word(a, b));
             }
         }
     }
@@ -240,12 +211,13 @@ pub(crate) fn multiply_rows(
     #[comptime] plan: WalkPlan,
 ) {
     let block = border_at(place, chunk, panel, heads, plan) as usize;
-    let from = block * comptime!(plan.panels() * BORDER_WORDS) + unit as usize;
+    let words = comptime!(plan.panels() * BORDER_WORDS);
+    let borders = &borders[block * words + unit as usize..block * words + words];
     let mut low = f32::new(0.0);
     let mut high = f32::new(0.0);
     #[unroll]
     for n in 0..comptime!(16 * plan.panels()) {
-        let word = borders[from + n * 128];
+        let word = borders[n * 128];
         let a = bf16_low(word) * read(state, comptime!(2 * n));
         let b = bf16_high(word) * read(state, comptime!(2 * n + 1));
         if comptime!(n % 2 == 0) {

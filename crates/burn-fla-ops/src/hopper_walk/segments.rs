@@ -13,7 +13,7 @@ use super::states::{load_state, store_end};
 use super::table::{ITEM_WORDS, SEQUENCE_WORDS};
 use crate::tile::hopper::{
     Ring, barrier_arrive, barrier_fence, commit, declare, declare_fragment, exp2, fence, give_registers, mma_registers,
-    mn_major, row_of, scale, sync_warpgroup, take_registers, wait,
+    mn_major, next, row_of, scale_rows, sync_warpgroup, take_registers, wait,
 };
 
 /// The state at the end of each segment, from the initial one where the walk enters its sequence, from zero elsewhere;
@@ -83,7 +83,9 @@ pub(super) fn segment_states(
                     let chunk = chunk_at(i, p.chunks, plan);
                     let parts = parts_of(levels, &p, chunk, heads, plan);
                     let spans = spans_of(&p, chunk, parts, plan);
-                    for n in 0..spans {
+                    // Counted so that it is not unrolled.
+                    let mut n = 0u32;
+                    while n < spans {
                         ring.wait_room(step);
                         let to = (ring.stage(step) * comptime!(plan.decays() as u32)) as usize;
                         if comptime!(plan.by_channel()) {
@@ -113,6 +115,7 @@ pub(super) fn segment_states(
                         }
                         barrier_arrive(ring.full(step));
                         step += 1u32;
+                        n = next(n);
                     }
                 }
                 if comptime!(plan.by_channel()) {
@@ -167,10 +170,7 @@ pub(super) fn segment_states(
                         let g_last = shared_g[g0 + 63];
                         decayed_values(v0, &shared_g, g0, g_last, count, warp, lane, plan);
                         let decay = exp2(g_last);
-                        #[unroll]
-                        for n in 0..comptime!(state.len()) {
-                            scale(state, n, decay);
-                        }
+                        scale_rows(state, decay, decay);
                     }
                     fence();
                     #[unroll]

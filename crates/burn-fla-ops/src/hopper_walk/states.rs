@@ -13,27 +13,94 @@ fn enters(place: &Place, #[comptime] plan: WalkPlan) -> bool {
     place.flags & comptime!(if plan.roles.against_time { LAST } else { FIRST }) != 0u32
 }
 
-/// Where register `n` of a unit stands in states `[N, H, K, V]` of sequences or segments, and whether it is inside.
+/// Where register 0 of a unit stands in states `[N, H, K, V]` of sequences or segments: its outer and inner channel, its
+/// place, and the end of the head's state.
+#[derive(CubeType, Clone, Copy)]
+struct Corner {
+    outer: u32,
+    inner: u32,
+    at: usize,
+    end: usize,
+}
+
 #[cube]
-fn state_at(
+fn corner(of: u32, place: &Place, panel: u32, heads: u32, row: u32, lane: u32, #[comptime] plan: WalkPlan) -> Corner {
+    let outer = panel * 64u32 + row;
+    let inner = column_of(lane, 0usize);
+    let size = comptime!((plan.inner * plan.outer) as u32);
+    let base = (of * heads + place.head) * size;
+    let at = if comptime!(plan.roles.outer_is_value) {
+        inner * comptime!(plan.outer as u32) + outer
+    } else {
+        outer * comptime!(plan.inner as u32) + inner
+    };
+    Corner { outer, inner, at: (base + at) as usize, end: (base + size) as usize }
+}
+
+/// How far register `n` stands from register 0: a number that the compiler knows, so that it is added to no address.
+fn distance(n: usize, plan: &WalkPlan) -> usize {
+    let (outer, inner) = (n / 2 % 2 * 8, n / 4 * 8 + n % 2);
+    if plan.roles.outer_is_value { inner * plan.outer + outer } else { outer * plan.inner + inner }
+}
+
+/// Whether register `n` stands inside.
+#[cube]
+fn holds(corner: &Corner, #[comptime] n: usize, #[comptime] plan: WalkPlan) -> bool {
+    if comptime!(plan.fills_panels()) {
+        true.runtime()
+    } else {
+        let outer = corner.outer + comptime!((n / 2 % 2 * 8) as u32);
+        let inner = corner.inner + comptime!((n / 4 * 8 + n % 2) as u32);
+        outer < comptime!(plan.outer as u32) && inner < comptime!(plan.inner as u32)
+    }
+}
+
+/// Sets the registers to a state of `states`, times `factor`.
+#[cube]
+fn read_state(
+    states: &[f32],
     of: u32,
     place: &Place,
     panel: u32,
     heads: u32,
     row: u32,
     lane: u32,
-    #[comptime] n: usize,
+    factor: f32,
+    #[comptime] state: Acc,
     #[comptime] plan: WalkPlan,
-) -> (bool, usize) {
-    let outer = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
-    let inner = column_of(lane, n);
-    let base = (of * heads + place.head) * comptime!((plan.inner * plan.outer) as u32);
-    let at = if comptime!(plan.roles.outer_is_value) {
-        inner * comptime!(plan.outer as u32) + outer
-    } else {
-        outer * comptime!(plan.inner as u32) + inner
-    };
-    (outer < comptime!(plan.outer as u32) && inner < comptime!(plan.inner as u32), (base + at) as usize)
+) {
+    let corner = corner(of, place, panel, heads, row, lane, plan);
+    let states = &states[corner.at..corner.end];
+    #[unroll]
+    for n in 0..comptime!(state.len()) {
+        if holds(&corner, n, plan) {
+            write(state, n, states[comptime!(distance(n, &plan))] * factor);
+        }
+    }
+}
+
+/// Writes the registers, times `factor`, to a state of `states`.
+#[cube]
+fn write_state(
+    states: &mut [f32],
+    of: u32,
+    place: &Place,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    factor: f32,
+    #[comptime] state: Acc,
+    #[comptime] plan: WalkPlan,
+) {
+    let corner = corner(of, place, panel, heads, row, lane, plan);
+    let states = &mut states[corner.at..corner.end];
+    #[unroll]
+    for n in 0..comptime!(state.len()) {
+        if holds(&corner, n, plan) {
+            states[comptime!(distance(n, &plan))] = read(state, n) * factor;
+        }
+    }
 }
 
 /// Sets the state from which a segment is walked.
@@ -53,23 +120,11 @@ pub(crate) fn load_state(
     zero(state);
     if enters(place, plan) {
         if comptime!(plan.initial) {
-            #[unroll]
-            for n in 0..comptime!(state.len()) {
-                let (inside, at) = state_at(place.sequence, place, panel, heads, row, lane, n, plan);
-                if inside {
-                    write(state, n, initial[at] * factor);
-                }
-            }
+            read_state(initial, place.sequence, place, panel, heads, row, lane, factor, state, plan);
         }
     } else if comptime!(plan.segmented) {
         let before = if comptime!(plan.roles.against_time) { place.item + 1u32 } else { place.item - 1u32 };
-        #[unroll]
-        for n in 0..comptime!(state.len()) {
-            let (inside, at) = state_at(before, place, panel, heads, row, lane, n, plan);
-            if inside {
-                write(state, n, between[at]);
-            }
-        }
+        read_state(between, before, place, panel, heads, row, lane, 1.0f32, state, plan);
     }
 }
 
@@ -88,13 +143,7 @@ pub(crate) fn store_state(
 ) {
     let leaves = place.flags & comptime!(if plan.roles.against_time { FIRST } else { LAST }) != 0u32;
     if comptime!(plan.last) && leaves {
-        #[unroll]
-        for n in 0..comptime!(state.len()) {
-            let (inside, at) = state_at(place.sequence, place, panel, heads, row, lane, n, plan);
-            if inside {
-                last[at] = read(state, n) * factor;
-            }
-        }
+        write_state(last, place.sequence, place, panel, heads, row, lane, factor, state, plan);
     }
 }
 
@@ -110,13 +159,7 @@ pub(crate) fn store_end(
     #[comptime] state: Acc,
     #[comptime] plan: WalkPlan,
 ) {
-    #[unroll]
-    for n in 0..comptime!(state.len()) {
-        let (inside, at) = state_at(place.item, place, panel, heads, row, lane, n, plan);
-        if inside {
-            ends[at] = read(state, n);
-        }
-    }
+    write_state(ends, place.item, place, panel, heads, row, lane, 1.0f32, state, plan);
 }
 
 #[cube]
@@ -137,10 +180,11 @@ pub(crate) fn write_border(
     #[comptime] plan: WalkPlan,
 ) {
     let block = border_at(place, chunk, panel, heads, plan) as usize;
-    let at = block * comptime!(plan.panels() * BORDER_WORDS) + unit as usize;
+    let words = comptime!(plan.panels() * BORDER_WORDS);
+    let borders = &mut borders[block * words + unit as usize..block * words + words];
     #[unroll]
     for n in 0..comptime!(16 * plan.panels()) {
-        borders[at + n * 128] = pack_pair(state, comptime!(2 * n));
+        borders[n * 128] = pack_pair(state, comptime!(2 * n));
     }
 }
 
@@ -160,11 +204,13 @@ pub(crate) fn multiply_border(
     #[comptime] plan: WalkPlan,
 ) {
     let block = border_at(place, chunk, panel, heads, plan);
-    let at = block as usize * comptime!(plan.panels() * BORDER_WORDS) + unit as usize;
+    let words = comptime!(plan.panels() * BORDER_WORDS);
+    let first = block as usize * words;
+    let borders = &borders[first + unit as usize..first + words];
     let mut sum = f32::new(0.0);
     #[unroll]
     for n in 0..comptime!(16 * plan.panels()) {
-        let word = borders[at + n * 128];
+        let word = borders[n * 128];
         sum += bf16_low(word) * read(state, comptime!(2 * n));
         sum += bf16_high(word) * read(state, comptime!(2 * n + 1));
     }

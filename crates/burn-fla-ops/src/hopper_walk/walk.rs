@@ -25,7 +25,7 @@ use super::bonus::add_beside;
 use super::key::{masked_scores, plain_values, scale_state};
 use super::loads::{load_decays, load_factors, load_tensors};
 use super::parts::{
-    chunk_at, decayed_scores, decayed_values, parts_of, place, publish, row_products, span_at, spans_of, write_rows,
+    chunk_at, copy_rows, decayed_scores, decayed_values, parts_of, place, publish, row_products, span_at, spans_of,
 };
 use super::plan::{Borders, CHUNK, DECAYED, OUT, PANEL, SCORES, VALUES, WalkPlan};
 use super::products::{multiply_rows, products_of_span, sum_inter, sum_rounding, write_factored};
@@ -33,7 +33,7 @@ use super::shift::{Rows, kept_rows, token_at};
 use super::states::{border_at, load_state, multiply_border, store_state, write_border};
 use crate::tile::hopper::{
     Ring, barrier_fence, commit, commit_stores, declare, declare_fragment, exp2, fence, fence_shared, give_registers,
-    k_major, mma_registers, mma_shared, mn_major, row_of, scale, store_3d, sync_warpgroup, take_registers, wait,
+    k_major, mma_registers, mma_shared, mn_major, row_of, scale_rows, store_3d, sync_warpgroup, take_registers, wait,
     wait_stores_read,
 };
 
@@ -258,30 +258,21 @@ pub(super) fn walk(
                     if comptime!(plan.by_channel()) {
                         plain_values(v0, count, warp, lane);
                         wait(0u32);
-                        #[unroll]
-                        for n in 0..32usize {
-                            scale(out, n, out_scale);
-                        }
+                        scale_rows(out, out_scale, out_scale);
                     } else {
                         let g_low = shared_g[g0 + row as usize];
                         let g_high = shared_g[g0 + row as usize + 8];
                         let g_last = shared_g[g0 + 63];
                         decayed_values(v0, &shared_g, g0, g_last, count, warp, lane, plan);
                         let decay = exp2(g_last);
-                        #[unroll]
-                        for n in 0..comptime!(state.len()) {
-                            scale(state, n, decay);
-                        }
+                        scale_rows(state, decay, decay);
                         wait(0u32);
                         let row_low = if comptime!(plan.roles.against_time) { g_last - g_low } else { g_low + 0.0f32 };
                         let row_high =
                             if comptime!(plan.roles.against_time) { g_last - g_high } else { g_high + 0.0f32 };
                         let e_low = exp2(row_low) * out_scale;
                         let e_high = exp2(row_high) * out_scale;
-                        #[unroll]
-                        for n in 0..32usize {
-                            scale(out, n, if comptime!(n / 2 % 2 == 0) { e_low } else { e_high });
-                        }
+                        scale_rows(out, e_low, e_high);
                     }
                     // Where the first row's output stands, and its products by channel.
                     let token = token_at(p.start + span.start, &p, plan.out_rows(), plan);
@@ -334,32 +325,14 @@ pub(super) fn walk(
                             }
                         }
                     }
+                    if comptime!(plan.factors()) {
+                        write_factored(o0, p0, products_scale, f0, v0, own, row, lane, plan);
+                    } else {
+                        publish(o0, out, row, lane);
+                    }
+                    fence_shared();
+                    sync_warpgroup(id, 128u32);
                     if whole(kept, count) {
-                        if comptime!(plan.factors()) {
-                            write_factored(
-                                rows,
-                                product_rows,
-                                o0,
-                                p0,
-                                products_scale,
-                                f0,
-                                v0,
-                                own,
-                                (u32::new(0), u32::new(0)),
-                                channel,
-                                1u32,
-                                row,
-                                lane,
-                                kept,
-                                count,
-                                true,
-                                plan,
-                            );
-                        } else {
-                            publish(o0, out, row, lane);
-                        }
-                        fence_shared();
-                        sync_warpgroup(id, 128u32);
                         if elected {
                             store_3d(o0, map_o, channel, p.head, token);
                             if comptime!(plan.factors() && plan.dots()) {
@@ -368,30 +341,13 @@ pub(super) fn walk(
                             commit_stores();
                         }
                     } else {
-                        if comptime!(plan.factors()) {
-                            write_factored(
-                                rows,
-                                product_rows,
-                                o0,
-                                p0,
-                                products_scale,
-                                f0,
-                                v0,
-                                own,
-                                (token * heads + p.head, prepared * heads + p.head),
-                                channel,
-                                heads,
-                                row,
-                                lane,
-                                kept,
-                                count,
-                                false,
-                                plan,
-                            );
-                        } else {
-                            write_rows(rows, token, p.head, heads, channel, row, lane, kept, plan);
+                        // What stands beside these rows belongs to others. They are read before the warpgroup meets again,
+                        // which it does before it writes here.
+                        copy_rows(o0, rows, token * heads + p.head, heads, channel, kept, unit, plan);
+                        if comptime!(plan.factors() && plan.dots()) {
+                            let all = (u32::new(0), count);
+                            copy_rows(p0, product_rows, prepared * heads + p.head, heads, channel, all, unit, plan);
                         }
-                        sync_warpgroup(id, 128u32);
                     }
                     if comptime!(plan.extra_panels() > 0) {
                         if elected {

@@ -40,6 +40,17 @@ impl Acc {
         names(self.name, 0, self.len())
     }
 
+    /// One of its registers.
+    fn name(self, i: usize) -> String {
+        names(self.name, i, 1)
+    }
+
+    /// What `text` says of each register, by its name and number: one block of PTX where a loop would make one a register,
+    /// and the compiler would take as much time for each.
+    fn each(self, text: impl Fn(String, usize) -> String) -> String {
+        (0..self.len()).map(|i| text(self.name(i), i)).collect::<Vec<_>>().join(" ")
+    }
+
     /// The registers of columns `8 · tile` to `8 · tile + 7`.
     pub(super) fn tile(self, tile: usize) -> String {
         names(self.name, 4 * tile, 4)
@@ -94,6 +105,15 @@ pub fn declare_fragment(#[comptime] frag: Frag) {
     gpu_asm!(".reg .b32 {list};");
 }
 
+/// `n + 1`, which the compiler cannot see through: a loop that counts with it has as many steps as it has, and is not
+/// unrolled. What waits for a barrier in each step gains nothing from that, and the compiler assembles it several times.
+#[cube]
+pub fn next(n: u32) -> u32 {
+    let out: u32;
+    gpu_asm!("add.u32 {d}, {n}, 1;", d = out(_) out, n = in(_) n + 0u32, options(nomem));
+    out + 0u32
+}
+
 /// The row of register `i` for the unit at `lane` of warp `warp` of its warpgroup.
 #[cube]
 pub fn row_of(warp: u32, lane: u32, #[comptime] i: usize) -> u32 {
@@ -125,11 +145,33 @@ pub fn write(#[comptime] acc: Acc, #[comptime] i: usize, value: f32) {
 /// Sets all registers to zero.
 #[cube]
 pub fn zero(#[comptime] acc: Acc) {
-    let name = comptime!(acc.name);
-    #[unroll]
-    for i in 0..comptime!(acc.len()) {
-        gpu_asm!("mov.f32 {name}{i}, 0f00000000;", options(nomem));
-    }
+    let text = comptime!(acc.each(|name, _| format!("mov.f32 {name}, 0f00000000;")));
+    gpu_asm!("{text}", options(nomem));
+}
+
+/// Multiplies all registers: those of a unit's upper row by `low`, of its lower row by `high`.
+#[cube]
+pub fn scale_rows(#[comptime] acc: Acc, low: f32, high: f32) {
+    let text = comptime!(acc.each(|name, i| {
+        let factor = if i / 2 % 2 == 0 { "low" } else { "high" };
+        format!("mul.f32 {name}, {name}, {factor};")
+    }));
+    gpu_asm!(
+        "{{ .reg .f32 low, high; mov.f32 low, {l}; mov.f32 high, {h}; {text} }}",
+        l = in(_) low * 1.0f32, h = in(_) high * 1.0f32, options(nomem)
+    );
+}
+
+/// Multiplies the registers of columns `8 · tile` to `8 · tile + 7`: those of a unit's even column by `even`, of its odd
+/// one by `odd`.
+#[cube]
+pub fn scale_columns(#[comptime] acc: Acc, #[comptime] tile: usize, even: f32, odd: f32) {
+    let (a, b, c, d) =
+        comptime!((acc.name(4 * tile), acc.name(4 * tile + 1), acc.name(4 * tile + 2), acc.name(4 * tile + 3)));
+    gpu_asm!(
+        "mul.f32 {a}, {a}, {e}; mul.f32 {b}, {b}, {o}; mul.f32 {c}, {c}, {e}; mul.f32 {d}, {d}, {o};",
+        e = in(_) even * 1.0f32, o = in(_) odd * 1.0f32, options(nomem)
+    );
 }
 
 /// Multiplies register `i`.
@@ -200,4 +242,17 @@ pub fn pack_pair(#[comptime] acc: Acc, #[comptime] i: usize) -> u32 {
     let out: u32;
     gpu_asm!("cvt.rn.bf16x2.f32 {d}, {name}{next}, {name}{i};", d = out(_) out, options(nomem));
     out + 0u32
+}
+
+/// Stores columns `8 · tile` to `8 · tile + 7` of an accumulator, rounded to bf16: those of a unit's upper row at `address`,
+/// of its lower row, eight rows of 128 bytes on, 1024 bytes later. `offset` is added to both.
+#[cube]
+pub fn store_columns(#[comptime] acc: Acc, #[comptime] tile: usize, address: u32, #[comptime] offset: u32) {
+    let (a, b, c, d) =
+        comptime!((acc.name(4 * tile), acc.name(4 * tile + 1), acc.name(4 * tile + 2), acc.name(4 * tile + 3)));
+    let below = comptime!(offset + 1024);
+    gpu_asm!(
+        "{{ .reg .b32 w; cvt.rn.bf16x2.f32 w, {b}, {a}; st.shared.b32 [{at} + {offset}], w; cvt.rn.bf16x2.f32 w, {d}, {c}; st.shared.b32 [{at} + {below}], w; }}",
+        at = in(_) address + 0u32
+    );
 }

@@ -9,8 +9,8 @@ use super::plan::{DEPTH, Plan, ROWS, STAGING};
 use crate::matmul::Activation;
 use crate::tile::hopper::{
     Acc, Ring, add_3d, barrier_expect, barrier_fence, commit, commit_stores, declare, fence, fence_shared,
-    give_registers, k_major, load_2d, mma_shared, mn_major, pack_pair, read, row_of, store_3d, store_f32_pair,
-    store_u32, swizzled, sync_warpgroup, take_registers, wait, wait_stores_read,
+    give_registers, k_major, load_2d, mma_shared, mn_major, next, read, row_of, store_3d, store_columns,
+    store_f32_pair, swizzled, sync_warpgroup, take_registers, wait, wait_stores_read,
 };
 
 /// Units of a cube: two consumer warpgroups and the producer's.
@@ -39,6 +39,8 @@ pub(in crate::matmul) struct Sizes {
     pub(in crate::matmul) steps: Sequence<u32>,
     /// Parts of each contraction: a number at run time, so that all have one kernel.
     pub(in crate::matmul) splits: u32,
+    /// Whether tiles of f32 are added to what is there: at run time for the same reason.
+    pub(in crate::matmul) adds: u32,
 }
 
 /// Items in all.
@@ -145,23 +147,33 @@ pub(super) fn product<E: Float>(
                 let item = item_at(index, sizes, plan);
                 let row = item.tile_m * comptime!(ROWS as u32);
                 let column = item.tile_n * comptime!(columns as u32);
-                // Stages of the pairs before, where pairs are joined.
+                // Those of one pair, or of all where pairs are joined: `before` are the stages of the pairs before.
+                let mut pair = item.pair + 0u32;
+                let mut last = item.pair + 1u32;
+                if comptime!(plan.joined) {
+                    last = u32::new(comptime!(plan.pairs as i64));
+                }
                 let mut before = 0u32;
-                #[unroll]
-                for pair in 0..comptime!(plan.pairs) {
-                    let map_a = tensor_map_address(a.index(pair));
-                    let map_b = tensor_map_address(b.index(pair));
-                    let mut from = item.first;
-                    let mut to = item.last;
+                while pair < last {
+                    let mut map_a = tensor_map_address(a.index(0usize));
+                    let mut map_b = tensor_map_address(b.index(0usize));
+                    let mut steps = *sizes.steps.index(0usize);
+                    #[unroll]
+                    for other in 1..comptime!(plan.pairs) {
+                        if pair == comptime!(other as u32) {
+                            map_a = tensor_map_address(a.index(other));
+                            map_b = tensor_map_address(b.index(other));
+                            steps = *sizes.steps.index(other);
+                        }
+                    }
+                    let mut part = item.first + 0u32;
+                    let mut to = item.last + 0u32;
                     if comptime!(plan.joined) {
-                        let steps = *sizes.steps.index(pair);
-                        from = u32::max(from, before) - before;
+                        part = u32::max(part, before) - before;
                         to = u32::min(u32::max(to, before) - before, steps);
                         before += steps;
-                    } else if item.pair != comptime!(pair as u32) {
-                        to = from;
                     }
-                    for part in from..to {
+                    while part < to {
                         ring.wait_room(step);
                         let full = ring.full(step);
                         let stage = ring.stage(step);
@@ -170,7 +182,9 @@ pub(super) fn product<E: Float>(
                         load_operand(tiles_a + stage * a_bytes, map_a, row, depth, full, ROWS, plan.a_rows);
                         load_operand(tiles_b + stage * b_bytes, map_b, column, depth, full, columns, plan.b_rows);
                         step += 1u32;
+                        part = next(part);
                     }
+                    pair = next(pair);
                 }
                 index += CUBE_COUNT_X;
             }
@@ -190,7 +204,8 @@ pub(super) fn product<E: Float>(
                     map_c = tensor_map_address(c.index(pair));
                 }
             }
-            for part in item.first..item.last {
+            let mut part = item.first + 0u32;
+            while part < item.last {
                 ring.wait_full(step);
                 let stage = ring.stage(step);
                 let tile_a = tiles_a + stage * a_bytes + warpgroup * comptime!(BLOCK as u32);
@@ -214,6 +229,7 @@ pub(super) fn product<E: Float>(
                     }
                 }
                 step += 1u32;
+                part = next(part);
             }
             wait(0u32);
             if elected {
@@ -258,8 +274,12 @@ pub(super) fn product<E: Float>(
                 stage_panel(acc, first, to, row, lane, elected, warpgroup, plan.f32_out);
                 if elected {
                     let column = item.tile_n * comptime!(columns as u32) + comptime!(first as u32);
-                    if comptime!(plan.adds_tiles()) {
-                        add_3d(to, map_c, column, first_row, item.split);
+                    if comptime!(plan.f32_out) {
+                        if sizes.adds != 0u32 {
+                            add_3d(to, map_c, column, first_row, item.split);
+                        } else {
+                            store_3d(to, map_c, column, first_row, item.split);
+                        }
                     } else {
                         store_3d(to, map_c, column, first_row, item.split);
                     }
@@ -342,12 +362,7 @@ fn write_panel(
         let base = swizzled(panel, row, (lane % 4u32) * 4u32);
         #[unroll]
         for j in 0..8usize {
-            #[unroll]
-            for half in 0..2usize {
-                let i = comptime!(first / 2 + j * 4 + 2 * half);
-                let to = (base ^ comptime!(16 * j as u32)) + comptime!(1024 * half as u32);
-                store_u32(to, pack_pair(acc, i));
-            }
+            store_columns(acc, comptime!(first / 8 + j), base ^ comptime!(16 * j as u32), 0u32);
         }
     }
 }

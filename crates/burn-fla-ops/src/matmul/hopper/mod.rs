@@ -8,6 +8,11 @@
 //! ([`linears`]). What follows a linear layer is done before its sums are rounded ([`epilogue`]); a product without
 //! anything after it has the same PTX as before there was a place for it.
 //!
+//! A kernel is compiled twice before its first launch, by NVRTC and by the driver, and both took longer for the copies of
+//! the loops over stages than for all the rest: they are not unrolled ([`crate::tile::hopper::next`]). Unrolled by two, a
+//! step of the consumers was 88 instructions where it is 95 now, beside products of 512 clocks or more that are in flight
+//! meanwhile.
+//!
 //! Measured on an H100 with one pair (`benches/results/60-hopper-linear.json`): 0.99 of cuBLAS's speed in geometric mean
 //! over 72 products, the least 0.85 (weight gradients of 1024 × 2816 over 8192 tokens, and 65,536 × 1024 × 1024; the former
 //! are split in three). Not tried yet: clusters with multicast, and adding split parts through distributed shared memory.
@@ -249,7 +254,8 @@ fn launch_with(
     let biases = if in_tiles.bias { extras.biases } else { &[] };
     let residual = extras.residual.filter(|_| in_tiles.residual);
     let argument = |tensor: &CubeTensor| tensor.clone().into_tensor_arg();
-    let counts = SizesLaunch::new(numbers(&tiles_m), numbers(&tiles_n), numbers(&steps), plan.splits as u32);
+    let (splits, adds) = (plan.splits as u32, u32::from(plan.adds_tiles()));
+    let counts = SizesLaunch::new(numbers(&tiles_m), numbers(&tiles_n), numbers(&steps), splits, adds);
     let kept_tiles = kept.iter().filter(|_| in_tiles.keeps);
     if cores == Cores::Mma {
         let buffers = mma::Buffers {
@@ -277,7 +283,7 @@ fn launch_with(
                 biases.iter().map(argument).collect(),
                 residual.into_iter().map(argument).collect(),
                 counts,
-                plan.of_tiles(),
+                Plan { add: false, ..plan.of_tiles() },
                 storage(tile_dtype),
             );
         }
