@@ -14,6 +14,8 @@ type Tensor2 = burn::tensor::Tensor<2>;
 /// Tokens of a run, the longest first: `W − 1` of them are read twice, and in backward as many more again. The longest is
 /// taken that gives a large GPU enough units.
 const RUNS: [usize; 4] = [128, 64, 32, 16];
+/// Pieces of a run, forward and backward: forward reads one tensor, and has room for more units than there are runs.
+const PIECES: [usize; 2] = [2, 1];
 /// Units that are enough: as many as an H100 runs at a time.
 const ENOUGH: usize = 1 << 17;
 /// Tokens that a unit loads at once.
@@ -43,7 +45,7 @@ struct ShortConv {
 }
 
 impl ShortConv {
-    fn plan(&self, x: &CubeTensor, weight: &CubeTensor, batch: usize) -> ConvPlan {
+    fn plan(&self, x: &CubeTensor, weight: &CubeTensor, batch: usize, pieces: usize) -> ConvPlan {
         let [_, dim] = x.meta.shape().dims();
         let [_, taps] = weight.meta.shape().dims();
         let vector = vector_size(dim);
@@ -53,6 +55,7 @@ impl ShortConv {
             width: dim / vector,
             taps,
             run: self.run,
+            pieces,
             batch,
             silu,
             bias,
@@ -62,7 +65,7 @@ impl ShortConv {
     }
 
     fn flat(&self, plan: &ConvPlan) -> CubeCount {
-        grid((self.runs * plan.width).div_ceil(UNITS).min(MAX_CUBES))
+        grid((self.runs * plan.pieces * plan.width).div_ceil(UNITS).min(MAX_CUBES))
     }
 }
 
@@ -95,7 +98,7 @@ impl Operator for ShortConv {
         let (x, weight, bias) = inputs_of(inputs);
         let table = table_of(ints, &x);
         let [tokens, dim] = x.meta.shape().dims();
-        let plan = self.plan(&x, &weight, BATCH[0]);
+        let plan = self.plan(&x, &weight, BATCH[0], PIECES[0]);
         let y = alloc(&x, [tokens, dim], x.dtype);
         let cache = alloc(&x, [self.sequences, plan.taps, dim], x.dtype);
         kernels::forward_kernel::launch(
@@ -111,7 +114,7 @@ impl Operator for ShortConv {
             table.into_tensor_arg(),
             y.clone().into_tensor_arg(),
             cache.clone().into_tensor_arg(),
-            self.runs as u32,
+            (self.runs * plan.pieces) as u32,
             self.tokens as u32,
             plan,
             storage(x.dtype),
@@ -131,7 +134,7 @@ impl Operator for ShortConv {
         let table = table_of(ints, &x);
         let [dy, dcache] = grads.try_into().expect("two gradients");
         let [tokens, dim] = x.meta.shape().dims();
-        let plan = self.plan(&x, &weight, BATCH[1]);
+        let plan = self.plan(&x, &weight, BATCH[1], PIECES[1]);
         let dy = dy.map_or_else(|| zeros(&x, [tokens, dim], x.dtype), contiguous);
         let dx = alloc(&x, [tokens, dim], x.dtype);
         let partials = (resident(&x, RESIDENT) * UNITS / plan.width).clamp(1, self.runs);
