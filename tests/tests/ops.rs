@@ -8,6 +8,8 @@ mod family;
 mod list;
 #[path = "ops/one_step.rs"]
 mod one_step;
+#[path = "ops/ssd.rs"]
+mod ssd;
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_fla_ops::cases::{RecurrenceCase, recurrence_cases};

@@ -196,12 +196,27 @@ impl Problem {
         Ok(match Implementation::choose(&self) {
             Implementation::Reference => self.with_own_heads().reference(),
             #[cfg(feature = "cube")]
-            Implementation::Portable => crate::linear_walk::run(self),
+            Implementation::Portable => crate::linear_walk::planned(self, false).run_recurrence(),
             #[cfg(feature = "cuda")]
             Implementation::Hopper => crate::hopper_walk::run(self, crate::hopper_walk::Cores::Hopper),
             #[cfg(feature = "cuda")]
             Implementation::Mma => crate::hopper_walk::run(self, crate::hopper_walk::Cores::Mma),
         })
+    }
+
+    /// The operator that would run it, for another operator to run as a part of itself, where it is one. Its inputs are q,
+    /// k, v, the decay, and the initial state where there is one. `tracked` says whether something else than these tensors
+    /// is differentiated.
+    #[cfg(feature = "cube")]
+    pub(crate) fn planned(self, tracked: bool) -> Result<crate::bridge::Planned, Box<Self>> {
+        match Implementation::choose(&self) {
+            Implementation::Reference => Err(Box::new(self)),
+            Implementation::Portable => Ok(crate::linear_walk::planned(self, tracked)),
+            #[cfg(feature = "cuda")]
+            Implementation::Hopper => crate::hopper_walk::planned(self, crate::hopper_walk::Cores::Hopper),
+            #[cfg(feature = "cuda")]
+            Implementation::Mma => crate::hopper_walk::planned(self, crate::hopper_walk::Cores::Mma),
+        }
     }
 
     /// Runs the chunked reference of another recurrence over these tokens, sequence by sequence. `inputs` are those by

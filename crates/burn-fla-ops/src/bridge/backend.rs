@@ -9,6 +9,7 @@ use burn::backend::{
     Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind, ExtensionType,
     backend_extension,
 };
+use burn::tensor::Tensor;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 
@@ -223,8 +224,29 @@ impl<B: FusionBackend + KernelBackend> KernelBackend for Fusion<B> {
     }
 }
 
+/// An operator and its inputs, before it runs: another operator may run it as a part of itself.
+pub(crate) struct Planned {
+    pub(crate) operator: Arc<dyn Operator>,
+    pub(crate) floats: Vec<DispatchTensor>,
+    pub(crate) ints: Vec<DispatchTensor>,
+}
+
+impl Planned {
+    /// Runs it: its differentiable outputs, tracked where an input is.
+    pub(crate) fn run(self) -> Vec<DispatchTensor> {
+        let call = Call { operator: self.operator, stage: Stage::Forward { save: false } };
+        Dispatch::launch(Bundle { floats: self.floats, ints: self.ints }, call).floats
+    }
+
+    /// The outputs of a recurrence, and its last state.
+    pub(crate) fn run_recurrence(self) -> (Tensor<4>, Tensor<4>) {
+        let mut outputs = self.run().into_iter();
+        let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and a state"));
+        (next(), next())
+    }
+}
+
 /// Runs an operator: its differentiable outputs, tracked where an input is.
 pub fn apply(operator: impl Operator, floats: Vec<DispatchTensor>, ints: Vec<DispatchTensor>) -> Vec<DispatchTensor> {
-    let call = Call { operator: Arc::new(operator), stage: Stage::Forward { save: false } };
-    Dispatch::launch(Bundle { floats, ints }, call).floats
+    Planned { operator: Arc::new(operator), floats, ints }.run()
 }

@@ -22,6 +22,8 @@ mod memory;
 pub(crate) mod own_gradient;
 
 #[cfg(feature = "cube")]
+pub(crate) use backend::Planned;
+#[cfg(feature = "cube")]
 pub use backend::{Call, Operator, TensorSpec, apply};
 #[cfg(feature = "cube")]
 pub use burn_cubecl::tensor::CubeTensor;

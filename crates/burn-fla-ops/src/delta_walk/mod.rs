@@ -63,7 +63,7 @@ mod rows;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::CuSeqlens;
-use crate::bridge::{apply, has_kernels};
+use crate::bridge::{Planned, apply, has_kernels};
 use crate::linear_walk::table;
 use crate::one_step;
 use crate::options::Engine;
@@ -104,10 +104,10 @@ impl Problem {
             || self.strength.as_ref().is_some_and(Tensor::is_tracked)
     }
 
-    fn one_step(self) -> (Tensor<4>, Tensor<4>) {
+    fn one_step(self) -> Planned {
         use one_step::Gate;
         let strength = self.strength.map(Tensor::into_dispatch);
-        one_step::run(one_step::Problem {
+        one_step::planned(one_step::Problem {
             op: self.op,
             form: one_step::Form::LowRank(self.form),
             qkv: self.qkv,
@@ -133,7 +133,7 @@ pub(crate) fn takes(v: &Tensor<4>, keys: usize, tokens: usize, engine: Engine) -
 /// Runs a checked problem on the kernels.
 pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
     if one_step::takes(&problem.sequences, problem.is_tracked()) {
-        return problem.one_step();
+        return problem.one_step().run_recurrence();
     }
     let Problem { op, form, qkv: [q, k, v], a, strength, b, decay, scale, state, sequences, chunk } = problem;
     let [batch, tokens, key_heads, keys] = q.dims();

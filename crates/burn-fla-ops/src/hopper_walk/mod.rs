@@ -75,10 +75,12 @@ pub(crate) mod states;
 pub(crate) mod table;
 mod walk;
 
+use std::sync::Arc;
+
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::CuSeqlens;
-use crate::bridge::{apply, has_mma, is_hopper};
+use crate::bridge::{Planned, has_mma, is_hopper};
 use crate::recurrence::{Decay, Problem};
 use crate::ssd::HeadGroups;
 use engine::Engine;
@@ -195,8 +197,21 @@ fn cut(sequences: &CuSeqlens, heads: usize, plans: &[WalkPlan], at_once: usize) 
     if shifted { table::build_shifted(sequences, segment) } else { table::build(sequences, segment) }
 }
 
+/// What runs a problem that [`takes`] accepts, where it is one operator: with at most [`MOST_CHANNELS`] value channels. Its
+/// inputs are q, k, v, the decay, and the initial state where there is one.
+pub(crate) fn planned(problem: Problem, cores: Cores) -> Result<Planned, Box<Problem>> {
+    if problem.v.dims()[3] > MOST_CHANNELS {
+        return Err(Box::new(problem));
+    }
+    Ok(plan_whole(if cores == Cores::Mma { problem.with_own_heads() } else { problem }, cores))
+}
+
 /// [`run`], where no walk compares tokens along more than 256 channels.
 fn run_whole(problem: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>) {
+    plan_whole(problem, cores).run_recurrence()
+}
+
+fn plan_whole(problem: Problem, cores: Cores) -> Planned {
     let Problem { op, q, k, v, groups, decay, bonus, scale, state, sequences, .. } = problem;
     let [b, t, h, dv] = v.dims();
     let [_, _, shared, dk] = q.dims();
@@ -242,7 +257,5 @@ fn run_whole(problem: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>) {
     if let Some(bonus) = bonus {
         floats.push(bonus.cast(DType::F32).into_dispatch());
     }
-    let mut outputs = apply(operator, floats, vec![table.into_dispatch()]).into_iter();
-    let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and a state"));
-    (next(), next())
+    Planned { operator: Arc::new(operator), floats, ints: vec![table.into_dispatch()] }
 }

@@ -38,18 +38,21 @@ mod states;
 pub(crate) mod table;
 mod walk;
 
+use std::sync::Arc;
+
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
-use crate::bridge::apply;
+use crate::bridge::Planned;
 use crate::one_step;
 use crate::recurrence::{Decay, Problem};
 use crate::ssd::HeadGroups;
 use launch::LinearWalk;
 use plan::DecayKind;
 
-/// Runs a checked problem on the kernels.
-pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
-    if one_step::takes(&problem.sequences, is_tracked(&problem)) {
+/// What runs a checked problem on the kernels; `tracked` says whether something else than its tensors is differentiated.
+/// The first inputs are q, k, v, the decay, and the initial state where there is one.
+pub(crate) fn planned(problem: Problem, tracked: bool) -> Planned {
+    if one_step::takes(&problem.sequences, tracked || is_tracked(&problem)) {
         return step(problem);
     }
     let problem = problem.with_own_heads();
@@ -89,9 +92,7 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
     if let Some(bonus) = bonus {
         floats.push(bonus.cast(DType::F32).into_dispatch());
     }
-    let mut outputs = apply(operator, floats, vec![table.into_dispatch()]).into_iter();
-    let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and a state"));
-    (next(), next())
+    Planned { operator: Arc::new(operator), floats, ints: vec![table.into_dispatch()] }
 }
 
 fn is_tracked(problem: &Problem) -> bool {
@@ -107,9 +108,9 @@ fn is_tracked(problem: &Problem) -> bool {
 }
 
 /// A problem of one token a sequence.
-fn step(problem: Problem) -> (Tensor<4>, Tensor<4>) {
+fn step(problem: Problem) -> Planned {
     let Problem { op, q, k, v, groups, decay, bonus, scale, state, .. } = problem;
-    one_step::run(one_step::Problem {
+    one_step::planned(one_step::Problem {
         op,
         form: if bonus.is_some() { one_step::Form::Bonus } else { one_step::Form::Linear },
         qkv: [q, k, v],

@@ -17,11 +17,13 @@
 mod kernel;
 mod plan;
 
+use std::sync::Arc;
+
 use burn::tensor::{DType, Shape, Tensor};
 use cubecl::prelude::CubeDim;
 
 use crate::CuSeqlens;
-use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous, owned, storage};
+use crate::bridge::{CubeTensor, Operator, Planned, TensorSpec, alloc, contiguous, owned, storage};
 use crate::linear_walk::plan::grid;
 use crate::rows::address;
 use plan::StepPlan;
@@ -49,8 +51,8 @@ pub(crate) fn takes(sequences: &CuSeqlens, tracked: bool) -> bool {
     !tracked && sequences.total() > 0 && sequences.lengths().all(|n| n == 1)
 }
 
-/// Runs a problem that [`takes`] accepts.
-pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
+/// What runs a problem that [`takes`] accepts.
+pub(crate) fn planned(problem: Problem) -> Planned {
     let Problem { op, form, qkv: [q, k, v], a, b, gate: (gate, g), scale, state, tiled } = problem;
     let [batch, tokens, key_heads, keys] = q.dims();
     let [.., heads, values] = v.dims();
@@ -70,9 +72,7 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
     floats.extend(b);
     floats.extend(g);
     floats.extend(state.map(|state| state.cast(DType::F32).into_dispatch()));
-    let mut outputs = apply(operator, floats, Vec::new()).into_iter();
-    let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and a state"));
-    (next(), next())
+    Planned { operator: Arc::new(operator), floats, ints: Vec::new() }
 }
 
 /// Inputs: q, k, v; a, b, the log decay and the state where they are there.

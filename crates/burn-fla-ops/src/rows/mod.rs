@@ -8,7 +8,7 @@ mod sums;
 mod walk;
 
 pub(crate) use sums::{sum_all, sum_rows};
-pub(crate) use walk::{SHARED, first_row, group, load, row_stride, row_sum, store, store_partial, widen, zeros};
+pub(crate) use walk::{SHARED, first_row, group, lane, load, row_stride, row_sum, store, store_partial, widen, zeros};
 
 use burn::tensor::DType;
 use cubecl::ir::features::Plane;

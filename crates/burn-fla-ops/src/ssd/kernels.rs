@@ -1,83 +1,365 @@
-//! What stands before and after the recurrence on devices with kernels: the step sizes on the inputs, and the inputs' own
-//! share in the outputs. With both in tensor operations, and B and C repeated for each head, ssd took 6.1 ms forward and
-//! backward at 8 × 2048 × 32 × 128 × 64 with one group on an H200.
+//! What stands before and after the recurrence on devices with kernels.
 
 use burn::tensor::DType;
 use cubecl::prelude::*;
 
-use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, storage};
-use crate::rows::{MAX_CUBES, UNITS, address, grid, sum_rows, vector_size};
+use crate::bridge::{CubeTensor, alloc, storage};
+use crate::rows::{
+    MAX_CUBES, RowPlan, SHARED, UNITS, address, first_row, grid, group, lane, load, pair, resident, row_stride,
+    row_sum, store, sum_rows, unused, vector_size, widen,
+};
 
-/// Rows of the batch whose gradients of D one unit adds up.
+/// Rows of the batch whose gradients of a D by channel one unit adds up.
 const TOKENS: usize = 64;
+/// The least rows that a unit adds up of the gradients of A and of a D by head.
+const ADDED: usize = 8;
 
+/// What D has a number for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Skip {
+    /// There is none.
+    None,
+    /// `[H]`.
+    Head,
+    /// `[H·P]`.
+    Channel,
+}
+
+/// D at the channels of a vector of a row.
+#[cube]
+fn skip_at<N: Size>(
+    skip: &Tensor<f32>,
+    head: usize,
+    step: usize,
+    #[comptime] by: Skip,
+    #[comptime] plan: RowPlan,
+) -> Vector<f32, N> {
+    let mut weights = Vector::<f32, N>::new(0.0f32);
+    if comptime!(by == Skip::Channel) {
+        // Past the row the nearest place inside: nothing is stored there.
+        let column = min(lane(plan) + step * comptime!(plan.lanes), comptime!(plan.width - 1));
+        let first = (head * comptime!(plan.width) + column) * weights.vector_size();
+        #[unroll]
+        for i in 0..weights.vector_size() {
+            weights.insert(i, skip[first + i]);
+        }
+    } else {
+        weights = Vector::<f32, N>::new(skip[head]);
+    }
+    weights
+}
+
+/// `v = Δ x` and `g = Δ A`, with Δ a number a row and A one a head.
 #[cube(launch, address_type = "dynamic")]
-fn scale_kernel<E: Float, N: Size>(
+fn steps_kernel<E: Float, N: Size>(
     x: &Tensor<Vector<E, N>>,
     delta: &Tensor<f32>,
-    y: &mut Tensor<Vector<E, N>>,
-    #[comptime] width: usize,
+    a: &Tensor<f32>,
+    v: &mut Tensor<Vector<E, N>>,
+    g: &mut Tensor<f32>,
+    rows: u32,
+    heads: u32,
+    #[comptime] plan: RowPlan,
     #[define(E)] _element: ElemType,
 ) {
-    let mut at = ABSOLUTE_POS;
-    while at < y.len() {
-        let factor = Vector::<f32, N>::new(delta[at / width]);
-        y[at] = Vector::cast_from(Vector::<f32, N>::cast_from(x[at]) * factor);
-        at += CUBE_COUNT_X as usize * comptime!(UNITS);
-    }
-}
-
-/// `Σ x ∘ dy` over the channels of each row: one unit a row.
-#[cube(launch, address_type = "dynamic")]
-fn row_products_kernel<E: Float, N: Size>(
-    x: &Tensor<Vector<E, N>>,
-    dy: &Tensor<Vector<E, N>>,
-    sums: &mut Tensor<f32>,
-    #[comptime] width: usize,
-    #[comptime] vector: usize,
-    #[define(E)] _element: ElemType,
-) {
-    let mut row = ABSOLUTE_POS;
-    while row < sums.len() {
-        let mut products = Vector::<f32, N>::new(0.0f32);
-        for i in 0..width {
-            let at = row * width + i;
-            products += Vector::<f32, N>::cast_from(x[at]) * Vector::<f32, N>::cast_from(dy[at]);
-        }
-        let mut sum = f32::new(0.0);
+    let rows = rows as usize;
+    let mut first = first_row(plan);
+    while first < rows {
+        let row = first + group(plan);
+        let found = load::<E, N>(x, row, rows, plan);
+        let delta = delta[min(row, rows - 1)];
+        let mut values = widen::<E, N>(&found, plan);
         #[unroll]
-        for i in 0..vector {
-            sum += products.extract(i);
+        for step in 0..comptime!(plan.steps) {
+            values[step] = values[step] * Vector::new(delta);
         }
-        sums[row] = sum;
-        row += CUBE_COUNT_X as usize * comptime!(UNITS);
+        store::<E, N>(&values, v, row, rows, plan);
+        if lane(plan) == 0usize && row < rows {
+            g[row] = delta * a[row % heads as usize];
+        }
+        first += row_stride(plan);
     }
 }
 
-/// `y = o + D ∘ x`, or without `o` `y = D ∘ x`; D is `[H, P]`.
+pub(super) fn steps(x: &CubeTensor, delta: &CubeTensor, a: &CubeTensor) -> [CubeTensor; 2] {
+    let [b, t, h, p] = x.meta.shape().dims::<4>();
+    let (v, g) = (alloc(x, [b, t, h, p], x.dtype), alloc(x, [b, t, h], DType::F32));
+    let (plan, vector) = RowPlan::new(x, p);
+    steps_kernel::launch(
+        &x.client,
+        grid(plan.cubes(b * t * h)),
+        CubeDim::new_1d(UNITS as u32),
+        address(&[x]),
+        vector,
+        x.clone().into_tensor_arg(),
+        delta.clone().into_tensor_arg(),
+        a.clone().into_tensor_arg(),
+        v.clone().into_tensor_arg(),
+        g.clone().into_tensor_arg(),
+        (b * t * h) as u32,
+        h as u32,
+        plan,
+        storage(x.dtype),
+    );
+    [v, g]
+}
+
+/// `y = o + D ∘ x`.
 #[cube(launch, address_type = "dynamic")]
 fn skip_kernel<E: Float, N: Size>(
     o: &Tensor<Vector<E, N>>,
     x: &Tensor<Vector<E, N>>,
-    skip: &Tensor<Vector<f32, N>>,
+    skip: &Tensor<f32>,
     y: &mut Tensor<Vector<E, N>>,
-    #[comptime] with_output: bool,
+    rows: u32,
+    heads: u32,
+    #[comptime] by: Skip,
+    #[comptime] plan: RowPlan,
     #[define(E)] _element: ElemType,
 ) {
-    let mut at = ABSOLUTE_POS;
-    while at < y.len() {
-        let mut value = Vector::<f32, N>::cast_from(x[at]) * skip[at % skip.len()];
-        if comptime!(with_output) {
-            value += Vector::cast_from(o[at]);
+    let rows = rows as usize;
+    let mut first = first_row(plan);
+    while first < rows {
+        let row = first + group(plan);
+        let outputs = load::<E, N>(o, row, rows, plan);
+        let inputs = load::<E, N>(x, row, rows, plan);
+        let mut outputs = widen::<E, N>(&outputs, plan);
+        let inputs = widen::<E, N>(&inputs, plan);
+        let head = row % heads as usize;
+        #[unroll]
+        for step in 0..comptime!(plan.steps) {
+            outputs[step] += inputs[step] * skip_at::<N>(skip, head, step, by, plan);
         }
-        y[at] = Vector::cast_from(value);
-        at += CUBE_COUNT_X as usize * comptime!(UNITS);
+        store::<E, N>(&outputs, y, row, rows, plan);
+        first += row_stride(plan);
     }
+}
+
+pub(super) fn skipped(o: &CubeTensor, x: &CubeTensor, skip: &CubeTensor, by: Skip) -> CubeTensor {
+    let [b, t, h, p] = x.meta.shape().dims::<4>();
+    let y = alloc(x, [b, t, h, p], x.dtype);
+    let (plan, vector) = RowPlan::new(x, p);
+    skip_kernel::launch(
+        &x.client,
+        grid(plan.cubes(b * t * h)),
+        CubeDim::new_1d(UNITS as u32),
+        address(&[x]),
+        vector,
+        o.clone().into_tensor_arg(),
+        x.clone().into_tensor_arg(),
+        skip.clone().into_tensor_arg(),
+        y.clone().into_tensor_arg(),
+        (b * t * h) as u32,
+        h as u32,
+        by,
+        plan,
+        storage(x.dtype),
+    );
+    y
+}
+
+/// `dx = Δ dv + D ∘ dy`, and for each row `dv · x` and, with a D by head, `dy · x`, into the halves of `sums`.
+#[cube(launch, address_type = "dynamic")]
+fn inputs_kernel<E: Float, N: Size>(
+    x: &Tensor<Vector<E, N>>,
+    dv: &Tensor<Vector<E, N>>,
+    dy: &Tensor<Vector<E, N>>,
+    delta: &Tensor<f32>,
+    skip: &Tensor<f32>,
+    dx: &mut Tensor<Vector<E, N>>,
+    sums: &mut Tensor<f32>,
+    rows: u32,
+    heads: u32,
+    #[comptime] values: bool,
+    #[comptime] by: Skip,
+    #[comptime] plan: RowPlan,
+    #[define(E)] _element: ElemType,
+) {
+    let mut shared = Shared::<[Vector<f32, Const<2>>]>::new_slice(comptime!(SHARED));
+    let rows = rows as usize;
+    let mut turn = 0usize;
+    let mut first = first_row(plan);
+    while first < rows {
+        let row = first + group(plan);
+        let inputs = load::<E, N>(x, row, rows, plan);
+        // What is not there is bound as another tensor, and not loaded.
+        let of_values =
+            if comptime!(values) { load::<E, N>(dv, row, rows, plan) } else { load::<E, N>(x, row, rows, plan) };
+        let of_outputs = if comptime!(by != Skip::None) {
+            load::<E, N>(dy, row, rows, plan)
+        } else {
+            load::<E, N>(x, row, rows, plan)
+        };
+        let inputs = widen::<E, N>(&inputs, plan);
+        let mut grads = widen::<E, N>(&of_values, plan);
+        let outputs = widen::<E, N>(&of_outputs, plan);
+        let delta = Vector::<f32, N>::new(delta[min(row, rows - 1)]);
+        let head = row % heads as usize;
+        let mut with_values = Vector::<f32, N>::new(0.0f32);
+        let mut with_outputs = Vector::<f32, N>::new(0.0f32);
+        #[unroll]
+        for step in 0..comptime!(plan.steps) {
+            if comptime!(values) {
+                with_values += grads[step] * inputs[step];
+                grads[step] = grads[step] * delta;
+            } else {
+                grads[step] = Vector::<f32, N>::new(0.0f32);
+            }
+            if comptime!(by != Skip::None) {
+                with_outputs += outputs[step] * inputs[step];
+                grads[step] += outputs[step] * skip_at::<N>(skip, head, step, by, plan);
+            }
+        }
+        store::<E, N>(&grads, dx, row, rows, plan);
+        let products = pair(with_values.vector_sum(), with_outputs.vector_sum());
+        let products = row_sum::<Const<2>>(products, &mut shared, turn, plan);
+        if lane(plan) == 0usize && row < rows {
+            if comptime!(values) {
+                sums[row] = products.extract(0usize);
+            }
+            if comptime!(by == Skip::Head) {
+                sums[rows + row] = products.extract(1usize);
+            }
+        }
+        turn = 1 - turn;
+        first += row_stride(plan);
+    }
+}
+
+/// What a backward pass has for [`inputs`]: the gradients of `v = Δ x` and of the outputs, and D.
+pub(super) struct Grads<'a> {
+    pub(super) values: Option<&'a CubeTensor>,
+    pub(super) outputs: Option<&'a CubeTensor>,
+    pub(super) skip: Option<&'a CubeTensor>,
+    pub(super) by: Skip,
+}
+
+/// `dx`, and for each row its sums `dv · x` and, with a D by head, `dy · x`: `[2, B, T, H]`.
+pub(super) fn inputs(x: &CubeTensor, delta: &CubeTensor, grads: &Grads<'_>) -> [CubeTensor; 2] {
+    let [b, t, h, p] = x.meta.shape().dims::<4>();
+    let (plan, vector) = RowPlan::new(x, p);
+    let by = if grads.outputs.is_some() { grads.by } else { Skip::None };
+    let dx = alloc(x, [b, t, h, p], x.dtype);
+    let sums = alloc(x, [2, b, t, h], DType::F32);
+    inputs_kernel::launch(
+        &x.client,
+        grid(plan.cubes(b * t * h)),
+        CubeDim::new_1d(UNITS as u32),
+        address(&[x]),
+        vector,
+        x.clone().into_tensor_arg(),
+        grads.values.unwrap_or(x).clone().into_tensor_arg(),
+        grads.outputs.unwrap_or(x).clone().into_tensor_arg(),
+        delta.clone().into_tensor_arg(),
+        grads.skip.unwrap_or(delta).clone().into_tensor_arg(),
+        dx.clone().into_tensor_arg(),
+        sums.clone().into_tensor_arg(),
+        (b * t * h) as u32,
+        h as u32,
+        grads.values.is_some(),
+        by,
+        plan,
+        storage(x.dtype),
+    );
+    [dx, sums]
+}
+
+/// `dΔ = dv · x + A dg`; and of each head the sums of `Δ dg` and `dy · x` over the rows
+/// of a cube, `[parts, 2 H]`. A cube takes up to [`UNITS`] heads.
+#[cube(launch, address_type = "dynamic")]
+fn heads_kernel(
+    sums: &Tensor<f32>,
+    dg: &Tensor<f32>,
+    delta: &Tensor<f32>,
+    a: &Tensor<f32>,
+    ddelta: &mut Tensor<f32>,
+    partial: &mut Tensor<f32>,
+    rows: u32,
+    heads: u32,
+    columns: u32,
+    #[comptime] steps: bool,
+    #[comptime] decays: bool,
+    #[comptime] skips: bool,
+) {
+    let mut shared = Shared::<[Vector<f32, Const<2>>]>::new_slice(comptime!(UNITS));
+    let (rows, heads, columns) = (rows as usize, heads as usize, columns as usize);
+    let unit = UNIT_POS as usize;
+    let blocks = heads.div_ceil(columns);
+    let part = CUBE_POS_X as usize / blocks;
+    let stride = CUBE_COUNT_X as usize / blocks * (comptime!(UNITS) / columns);
+    let head = CUBE_POS_X as usize % blocks * columns + unit % columns;
+    let inside = unit / columns < comptime!(UNITS) / columns && head < heads;
+    let rate = a[min(head, heads - 1)];
+    let mut of_rate = 0.0f32;
+    let mut of_weight = 0.0f32;
+    let mut row = part * (comptime!(UNITS) / columns) + unit / columns;
+    while row < rows {
+        if inside {
+            let at = row * heads + head;
+            if comptime!(decays) {
+                let slope = dg[at];
+                of_rate += delta[at] * slope;
+                if comptime!(steps) {
+                    ddelta[at] = sums[at] + rate * slope;
+                }
+            }
+            if comptime!(skips) {
+                of_weight += sums[rows * heads + at];
+            }
+        }
+        row += stride;
+    }
+    shared[unit] = pair(of_rate, of_weight);
+    sync_cube();
+    if unit < columns && head < heads {
+        let mut total = Vector::<f32, Const<2>>::new(0.0f32);
+        for i in 0..comptime!(UNITS) / columns {
+            total += shared[unit + i * columns];
+        }
+        partial[part * 2 * heads + head] = total.extract(0usize);
+        partial[(part * 2 + 1) * heads + head] = total.extract(1usize);
+    }
+}
+
+/// The gradients of Δ, A and a D by head: the first where `steps` and `dg` is there, the second where that is, the third where
+/// `skips`. `sums` are those of [`inputs`], where one of the first and the last is wanted.
+pub(super) fn heads(
+    sums: Option<&CubeTensor>,
+    dg: Option<&CubeTensor>,
+    [delta, a]: [&CubeTensor; 2],
+    [steps, skips]: [bool; 2],
+) -> [Option<CubeTensor>; 3] {
+    let [b, t, heads] = delta.meta.shape().dims::<3>();
+    let columns = heads.min(UNITS);
+    let each = UNITS / columns;
+    let parts = (b * t).div_ceil(each * ADDED).min(resident(delta, 4)).max(1);
+    let partial = alloc(delta, [parts, 2 * heads], DType::F32);
+    let ddelta = (steps && dg.is_some()).then(|| alloc(delta, [b, t, heads], DType::F32));
+    heads_kernel::launch(
+        &delta.client,
+        grid(parts * heads.div_ceil(columns)),
+        CubeDim::new_1d(UNITS as u32),
+        address(&[sums.unwrap_or(delta)]),
+        sums.unwrap_or(delta).clone().into_tensor_arg(),
+        dg.unwrap_or(delta).clone().into_tensor_arg(),
+        delta.clone().into_tensor_arg(),
+        a.clone().into_tensor_arg(),
+        ddelta.clone().unwrap_or_else(|| unused(delta, 1)).into_tensor_arg(),
+        partial.clone().into_tensor_arg(),
+        (b * t) as u32,
+        heads as u32,
+        columns as u32,
+        ddelta.is_some(),
+        dg.is_some(),
+        skips,
+    );
+    let sum = |there: bool, first| there.then(|| sum_rows(&partial, first, [heads]));
+    [ddelta, sum(dg.is_some(), 0), sum(skips, heads)]
 }
 
 /// `Σ x ∘ dy` over [`TOKENS`] rows of `[B·T, H·P]`: one unit a group of rows and vector.
 #[cube(launch, address_type = "dynamic")]
-fn skip_gradient_kernel<E: Float, N: Size>(
+fn channels_kernel<E: Float, N: Size>(
     x: &Tensor<Vector<E, N>>,
     dy: &Tensor<Vector<E, N>>,
     sums: &mut Tensor<Vector<f32, N>>,
@@ -98,150 +380,24 @@ fn skip_gradient_kernel<E: Float, N: Size>(
     }
 }
 
-fn cubes(units: usize) -> CubeCount {
-    grid(units.div_ceil(UNITS).min(MAX_CUBES))
-}
-
-fn like(x: &CubeTensor) -> CubeTensor {
-    alloc(x, x.meta.shape().dims::<4>(), x.dtype)
-}
-
-/// `v = Δ x`, with Δ a number a row. Inputs: x `[B, T, H, P]`, Δ `[B, T, H]` in f32.
-#[derive(Clone, Debug)]
-pub(super) struct Scaled;
-
-fn scale(x: &CubeTensor, delta: &CubeTensor) -> CubeTensor {
+/// The gradient of a D by channel, `Σ x ∘ dy`, `[H·P]`.
+pub(super) fn channels(x: &CubeTensor, dy: &CubeTensor) -> CubeTensor {
     let [b, t, h, p] = x.meta.shape().dims::<4>();
-    let (y, vector) = (like(x), vector_size(p));
-    scale_kernel::launch(
+    let (rows, vector) = (b * t, vector_size(p));
+    let groups = rows.div_ceil(TOKENS);
+    let sums = alloc(x, [groups, h * p], DType::F32);
+    channels_kernel::launch(
         &x.client,
-        cubes(b * t * h * p / vector),
+        grid((groups * h * p / vector).div_ceil(UNITS).min(MAX_CUBES)),
         CubeDim::new_1d(UNITS as u32),
         address(&[x]),
         vector,
         x.clone().into_tensor_arg(),
-        delta.clone().into_tensor_arg(),
-        y.clone().into_tensor_arg(),
-        p / vector,
+        dy.clone().into_tensor_arg(),
+        sums.clone().into_tensor_arg(),
+        rows,
+        h * p / vector,
         storage(x.dtype),
     );
-    y
-}
-
-impl Operator for Scaled {
-    fn name(&self) -> &'static str {
-        "ssd_scaled"
-    }
-
-    fn outputs(&self, inputs: &[TensorSpec]) -> Vec<TensorSpec> {
-        vec![inputs[0].clone()]
-    }
-
-    fn forward(&self, inputs: Vec<CubeTensor>, _: Vec<CubeTensor>, _: bool) -> Vec<CubeTensor> {
-        let [x, delta] = [0, 1].map(|i| contiguous(inputs[i].clone()));
-        vec![scale(&x, &delta)]
-    }
-
-    fn backward(
-        &self,
-        inputs: Vec<CubeTensor>,
-        _: Vec<CubeTensor>,
-        _: Vec<CubeTensor>,
-        grads: Vec<Option<CubeTensor>>,
-        wanted: &[bool],
-    ) -> Vec<Option<CubeTensor>> {
-        let [x, delta] = [0, 1].map(|i| contiguous(inputs[i].clone()));
-        let dy = contiguous(grads.into_iter().flatten().next().expect("the gradient of the output"));
-        let dx = wanted[0].then(|| scale(&dy, &delta));
-        let ddelta = wanted[1].then(|| {
-            let [b, t, h, p] = x.meta.shape().dims::<4>();
-            let (sums, vector) = (alloc(&x, [b, t, h], DType::F32), vector_size(p));
-            row_products_kernel::launch(
-                &x.client,
-                cubes(b * t * h),
-                CubeDim::new_1d(UNITS as u32),
-                address(&[&x]),
-                vector,
-                x.clone().into_tensor_arg(),
-                dy.clone().into_tensor_arg(),
-                sums.clone().into_tensor_arg(),
-                p / vector,
-                vector,
-                storage(x.dtype),
-            );
-            sums
-        });
-        vec![dx, ddelta]
-    }
-}
-
-/// `y = o + D ∘ x`. Inputs: o and x `[B, T, H, P]`, D `[H, P]` in f32.
-#[derive(Clone, Debug)]
-pub(super) struct Skipped;
-
-fn skip(o: Option<&CubeTensor>, x: &CubeTensor, weight: &CubeTensor) -> CubeTensor {
-    let p = x.meta.shape().dims::<4>()[3];
-    let (y, vector) = (like(x), vector_size(p));
-    skip_kernel::launch(
-        &x.client,
-        cubes(x.meta.shape().num_elements() / vector),
-        CubeDim::new_1d(UNITS as u32),
-        address(&[x]),
-        vector,
-        o.unwrap_or(x).clone().into_tensor_arg(),
-        x.clone().into_tensor_arg(),
-        weight.clone().into_tensor_arg(),
-        y.clone().into_tensor_arg(),
-        o.is_some(),
-        storage(x.dtype),
-    );
-    y
-}
-
-impl Operator for Skipped {
-    fn name(&self) -> &'static str {
-        "ssd_skipped"
-    }
-
-    fn outputs(&self, inputs: &[TensorSpec]) -> Vec<TensorSpec> {
-        vec![inputs[0].clone()]
-    }
-
-    fn forward(&self, inputs: Vec<CubeTensor>, _: Vec<CubeTensor>, _: bool) -> Vec<CubeTensor> {
-        let [o, x, weight] = [0, 1, 2].map(|i| contiguous(inputs[i].clone()));
-        vec![skip(Some(&o), &x, &weight)]
-    }
-
-    fn backward(
-        &self,
-        inputs: Vec<CubeTensor>,
-        _: Vec<CubeTensor>,
-        _: Vec<CubeTensor>,
-        grads: Vec<Option<CubeTensor>>,
-        wanted: &[bool],
-    ) -> Vec<Option<CubeTensor>> {
-        let [x, weight] = [1, 2].map(|i| contiguous(inputs[i].clone()));
-        let dy = contiguous(grads.into_iter().flatten().next().expect("the gradient of the output"));
-        let dx = wanted[1].then(|| skip(None, &dy, &weight));
-        let dweight = wanted[2].then(|| {
-            let [b, t, h, p] = x.meta.shape().dims::<4>();
-            let (rows, vector) = (b * t, vector_size(p));
-            let sums = alloc(&x, [rows.div_ceil(TOKENS), h * p], DType::F32);
-            skip_gradient_kernel::launch(
-                &x.client,
-                cubes(rows.div_ceil(TOKENS) * h * p / vector),
-                CubeDim::new_1d(UNITS as u32),
-                address(&[&x]),
-                vector,
-                x.clone().into_tensor_arg(),
-                dy.clone().into_tensor_arg(),
-                sums.clone().into_tensor_arg(),
-                rows,
-                h * p / vector,
-                storage(x.dtype),
-            );
-            sum_rows(&sums, 0, [h, p])
-        });
-        vec![wanted[0].then_some(dy), dx, dweight]
-    }
+    sum_rows(&sums, 0, [h * p])
 }

@@ -7,17 +7,20 @@
 //! ```
 //!
 //! This is [`simple_gla`](crate::simple_gla()) with queries `C`, keys `B`, values `Δ x`, log decay `Δ A` and scale 1, and runs on
-//! its kernels. Those for Hopper read `B` and `C` of a head's group where they are, the others a copy for each head.
+//! its kernels, with what stands before and after them in one operator (`operator.rs` counts its passes over memory). Those for
+//! Hopper read `B` and `C` of a head's group where they are, the others a copy for each head.
 //!
 //! Dao, Gu: *Transformers are SSMs* (2024).
 
 #[cfg(feature = "cube")]
 mod kernels;
+#[cfg(feature = "cube")]
+mod operator;
 pub mod reference;
 
 use burn::tensor::{DType, Tensor};
 
-use crate::arguments::{activation, on_kernels, parameter};
+use crate::arguments::{activation, parameter};
 use crate::bridge::{same_device, same_dtype, same_shape};
 use crate::chunked::compute_dtype;
 use crate::recurrence::{Decay, Problem};
@@ -78,10 +81,8 @@ pub fn ssd(
 ) -> Result<(Tensor<4>, Tensor<4>), OpError> {
     check(&x, &delta, &a, &b, &c, &options)?;
     let dtype = compute_dtype(x.dtype());
-    let delta = delta.cast(dtype);
-    let decay = delta.clone() * a.cast(dtype).unsqueeze::<3>();
-    let engine = options.engine;
-    let v = scaled(x.clone(), delta, engine);
+    let (delta, a) = (delta.cast(dtype), a.cast(dtype));
+    let skip = options.skip.map(|skip| skip.cast(dtype));
     let sequence = SequenceOptions {
         scale: Some(1.0),
         initial_state: options.initial_state,
@@ -89,38 +90,36 @@ pub fn ssd(
         engine: options.engine,
         chunk: options.chunk,
     };
-    let (y, state) = Problem::grouped(OP, [c, b, v], options.groups, Decay::Token(decay), sequence)?.run()?;
-    let y = match options.skip {
-        Some(weight) => skipped(y, x, weight.cast(dtype), engine),
-        None => y,
+    let problem = Problem::grouped(OP, [c, b, x], options.groups, Decay::Token(delta.clone()), sequence)?;
+    #[cfg(feature = "cube")]
+    let problem = match on_operator(problem, &a, &skip) {
+        Ok(found) => return Ok(found),
+        Err(problem) => *problem,
     };
-    Ok((y, state))
+    let x = problem.v.clone();
+    let decay = Decay::Token(delta.clone() * a.unsqueeze::<3>());
+    let v = (x.clone().cast(dtype) * delta.unsqueeze_dim::<4>(3)).cast(x.dtype());
+    let (y, state) = Problem { v, decay, ..problem }.run()?;
+    let Some(skip) = skip else { return Ok((y, state)) };
+    let out = y.dtype();
+    Ok(((y.cast(dtype) + reference::skip(x.cast(dtype), skip)).cast(out), state))
 }
 
-/// `Δ x`, in the dtype of `x`.
-fn scaled(x: Tensor<4>, delta: Tensor<3>, engine: Engine) -> Tensor<4> {
-    #[cfg(feature = "cube")]
-    if on_kernels(&x, engine) && x.shape().num_elements() > 0 {
-        let inputs = vec![x.into_dispatch(), delta.into_dispatch()];
-        return Tensor::from_dispatch(crate::bridge::apply(kernels::Scaled, inputs, Vec::new()).remove(0));
+/// Runs a problem, with x and Δ as its values and decay, in one operator where kernels take it.
+#[cfg(feature = "cube")]
+fn on_operator(
+    problem: Problem,
+    a: &Tensor<1>,
+    skip: &Option<Tensor<1>>,
+) -> Result<(Tensor<4>, Tensor<4>), Box<Problem>> {
+    let [_, _, heads, width] = problem.v.dims();
+    if !crate::rows::fits(width) {
+        return Err(Box::new(problem));
     }
-    let _ = on_kernels(&x, engine);
-    let dtype = x.dtype();
-    (x.cast(delta.dtype()) * delta.unsqueeze_dim::<4>(3)).cast(dtype)
-}
-
-/// `y + D ∘ x`, in the dtype of `x`.
-fn skipped(y: Tensor<4>, x: Tensor<4>, weight: Tensor<1>, engine: Engine) -> Tensor<4> {
-    #[cfg(feature = "cube")]
-    if on_kernels(&x, engine) && x.shape().num_elements() > 0 {
-        let [_, _, heads, width] = x.dims();
-        let weight = weight.reshape([heads as i32, -1]).expand([heads, width]);
-        let inputs = vec![y.into_dispatch(), x.into_dispatch(), weight.into_dispatch()];
-        return Tensor::from_dispatch(crate::bridge::apply(kernels::Skipped, inputs, Vec::new()).remove(0));
-    }
-    let _ = on_kernels(&x, engine);
-    let (out, wide) = (x.dtype(), weight.dtype());
-    (y.cast(wide) + reference::skip(x.cast(wide), weight)).cast(out)
+    let tracked = a.is_tracked() || skip.as_ref().is_some_and(Tensor::is_tracked);
+    let recurrence = problem.planned(tracked)?;
+    let skip = skip.clone().map(|skip| (skip.clone().into_dispatch(), skip.dims()[0]));
+    Ok(operator::planned(recurrence, heads, a.clone().into_dispatch(), skip).run_recurrence())
 }
 
 fn check(
