@@ -436,6 +436,9 @@ fn shared_keys_are_right(engine: Engine) {
             Case { slots: 6, tokens: 65, ..base },
             Case { op: tiled, batch: 1, tokens: 700, packed: Some(&[0, 64, 64, 65, 73, 140, 700]), ..base },
             Case { heads: 2, slots: 1, batch: 1, tokens: 2200, decay: (-0.1, 0.0), ..base },
+            // Two heads side by side, of one group and of two.
+            Case { heads: 134, slots: 2, keys: 64, batch: 1, tokens: 70, ..base },
+            Case { op: tiled, heads: 134, slots: 2, keys: 48, values: 32, batch: 1, tokens: 70, ..base },
             Case { op: tiled, heads: 4, values: 272, batch: 1, tokens: 70, ..base },
         ],
     );

@@ -144,6 +144,7 @@ suite!(Auto: hopper, Mma: mma; {
     every_decay_is_right,
     packed_sequences_are_right,
     segments_are_right,
+    narrow_heads_are_right,
     two_runs_are_equal_bit_for_bit,
     more_than_256_values_are_right,
     every_length_is_right_by_key,
@@ -229,6 +230,23 @@ fn segments_are_right(engine: Engine) {
             base,
             Case { keys: 64, values: 128, initial: false, ..base },
             Case { packed: Some(&[0, 2060, 2060, 2063, 2200]), keys: 32, values: 32, ..base },
+        ],
+    );
+}
+
+/// More narrow heads than processors: on Hopper two of them are walked side by side, where their number is even.
+fn narrow_heads_are_right(engine: Engine) {
+    let base = Case { batch: 1, tokens: 70, heads: 134, keys: 64, values: 64, ..BASE };
+    check(
+        engine,
+        &[
+            base,
+            Case { heads: 135, ..base },
+            Case { by: By::Head, initial: false, keys: 48, values: 32, ..base },
+            Case { batch: 3, heads: 46, tokens: 131, keys: 16, values: 48, decay: (-30.0, 0.0), ..base },
+            Case { heads: 34, tokens: 140, packed: Some(&[0, 64, 64, 65, 73, 140]), keys: 32, values: 32, ..base },
+            // In segments.
+            Case { heads: 50, tokens: 5200, keys: 16, values: 16, decay: (-0.1, 0.0), ..base },
         ],
     );
 }

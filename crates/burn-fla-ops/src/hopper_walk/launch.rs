@@ -194,7 +194,8 @@ impl HopperWalk {
         if self.engine.cores == Cores::Mma {
             return self.mma_walk(w, decays, gate, plan);
         }
-        let work = self.items * self.heads * plan.slices();
+        let plan = plan.paired(self.heads, self.items, self.engine.processors);
+        let work = self.items * (self.heads / plan.heads) * plan.slices();
         let cubes = CubeCount::new_1d(work.min(self.engine.processors) as u32);
         let units = CubeDim::new_1d(plan.units() as u32);
         let unused = alloc(g, [32], DType::F32);

@@ -5,8 +5,10 @@ use cubecl::prelude::*;
 
 use super::bonus::weights_of_span;
 use super::key::factors_of_span;
-use super::parts::{chunk_at, decays_of_chunk, load_panels, load_tile, parts_of, place, span_at, spans_of};
-use super::plan::{PANEL, WalkPlan};
+use super::parts::{
+    chunk_at, decays_of_chunk, load_panels, load_tile, parts_of, place, place_beside, span_at, spans_of,
+};
+use super::plan::{CHUNK, PANEL, WalkPlan};
 use super::shift::{Rows, token_at};
 use crate::tile::hopper::{Ring, barrier_arrive, barrier_expect, next};
 
@@ -24,9 +26,10 @@ pub(super) fn load_tensors(
     #[comptime] for_states: bool,
     #[comptime] plan: WalkPlan,
 ) {
-    let warpgroups = comptime!(plan.warpgroups);
     let panels = comptime!(plan.panels());
-    let wide = comptime!((plan.panels() * PANEL) as u32);
+    let tile = comptime!((plan.panels() * PANEL) as u32);
+    let wide = comptime!((plan.heads * plan.panels() * PANEL) as u32);
+    let groups = comptime!(plan.groups());
     let value_panel = comptime!(if for_states { PANEL } else { plan.value_panel() });
     let before = comptime!(if for_states { 0 } else { plan.rows_before() as u32 });
     let narrow = comptime!((plan.warpgroups * value_panel) as u32);
@@ -38,7 +41,7 @@ pub(super) fn load_tensors(
     let mut index = CUBE_POS_X;
     while index < work {
         let p = place(index, table, heads, plan);
-        let channel = p.slice * comptime!(64 * warpgroups as u32);
+        let channel = p.slice * comptime!(64 * groups as u32);
         for i in 0..p.chunks {
             let chunk = chunk_at(i, p.chunks, plan);
             let parts = parts_of(levels, &p, chunk, heads, plan);
@@ -54,12 +57,17 @@ pub(super) fn load_tensors(
                 let full = ring.full(step);
                 let stage = ring.stage(step);
                 barrier_expect(full, bytes);
-                if comptime!(!for_states) {
-                    load_tile(tiles_q + stage * wide, map_q, 0u32, p.inner_head, query, full, panels);
+                #[unroll]
+                for beside in 0..comptime!(plan.heads as u32) {
+                    let p = place_beside(index, beside, table, heads, plan);
+                    let to = stage * wide + beside * tile;
+                    if comptime!(!for_states) {
+                        load_tile(tiles_q + to, map_q, 0u32, p.inner_head, query, full, panels);
+                    }
+                    load_tile(tiles_k + to, map_k, 0u32, p.inner_head, key, full, panels);
+                    let to = tiles_v + stage * narrow + beside * comptime!((groups * value_panel) as u32);
+                    load_panels(to, map_v, channel, p.outer_head, value, full, groups, value_panel);
                 }
-                load_tile(tiles_k + stage * wide, map_k, 0u32, p.inner_head, key, full, panels);
-                let to = tiles_v + stage * narrow;
-                load_panels(to, map_v, channel, p.outer_head, value, full, warpgroups, value_panel);
                 step += 1u32;
                 n = next(n);
             }
@@ -105,7 +113,12 @@ pub(super) fn load_decays(
                         weights_of_span(weights, to, at, &p, &span, heads, lane, plan);
                     }
                 } else {
-                    decays_of_chunk(g, to, at, &p, chunk, heads, lane, plan);
+                    #[unroll]
+                    for beside in 0..comptime!(plan.heads as u32) {
+                        let p = place_beside(index, beside, table, heads, plan);
+                        let at = at + comptime!(CHUNK * beside as usize);
+                        decays_of_chunk(g, to, at, &p, chunk, heads, lane, plan);
+                    }
                 }
                 barrier_arrive(ring.full(step));
                 step += 1u32;
@@ -128,14 +141,14 @@ pub(super) fn load_factors(
     heads: u32,
     #[comptime] plan: WalkPlan,
 ) {
-    let warpgroups = comptime!(plan.warpgroups);
+    let groups = comptime!(plan.groups());
     let (tiles_f, tiles_x) = tiles;
     let (map_f, map_x) = maps;
     let mut step = 0u32;
     let mut index = CUBE_POS_X;
     while index < work {
         let p = place(index, table, heads, plan);
-        let channel = p.slice * comptime!(64 * warpgroups as u32);
+        let channel = p.slice * comptime!(64 * groups as u32);
         for i in 0..p.chunks {
             let chunk = chunk_at(i, p.chunks, plan);
             let parts = parts_of(levels, &p, chunk, heads, plan);
@@ -148,11 +161,16 @@ pub(super) fn load_factors(
                 let full = ring.full(step);
                 ring.wait_room(step);
                 barrier_expect(full, comptime!(plan.extra_bytes() as u32));
-                if comptime!(plan.factors()) {
-                    load_tile(tiles_f, map_f, channel, p.outer_head, token, full, warpgroups);
-                }
-                if comptime!(plan.dots()) {
-                    load_tile(tiles_x, map_x, channel, p.outer_head, token, full, warpgroups);
+                #[unroll]
+                for beside in 0..comptime!(plan.heads as u32) {
+                    let p = place_beside(index, beside, table, heads, plan);
+                    let to = beside * comptime!((groups * PANEL) as u32);
+                    if comptime!(plan.factors()) {
+                        load_tile(tiles_f + to, map_f, channel, p.outer_head, token, full, groups);
+                    }
+                    if comptime!(plan.dots()) {
+                        load_tile(tiles_x + to, map_x, channel, p.outer_head, token, full, groups);
+                    }
                 }
                 step += 1u32;
                 n = next(n);

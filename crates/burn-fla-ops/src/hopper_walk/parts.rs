@@ -33,11 +33,18 @@ pub(crate) struct Place {
 
 #[cube]
 pub(crate) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: WalkPlan) -> Place {
+    place_beside(index, 0u32, table, heads, plan)
+}
+
+/// That of one of the heads which a cube walks side by side: all stand in the same segment.
+#[cube]
+pub(super) fn place_beside(index: u32, beside: u32, table: &[i32], heads: u32, #[comptime] plan: WalkPlan) -> Place {
     let slices = comptime!(plan.slices() as u32);
-    let item = index / slices / heads;
+    let cubes = heads / comptime!(plan.heads as u32);
+    let item = index / slices / cubes;
     let at = (item * comptime!(ITEM_WORDS as u32)) as usize;
     let length = table[at + 1] as u32;
-    let head = (index / slices) % heads;
+    let head = (index / slices) % cubes * comptime!(plan.heads as u32) + beside;
     let shared = key_head(head, heads, plan.key_heads);
     Place {
         slice: index % slices,

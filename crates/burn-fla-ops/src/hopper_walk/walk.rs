@@ -15,7 +15,8 @@
 //! [`super::prepare`] and [`super::key`].
 //!
 //! One warp loads q, k, v by tensor memory copies, one the decays, one what the outputs are multiplied with; each of the
-//! other warpgroups keeps 64 rows of the transposed state.
+//! other warpgroups keeps 64 rows of the transposed state. Where a head has no more than these, two warpgroups take a head
+//! each, side by side (`plan.heads`).
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
@@ -25,7 +26,8 @@ use super::bonus::add_beside;
 use super::key::{masked_scores, plain_values, scale_state};
 use super::loads::{load_decays, load_factors, load_tensors};
 use super::parts::{
-    chunk_at, copy_rows, decayed_scores, decayed_values, parts_of, place, publish, row_products, span_at, spans_of,
+    chunk_at, copy_rows, decayed_scores, decayed_values, parts_of, place_beside, publish, row_products, span_at,
+    spans_of,
 };
 use super::plan::{Borders, CHUNK, DECAYED, OUT, PANEL, SCORES, VALUES, WalkPlan};
 use super::products::{multiply_rows, products_of_span, sum_inter, sum_rounding, write_factored};
@@ -74,10 +76,11 @@ pub(super) fn walk(
     let stages = comptime!(plan.stages);
     let state = comptime!(plan.state());
     let out = comptime!(plan.out());
-    let wide = comptime!((plan.panels() * PANEL) as u32);
+    let tile = comptime!((plan.panels() * PANEL) as u32);
+    let wide = comptime!((plan.heads * plan.panels() * PANEL) as u32);
     let narrow = comptime!((plan.warpgroups * plan.value_panel()) as u32);
-    let shared_q = Shared::<[u32]>::new_aligned_slice(comptime!(stages * panels * PANEL / 4), 1024usize);
-    let shared_k = Shared::<[u32]>::new_aligned_slice(comptime!(stages * panels * PANEL / 4), 1024usize);
+    let shared_q = Shared::<[u32]>::new_aligned_slice(comptime!(stages * plan.heads * panels * PANEL / 4), 1024usize);
+    let shared_k = Shared::<[u32]>::new_aligned_slice(comptime!(stages * plan.heads * panels * PANEL / 4), 1024usize);
     let shared_v =
         Shared::<[u32]>::new_aligned_slice(comptime!(stages * warpgroups * plan.value_panel() / 4), 1024usize);
     let shared_s = Shared::<[u32]>::new_aligned_slice(comptime!(warpgroups * panels * PANEL / 4), 1024usize);
@@ -116,7 +119,7 @@ pub(super) fn walk(
     }
     sync_cube();
 
-    let work = items * heads * comptime!(plan.slices() as u32);
+    let work = items * (heads / comptime!(plan.heads as u32)) * comptime!(plan.slices() as u32);
     let warpgroup = UNIT_POS / 128u32;
     let warp = (UNIT_POS % 128u32) / 32u32;
     let lane = UNIT_POS % 32u32;
@@ -143,7 +146,7 @@ pub(super) fn walk(
         let elected = UNIT_POS % 128u32 == 0u32;
         let unit = UNIT_POS % 128u32;
         let row = row_of(warp, lane, 0usize);
-        let s0 = tiles_s + warpgroup * wide;
+        let s0 = tiles_s + warpgroup * tile;
         let o0 = tiles_o + warpgroup * comptime!(PANEL as u32);
         let x0 = tiles_x + warpgroup * comptime!(PANEL as u32);
         let f0 = tiles_f + warpgroup * comptime!(PANEL as u32);
@@ -153,8 +156,9 @@ pub(super) fn walk(
         let mut step = 0u32;
         let mut index = CUBE_POS_X;
         while index < work {
-            let p = place(index, table, heads, plan);
-            let panel = p.slice * comptime!(warpgroups as u32) + warpgroup;
+            let beside = warpgroup / comptime!(plan.groups() as u32);
+            let p = place_beside(index, beside, table, heads, plan);
+            let panel = p.slice * comptime!(plan.groups() as u32) + warpgroup % comptime!(plan.groups() as u32);
             let channel = panel * 64u32;
             load_state(initial, between, &p, panel, heads, row, lane, in_factor, state, plan);
             for i in 0..p.chunks {
@@ -166,13 +170,16 @@ pub(super) fn walk(
                     let count = span.count;
                     ring.wait_full(step);
                     let stage = ring.stage(step);
-                    let q0 = tiles_q + stage * wide;
-                    let k0 = tiles_k + stage * wide;
+                    let q0 = tiles_q + stage * wide + beside * tile;
+                    let k0 = tiles_k + stage * wide + beside * tile;
                     let v0 = tiles_v
                         + stage * narrow
                         + warpgroup * comptime!(plan.value_panel() as u32)
                         + comptime!(128 * plan.rows_before() as u32);
-                    let g0 = (stage * comptime!(plan.decays() as u32)) as usize;
+                    let mut g0 = (stage * comptime!(plan.decays() as u32)) as usize;
+                    if comptime!(plan.heads > 1) {
+                        g0 += beside as usize * comptime!(CHUNK);
+                    }
                     // The scores, while the state goes to shared memory as an operand.
                     fence();
                     #[unroll]

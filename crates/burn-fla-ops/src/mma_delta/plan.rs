@@ -39,6 +39,7 @@ impl ChainPlan {
                 inner: keys,
                 outer: values,
                 warpgroups: panels,
+                heads: 1,
                 stages,
                 axis: Axis::Token,
                 exclusive: false,

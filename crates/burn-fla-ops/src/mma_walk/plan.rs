@@ -50,6 +50,7 @@ impl MmaPlan {
                 inner,
                 outer,
                 warpgroups,
+                heads: 1,
                 stages,
                 axis,
                 exclusive,
