@@ -114,13 +114,19 @@ impl HopperWalk {
         let other = |between| against(to_other_writing, writing, reading, other_reading, wanted.state, between);
         let between =
             (self.is_cut() && (with_writing || with_other_writing)).then(|| self.segment_states(&other(None), decays));
-        let d_writing = with_writing.then(|| {
-            let roles = Roles { borders: borders(Borders::Multiply), ..to_writing };
-            let last = wanted.state && !with_other_writing;
-            let w = against(roles, other_writing, other_reading, reading, last, between.as_ref());
-            self.walk(&w, decays, of_writing.as_ref())
-        });
-        let d_other_writing = with_other_writing.then(|| self.walk(&other(between.as_ref()), decays, None));
+        let roles = Roles { borders: borders(Borders::Multiply), ..to_writing };
+        let writing_walk = |last| against(roles, other_writing, other_reading, reading, last, between.as_ref());
+        let (d_writing, d_other_writing) = if with_writing && with_other_writing && self.takes_both_gradients() {
+            let w = writing_walk(wanted.state);
+            let [d_writing, d_other_writing, last] = self.walk_both(&w, writing, decays, of_writing.as_ref());
+            (Some([d_writing, last.clone()]), Some([d_other_writing, last]))
+        } else {
+            let d_writing = with_writing.then(|| {
+                let w = writing_walk(wanted.state && !with_other_writing);
+                self.walk(&w, decays, of_writing.as_ref())
+            });
+            (d_writing, with_other_writing.then(|| self.walk(&other(between.as_ref()), decays, None)))
+        };
         let dg = of_reading.as_ref().zip(of_writing.as_ref());
         let dg = dg.map(|(reading, writing)| self.gate_gradient(reading, writing, decays, gate, sum));
         let first = d_other_writing.as_ref().or(d_writing.as_ref());

@@ -14,6 +14,9 @@ use crate::tile::hopper::{panel_map, readable, words};
 /// Units of a cube of what is an element a unit.
 pub(crate) const SCAN_UNITS: usize = 256;
 
+/// Whether the gradients of narrow keys and values are one walk: see [`super::both`].
+const BOTH: bool = true;
+
 /// A linear recurrence. Inputs: q, k, v, g, with `has_state` the initial state and with `has_bonus` the bonus, `[H, K]`.
 #[derive(Debug)]
 pub(crate) struct HopperWalk {
@@ -187,13 +190,44 @@ impl HopperWalk {
 
     /// Runs a walk: its output, and the state that it arrives at.
     pub(crate) fn walk(&self, w: &Walk<'_>, decays: &Decays, gate: Option<&Gate<'_>>) -> [CubeTensor; 2] {
+        let [out, _, last] = self.walk_with(w, decays, gate, None);
+        [out, last]
+    }
+
+    /// Whether [`Self::walk_both`] takes this problem.
+    pub(crate) fn takes_both_gradients(&self) -> bool {
+        let narrow = self.keys <= CHUNK && self.values <= CHUNK;
+        BOTH && narrow && !self.axis.by_channel() && self.engine.cores == Cores::Hopper
+    }
+
+    /// Runs the walk for the gradient of the keys, `keys`, and that for the values' beside it: both, and the state that they
+    /// arrive at.
+    pub(crate) fn walk_both(
+        &self,
+        w: &Walk<'_>,
+        keys: &CubeTensor,
+        decays: &Decays,
+        gate: Option<&Gate<'_>>,
+    ) -> [CubeTensor; 3] {
+        self.walk_with(w, decays, gate, Some(keys))
+    }
+
+    fn walk_with(
+        &self,
+        w: &Walk<'_>,
+        decays: &Decays,
+        gate: Option<&Gate<'_>>,
+        keys: Option<&CubeTensor>,
+    ) -> [CubeTensor; 3] {
         let g = &decays.g;
         let client = g.client.clone();
         let wide_gates = g.dtype != DType::BF16;
         let plan = WalkPlan { initial: w.initial.is_some(), last: w.last, wide_gates, ..self.plan(w.roles) };
         if self.engine.cores == Cores::Mma {
-            return self.mma_walk(w, decays, gate, plan);
+            let [out, last] = self.mma_walk(w, decays, gate, plan);
+            return [out.clone(), out, last];
         }
+        let plan = if keys.is_some() { plan.with_both() } else { plan };
         let plan = plan.paired(self.heads, self.items, self.engine.processors);
         let work = self.items * (self.heads / plan.heads) * plan.slices();
         let cubes = CubeCount::new_1d(work.min(self.engine.processors) as u32);
@@ -204,6 +238,9 @@ impl HopperWalk {
         // Somewhere to map f16 where there are no products.
         let spare = alloc(g, [1, 1, 1, 64], DType::F16);
         let out = self.output_of(w, &plan);
+        let [b, t, _, _] = out.meta.shape().dims::<4>();
+        // That of the values, along which the walk for the keys compares tokens.
+        let beside = keys.map_or_else(|| out.clone(), |_| alloc(w.q, [b, t, self.heads, plan.inner], w.q.dtype));
         let last = if w.last { alloc(g, self.state_shape(), DType::F32) } else { unused.clone() };
         let ends = gate.map_or(&unused, |gate| &gate.ends).clone();
         // Products by channel are f16 and copied like the output, sums over channels are f32.
@@ -219,11 +256,13 @@ impl HopperWalk {
                 self.map(w.q),
                 self.map(w.k),
                 self.map_of(w.v, plan.value_panel() / 128),
-                self.map(gate.map_or(w.v, |gate| gate.x)),
+                self.map(keys.unwrap_or_else(|| gate.map_or(w.v, |gate| gate.x))),
                 self.map(if plan.factors() { &decays.factors } else { w.v }),
                 self.map(&out),
+                self.map(&beside),
                 self.map(if by_channel { products } else { &spare }),
                 words(&out),
+                words(if keys.is_some() { &beside } else { &unused }),
                 words(if by_channel { products } else { &unused }),
                 gate.map_or(&unused, |gate| &gate.scales).clone().into_buffer_arg(),
                 if plan.by_channel() { unused.clone() } else { g.clone() }.into_buffer_arg(),
@@ -247,7 +286,7 @@ impl HopperWalk {
                 plan,
             );
         }
-        [out, last]
+        [out, beside, last]
     }
 
     /// Room for a walk's output: gradients of what heads share come head by head; and those of queries by token where keys

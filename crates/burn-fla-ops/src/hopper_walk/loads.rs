@@ -168,7 +168,7 @@ pub(super) fn load_factors(
                     if comptime!(plan.factors()) {
                         load_tile(tiles_f + to, map_f, channel, p.outer_head, token, full, groups);
                     }
-                    if comptime!(plan.dots()) {
+                    if comptime!(plan.beside()) {
                         load_tile(tiles_x + to, map_x, channel, p.outer_head, token, full, groups);
                     }
                 }

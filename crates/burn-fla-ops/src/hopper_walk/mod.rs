@@ -32,11 +32,15 @@
 //! Measured on an H100: `benches/results/61-hopper-simple-gla.json`, and beside flash-linear-attention
 //! `62-hopper-gla.json`. What is known to be left:
 //! - Restarting the gate's sum at every 512th token instead (a twentieth of the states) gave errors of 3e-2 in dg.
-//! - Writing and reading these states is a fifth of the backward pass's traffic; the walks for dk and dv read q, k, v and
-//!   do once each, where one walk for both would read them once.
+//! - Writing and reading these states is a fifth of the backward pass's traffic. The walks for dk and dv are one where a head
+//!   has at most 64 channels ([`both`]); with more, each warpgroup holds a part of the state, which the second output needs whole.
+//! - The decay's gradient from `o · do` and `v · dv`, which are the same sums, saves no pass: whichever walk makes them reads a
+//!   fourth tensor for them.
 //! - ptxas waits for the scores before the state goes to shared memory (C7517), and spills 4 to 15 words in the walks with
 //!   168 registers (by key up to 69, in the walk for dk).
-//! - With K = V = 64 one warpgroup walks alone on a processor.
+//! - With K = V = 64 one warpgroup walks alone on a processor, where heads are odd in number or no more than processors.
+//! - ptxas ignores `setmaxnreg` in all walks but those with K = V = 128 (C7508): CubeCL's kernels say no least number of cubes a
+//!   processor (`.minnctapersm 1` by hand in the PTX: it is accepted, and nothing is spilled).
 //! - A slot memory as two operators, with a softmax between them: 0.91 ms forward and 4.52 both at
 //!   8 × 2048 × 32 × 128 × 128 with 64 slots on an H200, where one operator takes 0.49 and 3.29.
 //! - Segments compute their states anew for each of the four walks.
@@ -55,6 +59,7 @@
 #![allow(clippy::identity_op)]
 
 pub(crate) mod bonus;
+mod both;
 mod engine;
 mod gate;
 mod gradients;

@@ -93,6 +93,8 @@ pub(crate) struct WalkPlan {
     pub(crate) warpgroups: usize,
     /// Heads that they walk side by side.
     pub(crate) heads: usize,
+    /// The gradient of the values comes with that of the keys: see [`super::both`].
+    pub(crate) both: bool,
     pub(crate) stages: usize,
     pub(crate) axis: Axis,
     /// The state is read before a token (with a decay by key alone), and its own value comes with a weight of its own: see
@@ -125,6 +127,7 @@ impl WalkPlan {
                 outer,
                 warpgroups,
                 heads: 1,
+                both: false,
                 stages: 0,
                 axis,
                 exclusive,
@@ -155,6 +158,27 @@ impl WalkPlan {
         }
         let pair = Self { warpgroups: 2, heads: 2, ..self };
         Self { stages: pair.most_stages().min(4), ..pair }
+    }
+
+    /// The same, with the gradient of the values beside that of the keys.
+    pub(crate) fn with_both(self) -> Self {
+        let plan = Self { both: true, ..self };
+        Self { stages: plan.most_stages().min(4), ..plan }
+    }
+
+    /// The plan of a walk whose outputs are of this one's inner channels.
+    pub(crate) fn turned(&self) -> Self {
+        Self { inner: self.outer, outer: self.inner, ..*self }
+    }
+
+    /// Whether there is a tensor of the outputs' channels beside the others: what they are multiplied with, the keys.
+    pub(crate) fn beside(&self) -> bool {
+        self.dots() || self.both
+    }
+
+    /// Tiles of outputs that each warpgroup writes.
+    pub(crate) fn out_panels(&self) -> usize {
+        1 + self.both as usize
     }
 
     /// Warpgroups of each head.
@@ -234,14 +258,14 @@ impl WalkPlan {
     /// Panels beside those of the ring, for each warpgroup: what the output is multiplied with, and the products.
     pub(crate) fn extra_panels(&self) -> usize {
         match (self.factors(), self.dots()) {
-            (false, dots) => dots as usize,
+            (false, _) => self.beside() as usize,
             (true, dots) => 1 + 2 * dots as usize,
         }
     }
 
     /// Bytes of them that copies bring.
     pub(crate) fn extra_bytes(&self) -> usize {
-        self.warpgroups * (self.factors() as usize + self.dots() as usize) * PANEL
+        self.warpgroups * (self.factors() as usize + self.beside() as usize) * PANEL
     }
 
     /// Channels that decay, where it is by channel.
@@ -255,7 +279,7 @@ impl WalkPlan {
     }
 
     fn fixed_bytes(&self) -> usize {
-        self.warpgroups * (self.panels() + 1 + self.extra_panels()) * PANEL
+        self.warpgroups * (self.panels() + self.out_panels() + self.extra_panels()) * PANEL
     }
 
     /// Whether the products of the output with another tensor are wanted.
@@ -293,6 +317,23 @@ impl WalkPlan {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn narrow_heads_are_walked_in_pairs_where_there_are_many() {
+        for borders in [Borders::None, Borders::Multiply] {
+            let roles = Roles { outer_is_value: false, against_time: true, borders };
+            let plan = |keys, axis| WalkPlan::new(roles, keys, 64, axis, false).unwrap();
+            for one in [plan(64, Axis::Token), plan(64, Axis::Token).with_both()] {
+                let pair = one.paired(16, 16, 132);
+                assert_eq!((pair.heads, pair.warpgroups, pair.slices(), pair.outer_panels()), (2, 2, 1, 1));
+                assert!(pair.stages >= 3 && pair.fixed_bytes() + pair.stages * pair.stage_bytes() <= SHARED);
+                // An odd number of heads, and as many heads as there are processors.
+                assert_eq!((one.paired(15, 16, 132), one.paired(132, 1, 132)), (one, one));
+            }
+            let others = [plan(128, Axis::Token), plan(64, Axis::Key)];
+            assert!(others.into_iter().all(|plan| plan.paired(16, 16, 132) == plan));
+        }
+    }
 
     #[test]
     fn every_size_that_is_promised_has_a_plan() {

@@ -13,7 +13,7 @@ use super::states::{load_state, store_end};
 use super::table::{ITEM_WORDS, SEQUENCE_WORDS};
 use crate::tile::hopper::{
     Ring, barrier_arrive, barrier_fence, commit, declare, declare_fragment, exp2, fence, give_registers, mma_registers,
-    mn_major, next, row_of, scale_rows, sync_warpgroup, take_registers, wait,
+    mn_major, next, row_of, scale_rows, sync_warpgroup, take_registers, wait, warpgroup,
 };
 
 /// The state at the end of each segment, from the initial one where the walk enters its sequence, from zero elsewhere;
@@ -57,7 +57,7 @@ pub(super) fn segment_states(
     sync_cube();
 
     let work = items * heads * comptime!(plan.slices() as u32);
-    let warpgroup = UNIT_POS / 128u32;
+    let warpgroup = warpgroup();
     let warp = (UNIT_POS % 128u32) / 32u32;
     let lane = UNIT_POS % 32u32;
     let mut step = 0u32;

@@ -23,6 +23,7 @@ use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
 use half::{bf16, f16};
 
 use super::bonus::add_beside;
+use super::both::{Target, Tiles, values_of_chunk};
 use super::key::{masked_scores, plain_values, scale_state};
 use super::loads::{load_decays, load_factors, load_tensors};
 use super::parts::{
@@ -36,7 +37,7 @@ use super::states::{border_at, load_state, multiply_border, store_state, write_b
 use crate::tile::hopper::{
     Ring, barrier_fence, commit, commit_stores, declare, declare_fragment, exp2, fence, fence_shared, give_registers,
     k_major, mma_registers, mma_shared, mn_major, row_of, scale_rows, store_3d, sync_warpgroup, take_registers, wait,
-    wait_stores_read,
+    wait_stores_read, warpgroup,
 };
 
 #[cube(launch_unchecked)]
@@ -47,8 +48,10 @@ pub(super) fn walk(
     x: &TensorMap<bf16, Tiled>,
     factors: &TensorMap<bf16, Tiled>,
     o: &TensorMap<bf16, Tiled>,
+    o_both: &TensorMap<bf16, Tiled>,
     products: &TensorMap<f16, Tiled>,
     rows: &mut [u32],
+    rows_both: &mut [u32],
     product_rows: &mut [u32],
     product_scales: &mut [f32],
     g: &[f32],
@@ -84,7 +87,7 @@ pub(super) fn walk(
     let shared_v =
         Shared::<[u32]>::new_aligned_slice(comptime!(stages * warpgroups * plan.value_panel() / 4), 1024usize);
     let shared_s = Shared::<[u32]>::new_aligned_slice(comptime!(warpgroups * panels * PANEL / 4), 1024usize);
-    let shared_o = Shared::<[u32]>::new_aligned_slice(comptime!(warpgroups * PANEL / 4), 1024usize);
+    let shared_o = Shared::<[u32]>::new_aligned_slice(comptime!(warpgroups * plan.out_panels() * PANEL / 4), 1024usize);
     let shared_x = Shared::<[u32]>::new_aligned_slice(
         comptime!(usize::max(warpgroups * plan.extra_panels() * PANEL / 4, 32)),
         1024usize,
@@ -120,7 +123,7 @@ pub(super) fn walk(
     sync_cube();
 
     let work = items * (heads / comptime!(plan.heads as u32)) * comptime!(plan.slices() as u32);
-    let warpgroup = UNIT_POS / 128u32;
+    let warpgroup = warpgroup();
     let warp = (UNIT_POS % 128u32) / 32u32;
     let lane = UNIT_POS % 32u32;
     if warpgroup == comptime!(warpgroups as u32) {
@@ -143,6 +146,7 @@ pub(super) fn walk(
     } else {
         take_registers(232u32);
         let map_o = tensor_map_address(o);
+        let map_both = tensor_map_address(o_both);
         let elected = UNIT_POS % 128u32 == 0u32;
         let unit = UNIT_POS % 128u32;
         let row = row_of(warp, lane, 0usize);
@@ -355,6 +359,22 @@ pub(super) fn walk(
                             let all = (u32::new(0), count);
                             copy_rows(p0, product_rows, prepared * heads + p.head, heads, channel, all, unit, plan);
                         }
+                    }
+                    if comptime!(plan.both) {
+                        wait(0u32);
+                        let tiles = Tiles {
+                            keys: x0 + 0u32,
+                            queries: v0 + 0u32,
+                            grads: k0 + 0u32,
+                            state: s0 + 0u32,
+                            out: o0 + comptime!((plan.warpgroups * PANEL) as u32),
+                        };
+                        let (first, end) = kept;
+                        let target = Target { token: token + 0u32, first, end, count: count + 0u32 };
+                        values_of_chunk(
+                            &tiles, map_both, rows_both, &shared_g, g0, &p, &target, heads, row, lane, unit, out_scale,
+                            id, elected, plan,
+                        );
                     }
                     if comptime!(plan.extra_panels() > 0) {
                         if elected {

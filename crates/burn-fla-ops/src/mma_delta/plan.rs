@@ -40,6 +40,7 @@ impl ChainPlan {
                 outer: values,
                 warpgroups: panels,
                 heads: 1,
+                both: false,
                 stages,
                 axis: Axis::Token,
                 exclusive: false,

@@ -36,6 +36,8 @@ impl ChainPlan {
                 warpgroups: panels,
                 stages,
                 axis: Axis::Key,
+                heads: 1,
+                both: false,
                 exclusive: false,
                 key_heads: KeyHeads::Own,
                 wide_gates: false,

@@ -51,6 +51,7 @@ impl MmaPlan {
                 outer,
                 warpgroups,
                 heads: 1,
+                both: false,
                 stages,
                 axis,
                 exclusive,

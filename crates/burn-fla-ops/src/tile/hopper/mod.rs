@@ -35,7 +35,7 @@ pub use copy::{
     wait_stores_read, words,
 };
 pub use ring::{Ring, barrier_arrive, barrier_expect, barrier_fence, barrier_init, barrier_wait};
-pub use roles::{arrive, give_registers, sync_warpgroup, take_registers};
+pub use roles::{arrive, give_registers, sync_warpgroup, take_registers, warpgroup};
 pub use triangle::{TRIANGLE_COLUMN, TRIANGLE_ROW, invert_triangle};
 pub use wgmma::{commit, fence, k_major, mma_registers, mma_shared, mn_major, wait};
 

@@ -2,6 +2,15 @@
 
 use cubecl::prelude::*;
 
+/// The warpgroup of a unit, as the same number for all units of a warp, which the compiler must see: a branch on
+/// `UNIT_POS / 128` counts as one inside of a warp, and products of a warpgroup in such a branch are waited for one by one
+/// (ptxas says so: C7518). So it was in every walk but those with K = V = 128, whose `setmaxnreg` ptxas accepts; the others it
+/// ignores, for want of the register count at entry (C7508), which a second argument of `__launch_bounds__` would give.
+#[cube]
+pub fn warpgroup() -> u32 {
+    plane_broadcast(UNIT_POS / 128u32, 0u32)
+}
+
 /// Gives registers of this warpgroup away, down to `count` a unit. The role of a warpgroup must be one branch.
 #[cube]
 pub fn give_registers(#[comptime] count: u32) {
