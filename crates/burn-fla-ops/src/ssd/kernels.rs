@@ -71,7 +71,7 @@ fn steps_kernel<E: Float, N: Size>(
         let mut values = widen::<E, N>(&found, plan);
         #[unroll]
         for step in 0..comptime!(plan.steps) {
-            values[step] = values[step] * Vector::new(delta);
+            values[step] *= Vector::new(delta);
         }
         store::<E, N>(&values, v, row, rows, plan);
         if lane(plan) == 0usize && row < rows {
@@ -201,7 +201,7 @@ fn inputs_kernel<E: Float, N: Size>(
         for step in 0..comptime!(plan.steps) {
             if comptime!(values) {
                 with_values += grads[step] * inputs[step];
-                grads[step] = grads[step] * delta;
+                grads[step] *= delta;
             } else {
                 grads[step] = Vector::<f32, N>::new(0.0f32);
             }
