@@ -8,6 +8,8 @@ mod family;
 mod list;
 #[path = "ops/one_step.rs"]
 mod one_step;
+#[path = "ops/running_sums.rs"]
+mod running_sums;
 #[path = "ops/ssd.rs"]
 mod ssd;
 

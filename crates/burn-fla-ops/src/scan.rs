@@ -6,10 +6,10 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-use crate::arguments::activation;
+use crate::arguments::{activation, on_kernels};
 use crate::bridge::{same_device, same_shape};
 use crate::chunked::compute_dtype;
-use crate::{CuSeqlens, OpError, ScanOptions};
+use crate::{CuSeqlens, Engine, OpError, ScanOptions};
 
 /// The checked arguments of a scan over `[B, T, D]`.
 pub(crate) struct Scan {
@@ -19,6 +19,7 @@ pub(crate) struct Scan {
     device: Device,
     sequences: CuSeqlens,
     initial: Option<Tensor<2>>,
+    engine: Engine,
 }
 
 impl Scan {
@@ -56,12 +57,23 @@ impl Scan {
             }
             None => None,
         };
-        Ok(Self { shape: [b, t, d], dtype, device, sequences, initial })
+        Ok(Self { shape: [b, t, d], dtype, device, sequences, initial, engine: options.engine })
     }
 
     /// Whether there is no token at all.
     pub(crate) fn is_empty(&self) -> bool {
         self.sequences.total() == 0
+    }
+
+    /// Whether the kernels take `x`, of this scan.
+    pub(crate) fn on_kernels(&self, x: &Tensor<3>) -> bool {
+        on_kernels(x, self.engine) && !self.is_empty()
+    }
+
+    /// The sequences, those of a dense batch too.
+    #[cfg(feature = "cube")]
+    pub(crate) fn sequences(&self) -> &CuSeqlens {
+        &self.sequences
     }
 
     pub(crate) fn device(&self) -> &Device {

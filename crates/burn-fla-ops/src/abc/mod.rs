@@ -19,9 +19,8 @@ pub mod reference;
 use burn::tensor::Tensor;
 
 use crate::bridge::{same_device, same_shape};
-use crate::gsa::{GsaOptions, GsaState};
-use crate::running_softmax::running_softmax;
-use crate::{CuSeqlens, Engine, OpError, ScanOptions, gsa};
+use crate::gsa::{GsaOptions, GsaState, Slots};
+use crate::{CuSeqlens, Engine, OpError, gsa};
 
 /// What [`abc`](crate::abc()) keeps of the tokens seen.
 #[derive(Clone, Debug)]
@@ -71,7 +70,7 @@ pub fn abc(
     const OP: &str = "abc";
     let sequences = gsa::check(OP, &q, &k, &v, &scores, "scores", options.cu_seqlens.as_ref())?;
     let n = sequences.num_sequences();
-    let [b, t, h, m] = scores.dims();
+    let [_, _, h, m] = scores.dims();
     let (memory, normaliser) = match options.initial_state {
         Some(AbcState { keys, values, normaliser }) => {
             let memory = GsaState { keys, values };
@@ -83,12 +82,6 @@ pub fn abc(
         None => (None, None),
     };
     gsa::check_chunk(OP, options.chunk)?;
-    let scan =
-        ScanOptions { initial_state: normaliser, cu_seqlens: options.cu_seqlens.clone(), engine: options.engine };
-    // f32 from here on also for bf16: the weights of the slots are products of many factors near one.
-    let scores = scores.cast(crate::chunked::compute_dtype(q.dtype())).reshape([b, t, h * m]);
-    let (weights, log_decay, normaliser) = running_softmax(scores, scan)?;
-    let by_slot = |x: Tensor<3>| x.reshape([b, t, h, m]);
     let options = GsaOptions {
         scale: options.scale,
         initial_state: memory,
@@ -96,7 +89,7 @@ pub fn abc(
         engine: options.engine,
         chunk: options.chunk,
     };
-    let (o, state) = gsa::run(OP, [q, k, v, by_slot(weights), by_slot(log_decay)], options)?;
-    let GsaState { keys, values } = state;
-    Ok((o, AbcState { keys, values, normaliser: normaliser.reshape([n, h, m]) }))
+    let (o, state, normaliser) = gsa::run(OP, [q, k, v], Slots::Running(scores, normaliser), options)?;
+    let normaliser = normaliser.expect("the slots are those of a running softmax").reshape([n, h, m]);
+    Ok((o, AbcState { keys: state.keys, values: state.values, normaliser }))
 }

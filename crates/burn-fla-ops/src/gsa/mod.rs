@@ -23,7 +23,8 @@ use crate::arguments::{activation, on_kernels};
 use crate::bridge::{same_device, same_dtype, same_shape};
 use crate::chunked::compute_dtype;
 use crate::recurrence::{Decay, Problem};
-use crate::{CuSeqlens, Engine, OpError, SequenceOptions};
+use crate::running_softmax::with_weights;
+use crate::{CuSeqlens, Engine, OpError, ScanOptions, SequenceOptions};
 
 /// What [`gsa`](crate::gsa()) keeps of the tokens seen.
 #[derive(Clone, Debug)]
@@ -81,7 +82,8 @@ pub fn gsa(
         check_state(OP, state, &q, &v, &slots, sequences.num_sequences())?;
     }
     check_chunk(OP, options.chunk)?;
-    run(OP, [q, k, v, slots, log_decay], options)
+    let (o, state, _) = run(OP, [q, k, v], Slots::Given(slots, log_decay), options)?;
+    Ok((o, state))
 }
 
 /// The checks of what ABC and GSA share. Returns the sequences.
@@ -163,16 +165,26 @@ fn probabilities(scores: Tensor<4>, engine: Engine) -> Tensor<4> {
     softmax(scores.cast(compute_dtype(dtype)), 3).cast(dtype)
 }
 
-/// Both passes over checked arguments (q, k, v, s, g): two problems with a softmax between them.
+/// What the slots take in of the tokens, and keep of what they hold.
+pub(crate) enum Slots {
+    /// s and g.
+    Given(Tensor<4>, Tensor<4>),
+    /// Those of a running softmax: its scores, `[B, T, H, M]`, and the initial normaliser, `[N, H · M]`.
+    Running(Tensor<4>, Option<Tensor<2>>),
+}
+
+/// Both passes over checked arguments (q, k and v, and the slots): two problems with a softmax between them. Returns the
+/// last normaliser too, `[N, H · M]`, where the slots are those of a running softmax.
 ///
 /// The first decays by value, with the slots as values; the second by key, with the slots as keys. On tensor cores
 /// bf16 stays bf16, with a softmax in f32; everywhere else both are computed in f32.
 pub(crate) fn run(
     op: &'static str,
-    arguments: [Tensor<4>; 5],
+    [q, k, v]: [Tensor<4>; 3],
+    slots: Slots,
     options: GsaOptions,
-) -> Result<(Tensor<4>, GsaState), OpError> {
-    let out = arguments[0].dtype();
+) -> Result<(Tensor<4>, GsaState, Option<Tensor<2>>), OpError> {
+    let out = q.dtype();
     let wide = compute_dtype(out);
     let (keys, values) = options.initial_state.map(|state| (state.keys, state.values)).unzip();
     let pass = |scale: Option<f64>, initial_state: Option<Tensor<4>>| SequenceOptions {
@@ -182,35 +194,48 @@ pub(crate) fn run(
         engine: options.engine,
         chunk: options.chunk,
     };
-    let passes = |dtype: DType| {
-        let [q, k, v, slots] = [0, 1, 2, 3].map(|i| arguments[i].clone().cast(dtype));
-        // A decay in f32 beside bf16 stays f32.
-        let g = arguments[4].clone();
-        let g = if g.dtype() == wide { g } else { g.cast(dtype) };
-        let first = Problem::new(op, q, k, slots.clone(), Decay::Value(g.clone()), pass(options.scale, keys.clone()))?;
-        let second = |p: Tensor<4>| {
-            Problem::new(op, p, slots.clone(), v.clone(), Decay::Key(g.clone()), pass(Some(1.0), values.clone()))
-        };
-        // Queries of the second pass are like its keys: this is what chooses its engine.
-        let probe = second(slots.clone())?;
-        let narrow = first.on_matrix_units() && probe.on_matrix_units();
-        if dtype != wide && !narrow {
-            return Ok(None);
-        }
-        #[cfg(feature = "cuda")]
-        if let Some(cores) = first.cores().filter(|cores| probe.cores() == Some(*cores)) {
-            if crate::hopper_walk::takes_both(&probe) {
-                let (o, keys, values) = crate::hopper_walk::run_slots(first, probe, cores);
-                return Ok(Some((o, GsaState { keys, values })));
-            }
-        }
-        let (scores, keys) = first.run()?;
-        let p = probabilities(scores, options.engine);
-        let (o, values) = second(p)?.run()?;
-        Ok(Some((o.cast(out), GsaState { keys, values })))
+    let first = |dtype: DType, s: Tensor<4>, g: Tensor<4>| {
+        let [q, k, s] = [q.clone(), k.clone(), s].map(|x| x.cast(dtype));
+        Problem::new(op, q, k, s, Decay::Value(g), pass(options.scale, keys.clone()))
     };
-    match passes(out)? {
-        Some(result) => Ok(result),
-        None => Ok(passes(wide)?.expect("every device computes in f32")),
+    let second = |dtype: DType, p: Tensor<4>, s: Tensor<4>, g: Tensor<4>| {
+        let [s, v] = [s, v.clone()].map(|x| x.cast(dtype));
+        Problem::new(op, p, s, v, Decay::Key(g), pass(Some(1.0), values.clone()))
+    };
+    // Sizes, dtypes and the device choose the engine, and for them the scores of a running softmax stand for what comes of
+    // them, as the slots do for the queries of the second pass.
+    let (s, g) = match &slots {
+        Slots::Given(s, g) => (s.clone(), g.clone()),
+        Slots::Running(scores, _) => (scores.clone(), scores.clone()),
+    };
+    let (begin, probe) = (first(out, s.clone(), g.clone())?, second(out, s.clone(), s, g)?);
+    let narrow = begin.on_matrix_units() && probe.on_matrix_units();
+    #[cfg(feature = "cuda")]
+    if let Some(cores) = begin.cores().filter(|cores| probe.cores() == Some(*cores)) {
+        if crate::hopper_walk::takes_both(&probe) {
+            let running = match slots {
+                Slots::Given(..) => None,
+                Slots::Running(_, initial) => Some(initial),
+            };
+            let (o, keys, values, normaliser) = crate::hopper_walk::run_slots(begin, probe, cores, running);
+            return Ok((o, GsaState { keys, values }, normaliser));
+        }
     }
+    drop((begin, probe));
+    let dtype = if narrow { out } else { wide };
+    let (s, g, normaliser) = match slots {
+        Slots::Given(s, g) => (s, g, None),
+        Slots::Running(scores, initial_state) => {
+            let [b, t, h, m] = scores.dims();
+            let scan = ScanOptions { initial_state, cu_seqlens: options.cu_seqlens.clone(), engine: options.engine };
+            let (weights, log_decay, end) = with_weights(op, scores.reshape([b, t, h * m]), dtype, scan)?;
+            (weights.reshape([b, t, h, m]), log_decay.reshape([b, t, h, m]), Some(end))
+        }
+    };
+    // A decay in f32 beside bf16 stays f32.
+    let g = if g.dtype() == wide { g } else { g.cast(dtype) };
+    let (scores, keys) = first(dtype, s.clone(), g.clone())?.run()?;
+    let p = probabilities(scores, options.engine);
+    let (o, values) = second(dtype, p, s, g)?.run()?;
+    Ok((o.cast(out), GsaState { keys, values }, normaliser))
 }

@@ -6,6 +6,7 @@ use cubecl::prelude::{CubeCount, CubeDim, TensorMapArg, Tiled};
 
 use super::engine::{Cores, Engine};
 use super::plan::{Axis, Borders, CHUNK, END_SUMS, KeyHeads, Roles, WalkPlan};
+pub(crate) use super::prepare::Factors;
 use super::table::{ITEM_WORDS, SEQUENCE_WORDS};
 use super::{KEYS, VALUES, gate, prepare, segments, walk};
 use crate::bridge::{CubeTensor, alloc, contiguous};
@@ -110,8 +111,8 @@ impl HopperWalk {
         if self.axis == Axis::Value { self.values } else { self.keys }
     }
 
-    /// What reads and what writes the channels that decay, with their decays inside a chunk, and the decays; with
-    /// `with_factors` where a walk's outputs have such channels.
+    /// What reads and what writes the channels that decay, with their decays inside a chunk, and the decays; `with_factors`
+    /// where a walk's outputs have such channels.
     pub(crate) fn prepared(
         &self,
         reading: Option<CubeTensor>,
@@ -119,7 +120,7 @@ impl HopperWalk {
         decay: &CubeTensor,
         bonus: Option<&CubeTensor>,
         table: &CubeTensor,
-        with_factors: bool,
+        with_factors: Factors,
     ) -> (Option<CubeTensor>, CubeTensor, Decays) {
         let table = contiguous(table.clone());
         if !self.axis.by_channel() {
@@ -140,7 +141,7 @@ impl HopperWalk {
         };
         let reading_out = reading.as_ref().map(like);
         let writing_out = like(&writing);
-        let factors = if with_factors { like(&writing) } else { unused.clone() };
+        let factors = if with_factors != Factors::None { like(&writing) } else { unused.clone() };
         let weights = alloc(&g, [if bonus.is_some() { self.tokens } else { 1 }, self.heads], DType::F32);
         let vectors = alloc(&g, [self.chunks, self.heads, 2, channels], DType::F32);
         let levels = alloc(&g, [self.chunks, self.heads], DType::U32);

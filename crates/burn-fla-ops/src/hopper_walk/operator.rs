@@ -4,7 +4,7 @@ use burn::tensor::{DType, Shape};
 
 use super::FORWARD;
 use super::gradients::{Sides, Wanted};
-use super::launch::{HopperWalk, Walk};
+use super::launch::{Factors, HopperWalk, Walk};
 use super::plan::Axis;
 use crate::bridge::{CubeTensor, Operator, TensorSpec, contiguous, zeros};
 use crate::tile::hopper::readable;
@@ -29,10 +29,10 @@ impl Operator for HopperWalk {
         let [q, k, v] = [0, 1, 2].map(|i| readable(inputs[i].clone()));
         let bonus = self.bonus(&inputs);
         let (q, k, v, decays) = if self.axis == Axis::Value {
-            let (_, v, decays) = self.prepared(None, v, &inputs[3], None, &ints[0], true);
+            let (_, v, decays) = self.prepared(None, v, &inputs[3], None, &ints[0], Factors::Exact);
             (q, k, v, decays)
         } else {
-            let (q, k, decays) = self.prepared(Some(q), k, &inputs[3], bonus.as_ref(), &ints[0], false);
+            let (q, k, decays) = self.prepared(Some(q), k, &inputs[3], bonus.as_ref(), &ints[0], Factors::None);
             (q.expect("queries were given"), k, v, decays)
         };
         let initial = self.has_state.then(|| contiguous(inputs[4].clone()));
@@ -79,8 +79,9 @@ impl Operator for HopperWalk {
         let grad = grad_o.clone();
         let (reading, writing, other_reading, other_writing) =
             if by_value { (grad_o, v, q, k) } else { (q, k, grad_o, v) };
+        let factors = if wanted.factors() { Factors::Exact } else { Factors::None };
         let (reading, writing, decays) =
-            self.prepared(Some(reading), writing, &inputs[3], bonus.as_ref(), &ints[0], wanted.factors());
+            self.prepared(Some(reading), writing, &inputs[3], bonus.as_ref(), &ints[0], factors);
         let reading = reading.expect("it was given");
         let sides = Sides {
             reading: &reading,

@@ -6,17 +6,23 @@ use cubecl::prelude::{CubeCount, CubeDim};
 
 use super::engine::{Cores, Engine};
 use super::gradients::{Sides, Wanted};
-use super::launch::{Decays, HopperWalk, Walk};
+use super::launch::{Decays, Factors, HopperWalk, Walk};
 use super::plan::{Axis, KeyHeads};
 use super::probabilities::{LANES, UNITS, add_words, probabilities};
 use super::{FORWARD, cut};
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous, zeros};
 use crate::recurrence::{Decay, Problem};
+use crate::running_softmax::launch::{Grads, RunningSums};
 use crate::tile::hopper::{readable, words};
 
 /// Both passes of gsa. Inputs: q, k, v, s, g and, with `has_state`, the two memories. Outputs: o and both memories.
 ///
-/// Saved, besides the inputs: the scores of the first pass, `2 M` bytes a token and head.
+/// With `running`, s are the scores of a running softmax, there is no g, and the initial normaliser comes last of the
+/// inputs, the last one last of the outputs. Weights and decays are made of the scores before the first pass, and again
+/// before the backward passes: they live as long as an operator runs.
+///
+/// Saved, besides the inputs: the scores of the first pass, `2 M` bytes a token and head; with `running`, the running sum
+/// before every 128th token, `8 M / 128` more.
 #[derive(Debug)]
 pub(super) struct SlotWalk {
     pub(super) name: &'static str,
@@ -25,14 +31,49 @@ pub(super) struct SlotWalk {
     /// By key: keys s, values v.
     pub(super) second: HopperWalk,
     pub(super) has_state: bool,
+    running: Option<RunningSums>,
+    has_normaliser: bool,
+}
+
+/// What the walks read of the slots, and what a running softmax gives besides.
+struct Written {
+    /// As they are written.
+    slots: CubeTensor,
+    decays: Decays,
+    /// The log decays as they came.
+    log_decay: CubeTensor,
+    running: Option<(CubeTensor, CubeTensor)>,
 }
 
 impl SlotWalk {
-    /// The slots as they are written, and the decays.
-    fn slots(&self, inputs: &[CubeTensor], ints: &[CubeTensor]) -> (CubeTensor, Decays) {
-        let slots = readable(inputs[3].clone());
-        let (_, slots, decays) = self.first.prepared(None, slots, &inputs[4], None, &ints[0], true);
-        (slots, decays)
+    /// Where the inputs have the memories.
+    fn states_at(&self) -> usize {
+        if self.running.is_some() { 4 } else { 5 }
+    }
+
+    /// Where the inputs have the initial normaliser.
+    fn normaliser_at(&self) -> usize {
+        self.states_at() + if self.has_state { 2 } else { 0 }
+    }
+
+    fn initial(&self, inputs: &[CubeTensor]) -> [Option<CubeTensor>; 2] {
+        [0, 1].map(|i| self.has_state.then(|| contiguous(inputs[self.states_at() + i].clone())))
+    }
+
+    /// The slots as they are written, and the decays; with `save`, the sums that a backward pass needs of a running softmax.
+    fn slots(&self, inputs: &[CubeTensor], ints: &[CubeTensor], save: bool) -> Written {
+        let scores = readable(inputs[3].clone());
+        let (slots, log_decay, running) = match &self.running {
+            None => (scores, inputs[4].clone(), None),
+            Some(sums) => {
+                let initial = self.has_normaliser.then(|| contiguous(inputs[self.normaliser_at()].clone()));
+                let table = contiguous(ints[1].clone());
+                let found = sums.forward(&scores, initial.as_ref(), &table, DType::BF16, save);
+                (found.weights, found.others, Some((found.end, found.borders)))
+            }
+        };
+        let (_, slots, decays) = self.first.prepared(None, slots, &log_decay, None, &ints[0], Factors::Rounded);
+        Written { slots, decays, log_decay, running }
     }
 
     /// The softmax of the scores; or with `grads`, its gradient times what it gives: prepared to read the slots.
@@ -72,7 +113,15 @@ impl SlotWalk {
 
 /// Both passes of gsa, of problems that the engine takes, with a softmax of the first one's outputs in the place of the
 /// second one's queries. Returns o and both memories.
-pub(crate) fn run(first: Problem, second: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
+///
+/// With `running` the first one's values are the scores of a running softmax, its initial normaliser is this, `[N, H · M]`,
+/// and the last one is returned.
+pub(crate) fn run(
+    first: Problem,
+    second: Problem,
+    cores: Cores,
+    running: Option<Option<Tensor<2>>>,
+) -> (Tensor<4>, Tensor<4>, Tensor<4>, Option<Tensor<2>>) {
     let Problem { op, q, k, v: slots, decay, state: keys, sequences, scale, .. } = first;
     let Problem { v, state: values, scale: second_scale, .. } = second;
     let Decay::Value(g) = decay else { unreachable!("the first pass decays by value") };
@@ -100,20 +149,41 @@ pub(crate) fn run(first: Problem, second: Problem, cores: Cores) -> (Tensor<4>, 
         items: table.items,
         chunks: table.chunks,
     };
+    let is_running = running.is_some();
+    let (running, normaliser) = match running {
+        None => (None, None),
+        Some(initial) => {
+            // What a sequence without tokens hands on is not for kernels to write: it may be −∞.
+            let empty = sequences.lengths().any(|length| length == 0);
+            let nothing = || Tensor::full([sequences.num_sequences(), h * m], f32::NEG_INFINITY, (&device, DType::F32));
+            let initial = initial.map(|x| x.cast(DType::F32)).or_else(|| empty.then(nothing));
+            (Some(RunningSums::new(&sequences, h * m, false, &device)), initial)
+        }
+    };
+    let (running, sums_table) = running.unzip();
     let operator = SlotWalk {
         name: op,
         first: walk(Axis::Value, dk, m, scale),
         second: walk(Axis::Key, m, dv, second_scale),
         has_state: keys.is_some(),
+        running,
+        has_normaliser: normaliser.is_some(),
     };
     let size = table.entries.len();
     let table = Tensor::<1, Int>::from_data(TensorData::new(table.entries, [size]), &device);
-    let mut floats = [q, k, v, slots, g].map(Tensor::into_dispatch).to_vec();
+    let mut floats = [q, k, v, slots].map(Tensor::into_dispatch).to_vec();
+    if !is_running {
+        floats.push(g.into_dispatch());
+    }
     // Both are there, or neither.
     floats.extend(keys.into_iter().chain(values).map(|state| state.cast(DType::F32).into_dispatch()));
-    let mut outputs = apply(operator, floats, vec![table.into_dispatch()]).into_iter();
+    floats.extend(normaliser.map(Tensor::into_dispatch));
+    let ints = [Some(table), sums_table].into_iter().flatten().map(Tensor::into_dispatch).collect();
+    let mut outputs = apply(operator, floats, ints).into_iter();
     let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and two states"));
-    (next(), next(), next())
+    let found = (next(), next(), next());
+    let normaliser = is_running.then(|| Tensor::from_dispatch(outputs.next().expect("the last normaliser")));
+    (found.0, found.1, found.2, normaliser)
 }
 
 impl Operator for SlotWalk {
@@ -123,18 +193,19 @@ impl Operator for SlotWalk {
 
     fn outputs(&self, inputs: &[TensorSpec]) -> Vec<TensorSpec> {
         let state = |walk: &HopperWalk| TensorSpec::new(Shape::from(walk.state_shape()), DType::F32);
-        vec![inputs[2].clone(), state(&self.first), state(&self.second)]
+        let end = self.running.as_ref().map(|sums| TensorSpec::new(sums.end_shape(), DType::F32));
+        [inputs[2].clone(), state(&self.first), state(&self.second)].into_iter().chain(end).collect()
     }
 
     fn saved(&self, inputs: &[TensorSpec]) -> Vec<TensorSpec> {
-        vec![inputs[3].clone()]
+        let borders = self.running.as_ref().map(|sums| TensorSpec::new(sums.borders_shape(), DType::F32));
+        [inputs[3].clone()].into_iter().chain(borders).collect()
     }
 
     fn forward(&self, inputs: Vec<CubeTensor>, ints: Vec<CubeTensor>, save: bool) -> Vec<CubeTensor> {
         let [q, k, v] = [0, 1, 2].map(|i| readable(inputs[i].clone()));
-        let (slots, decays) = self.slots(&inputs, &ints);
-        let initial = |i: usize| self.has_state.then(|| contiguous(inputs[i].clone()));
-        let (keys, values) = (initial(5), initial(6));
+        let Written { slots, decays, running, .. } = self.slots(&inputs, &ints, save);
+        let [keys, values] = self.initial(&inputs);
         let pass = |walk: &HopperWalk, [q, k, v]: [&CubeTensor; 3], initial: Option<&CubeTensor>| {
             let (in_factor, last_factor) = (1.0, 1.0);
             let w = Walk { roles: FORWARD, q, k, v, initial, in_factor, last_factor, last: true, between: None };
@@ -143,9 +214,11 @@ impl Operator for SlotWalk {
         let [scores, keys] = pass(&self.first, [&q, &k, &slots], keys.as_ref());
         let p = self.probabilities(&scores, None, &decays);
         let [o, values] = pass(&self.second, [&p, &slots, &v], values.as_ref());
-        let mut outputs = vec![o, keys, values];
+        let (end, borders) = running.unzip();
+        let mut outputs: Vec<_> = [o, keys, values].into_iter().chain(end).collect();
         if save {
             outputs.push(scores);
+            outputs.extend(borders);
         }
         outputs
     }
@@ -161,54 +234,76 @@ impl Operator for SlotWalk {
         wanted: &[bool],
     ) -> Vec<Option<CubeTensor>> {
         let [q, k, v] = [0, 1, 2].map(|i| readable(inputs[i].clone()));
-        let [scores] = saved.try_into().expect("the scores");
-        let (slots, decays) = self.slots(&inputs, &ints);
-        let initial = |i: usize| self.has_state.then(|| contiguous(inputs[i].clone()));
-        let (keys, values) = (initial(5), initial(6));
-        let [grad_o, grad_keys, grad_values] = grads.try_into().expect("three outputs");
-        let grad_o = grad_o.map_or_else(|| zeros(&v, v.meta.shape().dims::<4>(), v.dtype), readable);
-        let [grad_keys, grad_values] = [grad_keys, grad_values].map(|x| x.map(contiguous));
-        let with_state = |i: usize| self.has_state && wanted[i];
+        let mut saved = saved.into_iter();
+        let scores = saved.next().expect("the scores");
+        let Written { slots, decays, log_decay, .. } = self.slots(&inputs, &ints, false);
+        let [keys, values] = self.initial(&inputs);
+        let mut grads = grads.into_iter();
+        let mut grad = || grads.next().flatten();
+        let grad_o = grad().map_or_else(|| zeros(&v, v.meta.shape().dims::<4>(), v.dtype), readable);
+        let [grad_keys, grad_values, grad_end] = [grad(), grad(), grad()].map(|x| x.map(contiguous));
+        let with_state = |i: usize| self.has_state && wanted[self.states_at() + i];
+        let with_normaliser = self.has_normaliser && wanted[self.normaliser_at()];
+        // A running softmax has a gradient through both.
+        let [with_slots, with_gate] = match self.running {
+            Some(_) => [wanted[3] || with_normaliser; 2],
+            None => [wanted[3], wanted[4]],
+        };
         let first = Wanted {
-            writing: wanted[3],
+            writing: with_slots,
             other_reading: wanted[0],
             other_writing: wanted[1],
-            gate: wanted[4],
-            state: with_state(5),
+            gate: with_gate,
+            state: with_state(0),
             ..Default::default()
         };
         // What the first pass gives a gradient to has one through the scores.
-        let through = wanted[0] || wanted[1] || wanted[3] || wanted[4] || first.state;
+        let through = wanted[0] || wanted[1] || with_slots || with_gate || first.state;
         let second = Wanted {
             reading: through,
-            writing: wanted[3],
+            writing: with_slots,
             other_writing: wanted[2],
-            gate: wanted[4],
-            state: with_state(6),
+            gate: with_gate,
+            state: with_state(1),
             ..Default::default()
         };
 
         let p = self.probabilities(&scores, None, &decays);
         let sides = Sides { reading: &p, writing: &slots, other_reading: &grad_o, other_writing: &v };
         let states = [values.as_ref(), grad_values.as_ref()];
-        let of_second = self.second.gradients(sides, &decays, states, second, &inputs[4], None);
+        let of_second = self.second.gradients(sides, &decays, states, second, &log_decay, None);
         let of_first = of_second.reading.as_ref().filter(|_| through).map(|dp| {
             let grad_scores = self.probabilities(&scores, Some(dp), &decays);
             let sides = Sides { reading: &grad_scores, writing: &slots, other_reading: &q, other_writing: &k };
             let states = [keys.as_ref(), grad_keys.as_ref()];
-            self.first.gradients(sides, &decays, states, first, &inputs[4], of_second.gate)
+            self.first.gradients(sides, &decays, states, first, &log_decay, of_second.gate)
         });
-        let mut result: Vec<Option<CubeTensor>> = vec![None, None, of_second.other_writing, None, None];
-        let mut state = None;
+        let (mut dq, mut dk, mut dslots, mut dg, mut state) = (None, None, None, None, None);
         if let Some(found) = of_first {
-            result[0] = found.other_reading;
-            result[1] = found.other_writing;
-            result[3] = found.writing.zip(of_second.writing).map(|(x, y)| self.add(x, &y));
-            result[4] = found.gate;
-            state = found.state;
+            (dq, dk, dg, state) = (found.other_reading, found.other_writing, found.gate, found.state);
+            dslots = found.writing.zip(of_second.writing);
+        }
+        let mut result: Vec<Option<CubeTensor>> = vec![dq, dk, of_second.other_writing];
+        let mut normaliser = None;
+        match &self.running {
+            None => result.extend([dslots.map(|(x, y)| self.add(x, &y)), dg]),
+            Some(sums) => {
+                let found = dslots.map(|(x, y)| {
+                    let (scores, table) = (readable(inputs[3].clone()), contiguous(ints[1].clone()));
+                    let borders = saved.next().expect("the running sums");
+                    let grads = Grads { weights: &[x, y], others: dg.as_ref(), end: grad_end.as_ref() };
+                    sums.backward(&scores, &borders, &table, grads, with_normaliser)
+                });
+                let (ds, first) = found.unzip();
+                result.push(ds);
+                normaliser = first.flatten();
+            }
         }
         if self.has_state {
             result.extend([state, of_second.state]);
+        }
+        if self.has_normaliser {
+            result.push(normaliser);
         }
         result
     }

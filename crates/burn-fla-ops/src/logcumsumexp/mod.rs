@@ -34,6 +34,11 @@ pub fn logcumsumexp(x: Tensor<3>, options: ScanOptions) -> Result<(Tensor<3>, Te
     if scan.is_empty() {
         return Ok((x.cast(scan.dtype), scan.initial_or(f64::NEG_INFINITY)));
     }
+    #[cfg(feature = "cube")]
+    if scan.on_kernels(&x) {
+        let (_, z, end) = crate::running_softmax::operator::run("logcumsumexp", &scan, x, true, scan.dtype);
+        return Ok((z, end));
+    }
     let rows = scan.layout();
     let z = reference::doubling(scan.rows(x), &scan, &rows);
     let end = rows.ends(z.clone(), scan.initial_or(f64::NEG_INFINITY));

@@ -10,9 +10,17 @@
 //! Peng et al.: *ABC: Attention with Bounded-memory Control* (2022); Qin et al.: *You Only Scan Once: Efficient
 //! Multi-dimension Sequential Modeling with LightNet* (2024).
 
+#[cfg(feature = "cube")]
+mod backward;
+#[cfg(feature = "cube")]
+mod kernels;
+#[cfg(feature = "cube")]
+pub(crate) mod launch;
+#[cfg(feature = "cube")]
+pub(crate) mod operator;
 pub mod reference;
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use crate::scan::Scan;
 use crate::{OpError, ScanOptions};
@@ -34,11 +42,26 @@ use crate::{OpError, ScanOptions};
 /// # Errors
 /// [`OpError`] where shapes, dtypes, devices or offsets do not fit together.
 pub fn running_softmax(scores: Tensor<3>, options: ScanOptions) -> Result<(Tensor<3>, Tensor<3>, Tensor<2>), OpError> {
-    let scan = Scan::new("running_softmax", "scores", &scores, options)?;
-    if scan.is_empty() {
-        return Ok((scores.clone(), scores.cast(scan.dtype), scan.initial_or(f64::NEG_INFINITY)));
-    }
     let out = scores.dtype();
+    with_weights("running_softmax", scores, out, options)
+}
+
+/// The same for the operator `op`, with the weights in `out`.
+pub(crate) fn with_weights(
+    op: &'static str,
+    scores: Tensor<3>,
+    out: DType,
+    options: ScanOptions,
+) -> Result<(Tensor<3>, Tensor<3>, Tensor<2>), OpError> {
+    let scan = Scan::new(op, "scores", &scores, options)?;
+    if scan.is_empty() {
+        return Ok((scores.clone().cast(out), scores.cast(scan.dtype), scan.initial_or(f64::NEG_INFINITY)));
+    }
+    #[cfg(feature = "cube")]
+    if scan.on_kernels(&scores) {
+        let (weights, log_decay, end) = operator::run("running_softmax", &scan, scores, false, out);
+        return Ok((weights.expect("the weights are an output"), log_decay, end));
+    }
     let (weights, log_decay, end) = reference::doubling(scan.rows(scores), &scan);
     Ok((scan.unrows(weights).cast(out), scan.unrows(log_decay), end))
 }
