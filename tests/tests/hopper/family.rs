@@ -375,7 +375,20 @@ fn segments_are_right(engine: Engine) {
 
 fn abc_is_right(engine: Engine) {
     let base = Case { op: Op::Abc, ..BASE };
-    check(engine, &[base, Case { initial: false, tokens: 600, keys: 64, values: 256, ..base }]);
+    check(
+        engine,
+        &[
+            base,
+            Case { initial: false, tokens: 600, keys: 64, values: 256, ..base },
+            Case { tokens: 2, ..base },
+            Case { tokens: 131, slots: 16, ..base },
+            // Walked in segments, and so are the running sums.
+            Case { batch: 1, heads: 1, tokens: 2200, ..base },
+            Case { batch: 1, tokens: 2200, packed: Some(&[0, 2060, 2060, 2063, 2200]), ..base },
+            // The values do not fit the operator of both passes.
+            Case { batch: 1, tokens: 70, values: 272, ..base },
+        ],
+    );
 }
 
 const RWKV6: Case = Case { op: Op::Rwkv6, ..BASE };

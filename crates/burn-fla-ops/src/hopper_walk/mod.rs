@@ -43,6 +43,9 @@
 //!   processor (`.minnctapersm 1` by hand in the PTX: it is accepted, and nothing is spilled).
 //! - A slot memory as two operators, with a softmax between them: 0.91 ms forward and 4.52 both at
 //!   8 × 2048 × 32 × 128 × 128 with 64 slots on an H200, where one operator takes 0.49 and 3.29.
+//! - In gsa, of the error of dq (4.9e-3 in an emulation of all roundings, 5.0e-3 to 6.6e-3 found) the softmax between the
+//!   passes is not the cause: logits, probabilities, their gradient and that of the logits in bf16, each alone, give 4e-4,
+//!   0, 1.3e-3 and 1.1e-3. It is products of the factors by channel ([`prepare::Factors`] has the rest).
 //! - Segments compute their states anew for each of the four walks.
 //! - HGRN2's keys are `1 − e^g`, and [`prepare`] could make them from the decays it reads: they would be neither written
 //!   nor read forward, and neither read, nor their gradients written and read, backward. Counted for the 340M

@@ -6,6 +6,8 @@
 //!
 //! Backward, from right to left: `c_t = dz_t + e^{z_t − z_{t+1}} c_{t+1}`, `dx_t = e^{x_t − z_t} c_t`. All exponents are
 //! at most zero.
+//!
+//! On devices with kernels it is that of [`running_softmax`](crate::running_softmax()) with another output.
 
 pub mod reference;
 

@@ -107,8 +107,7 @@ pub(super) fn backward<E: Float, W: Float, N: Size>(
                 let from = 2 * (place.step + step) * channels + column * vector + n;
                 let carried = Sum { most: borders[from], sum: borders[from + channels] };
                 let before = sum_before(&most, &sums, &carried, part, at, vector);
-                let own = most[part * comptime!(LANES * plan.vector) + at];
-                walk(&s, &mut w, &mut kept, &mut ds, &before, own, n, plan);
+                walk(&s, &mut w, &mut kept, &mut ds, &before, n, plan);
                 let nothing = before.sum == 0.0f32;
                 let mut product = f32::new(1.0);
                 let mut offset = f32::new(0.0);

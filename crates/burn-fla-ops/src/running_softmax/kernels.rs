@@ -20,7 +20,7 @@
 //! a column, each with [`TOKENS`] tokens in registers. The units exchange their sums through shared memory, so that each
 //! knows what came before its tokens (or, backward, what comes after), and then go over their tokens once more. So each
 //! tensor is read and written once. Sums are kept as `(m, l)`, `z = m + log l`, because one l over thousands of tokens
-//! keeps digits that z rounds away; inside of a unit z is relative to the largest score before it.
+//! keeps digits that z rounds away.
 
 use cubecl::prelude::*;
 
@@ -113,8 +113,9 @@ struct Token {
 fn token(d: f32) -> Token {
     let e = f32::exp(-max(d, -d));
     let root = (1.0f32 + e).inverse_sqrt();
-    let large = root * root;
-    let small = e * large;
+    let small = e * (root * root);
+    // A difference rounds without bias: backward, thousands of these are multiplied.
+    let large = 1.0f32 - small;
     let above = d > 0.0f32;
     Token { weight: select(above, large, small), kept: select(above, small, large), more: e * log1p_over(e) }
 }
@@ -239,32 +240,34 @@ pub(super) fn walk(
     kept: &mut Array<f32>,
     others: &mut Array<f32>,
     before: &Sum,
-    own: f32,
     #[comptime] n: usize,
     #[comptime] plan: Plan,
 ) {
     let nothing = before.sum == 0.0f32;
-    let reference = select(nothing, own, before.most);
-    let mut z = f32::ln(select(nothing, 1.0f32, before.sum));
+    // z is `most + more`: relative to the largest score so far, so that scores of any size keep their digits.
+    let mut most = before.most + 0.0f32;
+    let mut more = f32::ln(select(nothing, 1.0f32, before.sum));
     #[unroll]
     for i in 0..comptime!(TOKENS) {
         let at = comptime!(i * plan.vector + n);
-        let x = s[at] - reference;
-        let found = token(x - z);
+        let x = s[at] - most;
+        let d = x - more;
+        let found = token(d);
         let mut weight = found.weight;
         let mut rest = found.kept;
-        let mut decay = -(max(x - z, 0.0f32) + found.more);
-        let mut next = max(x, z) + found.more;
+        let mut decay = -(max(d, 0.0f32) + found.more);
+        let mut next = max(more - max(x, 0.0f32), 0.0f32) + found.more;
         if comptime!(i == 0) {
             weight = select(nothing, 1.0f32, weight);
             rest = select(nothing, 0.0f32, rest);
             decay = select(nothing, 0.0f32, decay);
-            next = select(nothing, x, next);
+            next = select(nothing, 0.0f32, next);
         }
+        most = max(most, s[at]);
+        more = next;
         weights[at] = weight;
         kept[at] = rest;
-        others[at] = if comptime!(plan.normaliser) { reference + next } else { decay };
-        z = next;
+        others[at] = if comptime!(plan.normaliser) { most + more } else { decay };
     }
 }
 
@@ -345,7 +348,7 @@ pub(super) fn forward<E: Float, W: Float, N: Size>(
                 let own = Sum { most: most[from], sum: sums[from] };
                 if comptime!(!plan.totals) {
                     let before = sum_before(&most, &sums, &carried, part, at, vector);
-                    walk(&s, &mut w, &mut rest, &mut g, &before, own.most, n, plan);
+                    walk(&s, &mut w, &mut rest, &mut g, &before, n, plan);
                     if comptime!(plan.leaves) {
                         if part == 0 && inside {
                             let to = 2 * (place.step + done / comptime!(STEP)) * channels + column * vector + n;
