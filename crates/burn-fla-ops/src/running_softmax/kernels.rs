@@ -126,7 +126,7 @@ fn token(d: f32) -> Token {
 fn log1p_over(e: f32) -> f32 {
     let mut p = f32::new(0.001_986_696_1);
     p = p * e - 0.013_187_824f32;
-    p = p * e + 0.041_006_568f32;
+    p = p * e + 0.041_006_57_f32;
     p = p * e - 0.081_880_4f32;
     p = p * e + 0.123_779_95f32;
     p = p * e - 0.160_876_23f32;
@@ -346,8 +346,13 @@ pub(super) fn forward<E: Float, W: Float, N: Size>(
                 let carried = Sum { most: carry[at], sum: carry[comptime!(LANES * plan.vector) + at] };
                 let from = part * comptime!(LANES * plan.vector) + at;
                 let own = Sum { most: most[from], sum: sums[from] };
+                // A total is for the last unit alone to sum up.
+                let mut counted = part + 0usize;
+                if comptime!(plan.totals) {
+                    counted = select(part == comptime!(PARTS - 1), part, 0usize);
+                }
+                let before = sum_before(&most, &sums, &carried, counted, at, vector);
                 if comptime!(!plan.totals) {
-                    let before = sum_before(&most, &sums, &carried, part, at, vector);
                     walk(&s, &mut w, &mut rest, &mut g, &before, n, plan);
                     if comptime!(plan.leaves) {
                         if part == 0 && inside {
@@ -358,7 +363,6 @@ pub(super) fn forward<E: Float, W: Float, N: Size>(
                     }
                 }
                 if part == comptime!(PARTS - 1) {
-                    let before = sum_before(&most, &sums, &carried, part, at, vector);
                     let after = both(&before, &own);
                     next[n] = after.most;
                     next[comptime!(plan.vector + n)] = after.sum;
