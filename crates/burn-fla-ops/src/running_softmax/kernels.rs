@@ -347,10 +347,8 @@ pub(super) fn forward<E: Float, W: Float, N: Size>(
                 let from = part * comptime!(LANES * plan.vector) + at;
                 let own = Sum { most: most[from], sum: sums[from] };
                 // A total is for the last unit alone to sum up.
-                let mut counted = part + 0usize;
-                if comptime!(plan.totals) {
-                    counted = select(part == comptime!(PARTS - 1), part, 0usize);
-                }
+                let counted =
+                    if comptime!(plan.totals) { select(part == comptime!(PARTS - 1), part, 0usize) } else { part };
                 let before = sum_before(&most, &sums, &carried, counted, at, vector);
                 if comptime!(!plan.totals) {
                     walk(&s, &mut w, &mut rest, &mut g, &before, n, plan);
