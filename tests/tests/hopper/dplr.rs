@@ -210,7 +210,8 @@ fn every_size_is_right(engine: Engine) {
 /// Enough heads for several rounds of cubes, and for cubes that walk 128 value channels.
 fn many_heads_are_right(engine: Engine) {
     let problem = Problem { heads: 140, keys: 32, values: 16, ..base(true, 70) };
-    check(engine, &[problem.clone(), Problem { heads: 150, values: 80, ..problem }]);
+    let wide = Problem { heads: 140, keys: 80, batch: 1, ..problem.clone() };
+    check(engine, &[problem.clone(), Problem { heads: 150, values: 80, ..problem }, wide]);
 }
 
 fn every_decay_is_right(engine: Engine) {

@@ -7,13 +7,11 @@ use cubecl::prelude::*;
 use super::gradient_parts::{Room, inter_products};
 use super::gradients::TOKENS_OF_WARP;
 use super::parts::{staged, staged_pair};
-use super::plan::{GradientPlan, KeyPlan, PANEL, SCORES, TEAM};
-use super::prepare::TOKENS;
-use super::products::fence_shared;
-use super::tokens::{BATCH, Part, Two, load_strengths, logs_at, logs_read, reader, two_of, writer};
+use super::plan::{GradientPlan, KeyPlan, PANEL, TEAM};
+use super::tokens::{Part, Two, logs_at};
 use crate::tile::hopper::{
-    Acc, bf16_high, bf16_low, column_of, exp2, load_u32, pack_word, read, store_f32_pair, store_u32, swizzled,
-    sync_warpgroup, write, zero,
+    Acc, bf16_high, bf16_low, column_of, exp2, load_u32, next, read, store_f32_pair, swizzled, sync_warpgroup, write,
+    zero,
 };
 
 /// The decay between two sums, of which the second comes first in time.
@@ -44,33 +42,30 @@ pub(crate) fn stage_logs(to: u32, part: &Part, logs: &Array<f32>, #[comptime] pa
     }
 }
 
-/// The products between tokens of the tiles `x` and `y`, [`SCORES`], right up to the diagonal, or below it where x `reads`.
-/// `room`: 16 KiB for the sums.
+/// The products between tokens of the tiles `x` and `y`, right up to the diagonal, or below it where x `reads`. `room`: the
+/// sums of their decays, a panel of f32 for each of theirs.
 #[cube]
 pub(crate) fn exact_scores(
-    part: &Part,
-    logs: &Array<f32>,
+    #[comptime] acc: Acc,
     x: u32,
     y: u32,
-    reads: bool,
     room: u32,
     row: u32,
     lane: u32,
-    #[comptime] tokens: usize,
+    #[comptime] reads: bool,
     #[comptime] plan: KeyPlan,
 ) {
-    zero(SCORES);
+    zero(acc);
     #[unroll]
     for panel in 0..comptime!(plan.panels()) {
         let tile = comptime!((panel * PANEL) as u32);
-        sync_cube();
-        stage_logs(room, part, logs, panel, tokens);
-        sync_cube();
-        for pair in 0..32u32 {
+        let sums = room + comptime!((2 * panel * PANEL) as u32);
+        let mut pair = 0u32.runtime();
+        while pair < 32u32 {
             #[unroll]
             for half in 0..2usize {
                 let line = row + comptime!(8 * half as u32);
-                let own = staged_pair(room, select(reads, sum_read(line, plan), line), pair);
+                let own = staged_pair(sums, if comptime!(reads) { sum_read(line, plan) } else { line + 0u32 }, pair);
                 let vector = tile_pair(x + tile, line, pair);
                 #[unroll]
                 for n in 0..16usize {
@@ -78,57 +73,17 @@ pub(crate) fn exact_scores(
                     let column = column_of(lane, i);
                     // A warp's tokens read none of those after its last one.
                     if column <= row / 16u32 * 16u32 + 15u32 {
-                        let there = staged_pair(room, column, pair);
+                        let there = staged_pair(sums, column, pair);
                         let other = tile_pair(y + tile, column, pair);
                         let low = vector.low * other.low * between(own.low, there.low);
                         let high = vector.high * other.high * between(own.high, there.high);
-                        write(SCORES, i, read(SCORES, i) + low + high);
+                        write(acc, i, read(acc, i) + low + high);
                     }
                 }
             }
+            pair = next(pair);
         }
     }
-    sync_cube();
-}
-
-/// The tiles of readers and writers with the decays from the chunk's start and to its end.
-#[cube]
-pub(crate) fn tokens_again(
-    part: &Part,
-    a: &[u32],
-    b: &[u32],
-    strengths: &[f32],
-    logs: &Array<f32>,
-    befores: &Array<f32>,
-    middles: &Array<f32>,
-    heads: u32,
-    a0: u32,
-    b0: u32,
-    #[comptime] plan: KeyPlan,
-) {
-    #[unroll]
-    for panel in 0..comptime!(plan.panels()) {
-        let middle = two_of(middles, panel);
-        let mut strength = Array::<f32>::new(BATCH);
-        #[unroll]
-        for i in 0..TOKENS {
-            let token = comptime!(i as u32);
-            let keep = part.inside(token, panel, plan);
-            let at = part.key_pair_at(token, panel, plan);
-            if comptime!(i % BATCH == 0) {
-                load_strengths(part, strengths, heads, &mut strength, i, plan);
-            }
-            let to = swizzled(comptime!((panel * PANEL) as u32), part.first + token, part.pair * 4u32);
-            let before = logs_read(logs, befores, i, panel, TOKENS, plan);
-            let readers = reader(a[at as usize], plan).times(&before.grown(&middle)).kept(keep);
-            let left = logs_at(logs, i, panel, TOKENS).negated().grown(&middle);
-            let writers =
-                writer(a[at as usize], b[at as usize], strength[comptime!(i % BATCH)], plan).times(&left).kept(keep);
-            store_u32(a0 + to, pack_word(readers.low, readers.high));
-            store_u32(b0 + to, pack_word(writers.low, writers.high));
-        }
-    }
-    fence_shared(comptime!(plan.cores));
 }
 
 /// A number of a tile between tokens.

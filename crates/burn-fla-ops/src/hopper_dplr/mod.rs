@@ -58,6 +58,7 @@ pub(crate) mod exact;
 pub(crate) mod finish;
 pub(crate) mod gradient_parts;
 pub(crate) mod gradients;
+mod octets;
 pub(crate) mod operands;
 pub(crate) mod operator;
 pub(crate) mod parts;

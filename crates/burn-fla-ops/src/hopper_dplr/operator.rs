@@ -4,13 +4,18 @@ use burn::tensor::{DType, Shape};
 use cubecl::prelude::{CubeCount, CubeDim, TensorMapArg, Tiled};
 
 use super::operands::{Gradients, Inputs, Operands};
-use super::plan::{CHUNK, ChainPlan, Form, GradientPlan, KeyPlan, PREPARE_UNITS, Task};
+use super::plan::{CHUNK, ChainPlan, Form, GradientPlan, KeyPlan, Task};
 use super::{chain, gradients, prepare};
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, zeros};
 use crate::hopper_delta::groups;
 use crate::hopper_delta::segments::Cut;
 use crate::hopper_walk::Cores;
 use crate::tile::hopper::{panel_map, readable, words};
+
+/// Processors of a tensor's device.
+fn processors(x: &CubeTensor) -> usize {
+    x.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize
+}
 
 /// A delta rule with a diagonal-plus-low-rank transition. Inputs: q, k, where the form is not [`Form::Key`] a and b, v, the log
 /// decays, where it is the writing strengths, and with `has_state` the initial state.
@@ -70,10 +75,10 @@ impl HopperDplr {
 
     fn inputs(&self, inputs: &[CubeTensor], ints: &[CubeTensor]) -> Inputs {
         let at = self.at();
-        let float = |x: &CubeTensor| contiguous(burn_cubecl::kernel::cast(x.clone(), DType::F32));
+        let float = |x: &CubeTensor| readable(burn_cubecl::kernel::cast(x.clone(), DType::F32));
         let g = &inputs[at.g];
-        let g = if g.dtype == DType::BF16 { contiguous(g.clone()) } else { float(g) };
-        let of = |i: usize| contiguous(inputs[if i < at.v { i } else { 1 }].clone());
+        let g = if g.dtype == DType::BF16 { readable(g.clone()) } else { float(g) };
+        let of = |i: usize| readable(inputs[if i < at.v { i } else { 1 }].clone());
         Inputs {
             qkab: [of(0), of(1), of(2), of(3)],
             v: readable(inputs[at.v].clone()),
@@ -100,12 +105,17 @@ impl HopperDplr {
             extras: [extra(), extra(), extra()],
         };
         let [q, k, a, b] = &x.qkab;
+        let cubes = match self.cores {
+            // One on each processor, which goes from chunk to chunk.
+            Cores::Hopper => blocks.div_ceil(plan.prepare_teams()).min(processors(&x.v)),
+            Cores::Mma => blocks,
+        };
         // SAFETY: the table has `chunks` chunks of tokens inside of the tensors, whose shapes the public function checked.
         unsafe {
             prepare::prepare::launch_unchecked(
                 &x.v.client,
-                CubeCount::new_1d(blocks as u32),
-                CubeDim::new_1d(PREPARE_UNITS as u32),
+                CubeCount::new_1d(cubes as u32),
+                CubeDim::new_1d(plan.prepare_units() as u32),
                 words(q),
                 words(k),
                 words(a),
@@ -124,6 +134,7 @@ impl HopperDplr {
                 words(&found.extras[2]),
                 self.heads as u32,
                 self.groups as u32,
+                blocks as u32,
                 self.chunks_at(),
                 self.scale,
                 extras,
@@ -167,7 +178,7 @@ impl HopperDplr {
             return self.mma_chain(task, x, table, values, initial);
         }
         let client = values.client.clone();
-        let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
+        let processors = processors(values);
         let plan = ChainPlan { initial: initial.is_some(), ..self.chain_plan(task, processors) };
         let work = self.items * self.heads * plan.slices();
         let unused = alloc(values, [32], DType::F32);

@@ -2,7 +2,7 @@
 
 use crate::hopper_delta::segments;
 use crate::hopper_walk::Cores;
-use crate::tile::hopper::{Acc, Frag};
+use crate::tile::hopper::{Acc, Frag, TRIANGLE_COLUMN, TRIANGLE_ROW};
 
 /// Tokens a chunk.
 pub(crate) const CHUNK: usize = 64;
@@ -10,8 +10,6 @@ pub(crate) const CHUNK: usize = 64;
 pub(crate) const PANEL: usize = 64 * 128;
 /// Shared memory a cube of a chain may use, less what barriers and alignment take.
 const SHARED: usize = 232_448 - 1_536;
-/// Units of the cubes of [`super::prepare`].
-pub(crate) const PREPARE_UNITS: usize = 128;
 /// Units that compute the gradients of one chunk.
 pub(crate) const TEAM: usize = 256;
 
@@ -58,6 +56,37 @@ impl KeyPlan {
         64 * self.panels()
     }
 
+    /// Chunks that a cube of [`super::prepare`] works on side by side, each by a warpgroup a panel: on Hopper as many as shared
+    /// memory has room for, in one cube, because the compiler gives the units of smaller cubes so many registers that fewer
+    /// would run at a time.
+    pub(crate) fn prepare_teams(&self) -> usize {
+        match (self.cores, self.panels()) {
+            (Cores::Hopper, 1) => 3,
+            (Cores::Hopper, _) => 2,
+            (Cores::Mma, _) => 1,
+        }
+    }
+
+    /// Units of these cubes.
+    pub(crate) fn prepare_units(&self) -> usize {
+        128 * self.panels() * self.prepare_teams()
+    }
+
+    /// Bytes of a chunk's tiles there: its tokens' vectors, then the triangle and its inverse, which later products replace.
+    pub(crate) fn prepare_tiles(&self) -> usize {
+        4 * self.panels() * PANEL + 4 * CHUNK * (TRIANGLE_COLUMN + TRIANGLE_ROW)
+    }
+
+    /// Numbers of its decays: four warps' totals, and what half the chunk decays.
+    pub(crate) fn prepare_sums(&self) -> usize {
+        5 * self.padded()
+    }
+
+    /// Shared memory of a cube.
+    pub(crate) fn prepare_bytes(&self) -> usize {
+        self.prepare_teams() * (self.prepare_tiles() + 4 * self.prepare_sums())
+    }
+
     /// All key channels of a chunk's tokens.
     pub(crate) fn channels(&self, name: &'static str) -> Acc {
         Acc::new(name, self.padded())
@@ -67,6 +96,9 @@ impl KeyPlan {
 /// Products between the tokens of a chunk, and those of queries and keys.
 pub(crate) const SCORES: Acc = Acc::new("x", 64);
 pub(crate) const QK: Acc = Acc::new("p", 64);
+/// Those of readers and writers, where one warpgroup has them beside the others, and a panel of channels.
+pub(crate) const AB: Acc = Acc::new("y", 64);
+pub(crate) const CHANNELS: Acc = Acc::new("w", 64);
 
 /// What tokens read from the state: value channels × tokens.
 pub(crate) const READ: Acc = Acc::new("x", 64);
@@ -275,6 +307,9 @@ mod tests {
                 let plan =
                     GradientPlan { key: KeyPlan { form: Form::Free, keys, wide: true, cores: Cores::Hopper }, values };
                 assert!(plan.bytes() <= 232_448, "{plan:?}");
+                assert!(plan.key.prepare_bytes() <= 232_448, "{plan:?}");
+                // Where log decays are strong, sums of all channels stand where the triangle and its inverse do.
+                assert!(4 * CHUNK * (TRIANGLE_COLUMN + TRIANGLE_ROW) >= 4 * CHUNK * plan.key.padded(), "{plan:?}");
                 // At last three panels of f32 stand where all but the tokens' operands did.
                 assert!(plan.team_panels() - 4 * plan.key.panels() >= 6, "{plan:?}");
             }

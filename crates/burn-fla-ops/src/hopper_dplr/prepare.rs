@@ -1,25 +1,112 @@
 //! Everything of a chunk that does not depend on the state, solved for all chunks at once: see the equations of
-//! [`super`]. One cube a chunk and head; a warp has 16 tokens.
+//! [`super`]. A team of a warpgroup a panel of key channels works on a chunk and head.
+//!
+//! Each warpgroup has the vectors of its panel. Where there are two, one has the products of readers and writers and their
+//! triangle's inverse, the other the products that are needed afterwards, meanwhile. No unit keeps what its tokens decay by:
+//! Q′ and K′ are made of the tiles that products read, so that few registers are in use and 12 or 16 warps run on a
+//! processor.
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::generic_to_shared;
 
-use super::exact::{exact_scores, tokens_again};
-use super::parts::{add_rows, copy_tile, scale_by, stage_panel};
-use super::plan::{CHUNK, KeyPlan, PANEL, QK, SCORES};
+use super::exact::exact_scores;
+use super::octets::{Decays, Rows, prefetch_tokens, rows_of, share_of, tokens_of, write_again, write_tokens};
+use super::parts::mask;
+use super::plan::{AB, CHANNELS, CHUNK, KeyPlan, PANEL, QK, RANGE, SCORES};
 use super::products::{begin, commit, declare_operands, fence_shared, product, wait};
-use super::tokens::{
-    BATCH, Part, Two, added, centre_decays, load_strengths, load_words, logs_at, logs_read, part_of, reader,
-    sum_decays, two_of, writer,
-};
+use super::tokens::Two;
+use crate::hopper_walk::Cores;
 use crate::hopper_walk::parts::publish;
 use crate::tile::hopper::{
-    TRIANGLE_COLUMN, TRIANGLE_ROW, column_of, declare, exp2, invert_triangle, load_f32, pack_word, read, row_of,
-    store_f32, store_u32, swizzled, write,
+    Acc, TRIANGLE_COLUMN, TRIANGLE_ROW, column_of, declare, declare_triangle, invert_triangle_by, load_f32_pair,
+    load_u32, load_u32_four, pack_pair, pack_word, read, row_of, scale_columns, store_f32, store_u32, swizzled,
+    sync_warpgroup, warpgroup,
 };
+use crate::tile::mma::{address_of, address_of_floats, address_of_mut, store_global_four};
 
-/// Tokens a warp.
-pub(crate) const TOKENS: usize = 16;
+/// Where a team has its tiles: queries, keys, readers and writers, then Q′, K′, Ã and writers; the triangle, then its inverse
+/// and H; the inverse's rows, then products with keys of readers, which P follows, and of queries with writers. Behind
+/// them all what is by channel: decays' totals, and factors.
+#[derive(CubeType, Clone, Copy)]
+struct Tiles {
+    q: u32,
+    k: u32,
+    a: u32,
+    b: u32,
+    triangle: u32,
+    n: u32,
+    h: u32,
+    x: u32,
+    ak: u32,
+    qb: u32,
+    totals: u32,
+    factors: u32,
+}
+
+#[cube]
+fn tiles_at(tiles: u32, totals: u32, #[comptime] plan: KeyPlan) -> Tiles {
+    let wide = comptime!((plan.panels() * PANEL) as u32);
+    let triangle = tiles + 4u32 * wide;
+    let x = triangle + comptime!((4 * CHUNK * TRIANGLE_COLUMN) as u32);
+    Tiles {
+        q: tiles + 0u32,
+        k: tiles + wide,
+        a: tiles + 2u32 * wide,
+        b: tiles + 3u32 * wide,
+        triangle,
+        n: triangle + 0u32,
+        h: triangle + comptime!(PANEL as u32),
+        x,
+        ak: x + 0u32,
+        qb: x + comptime!(PANEL as u32),
+        totals,
+        factors: totals + comptime!(16 * plan.padded() as u32),
+    }
+}
+
+/// Who a unit is in its team.
+#[derive(CubeType, Clone, Copy)]
+struct Place {
+    /// Its panel, and whether it has the triangle, and the products that are needed after it: where there is one warpgroup,
+    /// both.
+    panel: u32,
+    solves: bool,
+    scores: bool,
+    unit: u32,
+    warp: u32,
+    lane: u32,
+    row: u32,
+    /// The named barriers of its team and of its warpgroup.
+    team: u32,
+    own: u32,
+}
+
+#[cube]
+fn place_of(team: u32, #[comptime] plan: KeyPlan) -> Place {
+    let groups = comptime!(plan.panels() as u32);
+    let all = comptime!((plan.panels() * plan.prepare_teams()) as u32);
+    let panel = if comptime!(groups == 1) { 0u32.runtime() } else { warpgroup() % groups };
+    let unit = UNIT_POS % 128u32;
+    let lane = UNIT_POS % 32u32;
+    let warp = unit / 32u32;
+    let own = if comptime!(groups == 1) {
+        team + 1u32
+    } else {
+        team * groups + panel + comptime!(plan.prepare_teams() as u32 + 1)
+    };
+    comptime!(assert!(all + plan.prepare_teams() as u32 <= 15, "named barriers"));
+    Place {
+        panel,
+        solves: panel == 0u32,
+        scores: panel == comptime!(groups - 1),
+        unit,
+        warp,
+        lane,
+        row: row_of(warp, lane, 0usize),
+        team: team + 1u32,
+        own,
+    }
+}
 
 /// The kernel. All but the decays are bf16 in whole chunks, `[chunks, H, 64, …]`, zero after the last token: with the names of
 /// [`super`] `first` is Ã, `second` B̂, `out` Q′, `into` K′ and `scores` P; with `extras` also N, `A_qb` and H.
@@ -43,252 +130,406 @@ pub(crate) fn prepare(
     passed: &mut [u32],
     heads: u32,
     groups: u32,
+    blocks: u32,
     table_at: u32,
     out_scale: f32,
     #[comptime] extras: bool,
     #[comptime] plan: KeyPlan,
 ) {
     let cores = comptime!(plan.cores);
-    let panels = comptime!(plan.panels());
-    let wide = comptime!((plan.panels() * PANEL) as u32);
-    let padded = comptime!(plan.padded() as u32);
-    let channels = comptime!(plan.channels("w"));
-    // Queries, keys, readers and writers; then products, and the triangle.
-    // One panel of queries and one of keys have less room than the inverse's padded rows need.
-    let pad = comptime!(if panels == 1 { 2048 } else { 0 });
-    let shared = Shared::<[u32]>::new_aligned_slice(comptime!(((4 * panels + 2) * PANEL + pad) / 4), 1024usize);
-    // The totals of decays first.
-    let mut triangle = Shared::<[f32]>::new_aligned_slice(comptime!(CHUNK * TRIANGLE_COLUMN), 1024usize);
-    let mut factors = Shared::<[f32]>::new_aligned_slice(comptime!(plan.padded()), 128usize);
-    let q0 = generic_to_shared::<u32>(shared.as_ptr());
-    let k0 = q0 + wide;
-    let a0 = k0 + wide + comptime!(pad as u32);
-    let b0 = a0 + wide;
-    let ak0 = b0 + wide;
-    let qb0 = ak0 + comptime!(PANEL as u32);
-    let t0 = generic_to_shared::<f32>(triangle.as_ptr());
+    let teams = comptime!(plan.prepare_teams() as u32);
+    let shared =
+        Shared::<[u32]>::new_aligned_slice(comptime!(plan.prepare_teams() * plan.prepare_tiles() / 4), 1024usize);
+    let sums = Shared::<[f32]>::new_aligned_slice(comptime!(plan.prepare_teams() * plan.prepare_sums()), 128usize);
     declare(SCORES);
     declare(QK);
-    declare(channels);
-    declare_operands(cores);
-
-    let part = part_of(CUBE_POS_X, table, table_at, heads, groups, UNIT_POS, TOKENS);
-    // The first of a unit's words in rows of a block.
-    let part_at = (part.block * 64u32 + part.first) * comptime!(plan.padded() as u32 / 2) + part.pair;
-    let warp = UNIT_POS / 32u32;
-    let lane = UNIT_POS % 32u32;
-    let row = row_of(warp, lane, 0usize);
-    let mut logs = Array::<f32>::new(comptime!(2 * TOKENS * panels));
-    let mut middles = Array::<f32>::new(comptime!(2 * panels));
-    let mut befores = Array::<f32>::new(comptime!(2 * panels));
-    sum_decays(&part, gates, heads, &mut triangle, 0usize, &mut logs, TOKENS, plan);
-    sync_cube();
-    let fast = centre_decays(&part, &triangle, 0usize, &mut logs, &mut middles, &mut befores, TOKENS, plan);
-    #[unroll]
-    for panel in 0..panels {
-        let middle = two_of(&middles, panel);
-        if part.warp == 0u32 {
-            let channel = part.channel(panel);
-            let at = (part.block * padded + channel) as usize;
-            decays[at] = exp2(2.0f32 * middle.low);
-            decays[at + 1] = exp2(2.0f32 * middle.high);
-            factors[channel as usize] = select(fast, exp2(middle.low), 1.0f32);
-            factors[channel as usize + 1] = select(fast, exp2(middle.high), 1.0f32);
-        }
-        #[unroll]
-        for batch in 0..comptime!(TOKENS / BATCH) {
-            let mut qs = Array::<u32>::new(BATCH);
-            let mut ks = Array::<u32>::new(BATCH);
-            let mut readers = Array::<u32>::new(BATCH);
-            let mut writers = Array::<u32>::new(BATCH);
-            load_words(&part, q, &mut qs, comptime!(batch * BATCH), panel, plan);
-            load_words(&part, k, &mut ks, comptime!(batch * BATCH), panel, plan);
-            load_words(&part, a, &mut readers, comptime!(batch * BATCH), panel, plan);
-            load_words(&part, b, &mut writers, comptime!(batch * BATCH), panel, plan);
-            let mut strength = Array::<f32>::new(BATCH);
-            load_strengths(&part, strengths, heads, &mut strength, comptime!(batch * BATCH), plan);
-            #[unroll]
-            for n in 0..BATCH {
-                let i = comptime!(batch * BATCH + n);
-                let token = comptime!(i as u32);
-                let keep = part.inside(token, panel, plan);
-                let log = logs_at(&logs, i, panel, TOKENS);
-                let before = logs_read(&logs, &befores, i, panel, TOKENS, plan).kept(fast);
-                let grown = log.kept(fast).power();
-                let left = log.kept(fast).negated().power();
-                let to = swizzled(comptime!((panel * PANEL) as u32), part.first + token, part.pair * 4u32);
-                let queries = Two::of(qs[n]).scaled(out_scale).times(&grown).kept(keep);
-                let keys = added(ks[n], strength[n], plan).times(&left).kept(keep);
-                let reads = reader(readers[n], plan).times(&before.power()).kept(keep);
-                let writes = writer(readers[n], writers[n], strength[n], plan).kept(keep);
-                let ends = writes.times(&log.negated().grown(&middle));
-                let writes = writes.times(&left);
-                store_u32(q0 + to, pack_word(queries.low, queries.high));
-                store_u32(k0 + to, pack_word(keys.low, keys.high));
-                store_u32(a0 + to, pack_word(reads.low, reads.high));
-                store_u32(b0 + to, pack_word(writes.low, writes.high));
-                let word = part_at + token * comptime!(plan.padded() as u32 / 2) + comptime!(32 * panel as u32);
-                second[word as usize] = pack_word(ends.low, ends.high);
-            }
-        }
+    declare(CHANNELS);
+    if comptime!(plan.panels() == 1) {
+        declare(AB);
     }
-    fence_shared(cores);
-    sync_cube();
-    // Queries with keys, with writers, readers with keys, with writers.
-    for which in 0..4u32 {
-        let reads = which >= 2u32;
-        let x = select(reads, a0, q0);
-        let y = select(which % 2u32 == 0u32, k0, b0);
-        if fast {
+    declare_triangle();
+    declare_operands(cores);
+    let team = if comptime!(teams == 1) { 0u32.runtime() } else { warpgroup() / comptime!(plan.panels() as u32) };
+    let p = place_of(team, plan);
+    let t = tiles_at(
+        generic_to_shared::<u32>(shared.as_ptr()) + team * comptime!(plan.prepare_tiles() as u32),
+        generic_to_shared::<f32>(sums.as_ptr()) + team * comptime!(4 * plan.prepare_sums() as u32),
+        plan,
+    );
+    let own = p.panel * comptime!(PANEL as u32);
+    let from = Rows {
+        q: address_of(q),
+        k: address_of(k),
+        a: address_of(a),
+        b: address_of(b),
+        step: 0u64.runtime(),
+        second: address_of_mut(second),
+    };
+    let gates = address_of(gates);
+    let decays = address_of_floats(decays);
+    let to = Outputs {
+        first: address_of_mut(first),
+        out: address_of_mut(out),
+        into: address_of_mut(into),
+        scores: address_of_mut(scores),
+        inverse: address_of_mut(inverse),
+        answers: address_of_mut(answers),
+        passed: address_of_mut(passed),
+    };
+    let mut index = CUBE_POS_X * teams + team;
+    let tokens = tokens_of(u32::min(index, blocks - 1u32), table, table_at, heads);
+    let mut start = tokens.0;
+    let mut length = tokens.1;
+    while index < blocks {
+        let share = share_of(index, (start + 0u32, length + 0u32), heads, groups, p.panel, p.unit, plan);
+        let next = u32::min(index + CUBE_COUNT_X * teams, blocks - 1u32);
+        let ahead = tokens_of(next, table, table_at, heads);
+        let rows = rows_of(&share, &from, plan);
+        let fast = write_tokens(
+            &share,
+            &rows,
+            gates,
+            strengths,
+            heads,
+            t.q + own,
+            t.totals,
+            decays,
+            RANGE,
+            out_scale,
+            p.team,
+            plan,
+        );
+        if !fast {
+            // The warps that are still in the sums of decays do not read tiles.
+            write_again(
+                &share,
+                &rows,
+                gates,
+                strengths,
+                heads,
+                t.q + own,
+                t.totals,
+                t.triangle,
+                out_scale,
+                Decays::None,
+                plan,
+            );
+        }
+        if comptime!(cores == Cores::Hopper) {
+            let share = share_of(next, ahead, heads, groups, p.panel, p.unit, plan);
+            prefetch_tokens(&share, &from, gates, heads, plan);
+        }
+        fence_shared(cores);
+        sync_team(&p, plan);
+        // Readers with keys, queries with writers, both rounded.
+        let mut by_key = Array::<u32>::new(16usize);
+        let mut by_writer = Array::<u32>::new(16usize);
+        products_of_tokens(&t, &p, fast, &mut by_key, &mut by_writer, plan);
+        if !fast {
+            sync_team(&p, plan);
+            write_again(
+                &share,
+                &rows,
+                gates,
+                strengths,
+                heads,
+                t.q + own,
+                t.totals,
+                0u32,
+                out_scale,
+                Decays::Whole,
+                plan,
+            );
+            fence_shared(cores);
+        }
+        if p.solves {
+            solve(&t, &p, plan);
+        }
+        fence_shared(cores);
+        sync_team(&p, plan);
+        if p.scores {
+            publish_words(t.ak, &by_key, p.row, p.lane);
+            publish_words(t.qb, &by_writer, p.row, p.lane);
+            fence_shared(cores);
+            sync_warpgroup(p.own, 128u32);
+        }
+        // One branch a group of products: the compiler waits for those that begin in one and end in another.
+        if comptime!(plan.panels() == 1) {
+            solved_products(&t, &p, true, plan);
+        } else if p.scores {
+            solved_products(&t, &p, true, plan);
+        } else {
+            solved_products(&t, &p, false, plan);
+        }
+        fence_shared(cores);
+        sync_team(&p, plan);
+        if comptime!(plan.panels() == 1) {
+            finish(&t, &p, share.block, &to, true, extras, plan);
+        } else if p.scores {
+            finish(&t, &p, share.block, &to, true, false, plan);
+        } else {
+            finish(&t, &p, share.block, &to, false, extras, plan);
+        }
+        // The next chunk's tiles go where these were.
+        sync_team(&p, plan);
+        start = ahead.0;
+        length = ahead.1;
+        index += CUBE_COUNT_X * teams;
+    }
+}
+
+#[cube]
+fn sync_team(p: &Place, #[comptime] plan: KeyPlan) {
+    sync_warpgroup(p.team, comptime!(128 * plan.panels() as u32));
+}
+
+/// All products between tokens: readers with keys and queries with writers to words, queries with keys to [`QK`], readers
+/// with writers to [`AB`], or where another warpgroup has the others, to [`SCORES`].
+#[cube]
+fn products_of_tokens(
+    t: &Tiles,
+    p: &Place,
+    fast: bool,
+    by_key: &mut Array<u32>,
+    by_writer: &mut Array<u32>,
+    #[comptime] plan: KeyPlan,
+) {
+    let cores = comptime!(plan.cores);
+    let steps = comptime!(4 * plan.panels());
+    let solved = comptime!(solved(plan));
+    if fast {
+        if p.scores {
             begin(cores);
             #[unroll]
-            for n in 0..comptime!(4 * panels) {
-                product(SCORES, x, y, n, comptime!(n as u32), false, false, warp, lane, cores);
+            for n in 0..steps {
+                let keep = comptime!(n as u32);
+                product(SCORES, t.a, t.k, n, keep, false, false, p.warp, p.lane, cores);
+                product(CHANNELS, t.q, t.b, n, keep, false, false, p.warp, p.lane, cores);
+                product(QK, t.q, t.k, n, keep, false, false, p.warp, p.lane, cores);
+                if comptime!(plan.panels() == 1) {
+                    product(solved, t.a, t.b, n, keep, false, false, p.warp, p.lane, cores);
+                }
             }
             commit(cores);
             wait(0u32, cores);
-        } else {
-            exact_scores(&part, &logs, x, y, reads, t0, row, lane, TOKENS, plan);
         }
+        if comptime!(plan.panels() > 1) && p.solves {
+            begin(cores);
+            #[unroll]
+            for n in 0..steps {
+                product(solved, t.a, t.b, n, comptime!(n as u32), false, false, p.warp, p.lane, cores);
+            }
+            commit(cores);
+            wait(0u32, cores);
+        }
+    } else {
+        if p.scores {
+            exact_scores(SCORES, t.a, t.k, t.triangle, p.row, p.lane, true, plan);
+            exact_scores(CHANNELS, t.q, t.b, t.triangle, p.row, p.lane, false, plan);
+            exact_scores(QK, t.q, t.k, t.triangle, p.row, p.lane, false, plan);
+        }
+        if p.solves {
+            exact_scores(solved, t.a, t.b, t.triangle, p.row, p.lane, true, plan);
+        }
+    }
+    if p.scores {
+        mask(SCORES, p.row, p.lane, true);
+        mask(CHANNELS, p.row, p.lane, false);
+        mask(QK, p.row, p.lane, false);
         #[unroll]
-        for n in 0..32usize {
-            let line = row_of(warp, lane, n);
-            let column = column_of(lane, n);
-            let keep = column < line || (column == line && !reads);
-            write(SCORES, n, select(keep, read(SCORES, n), 0.0f32));
-        }
-        if which == 0u32 {
-            #[unroll]
-            for n in 0..32usize {
-                write(QK, n, read(SCORES, n));
-            }
-        } else if which == 3u32 {
-            #[unroll]
-            for n in 0..32usize {
-                let to = t0 + (column_of(lane, n) * comptime!(TRIANGLE_COLUMN as u32) + row_of(warp, lane, n)) * 4u32;
-                store_f32(to, -read(SCORES, n));
-            }
-        } else {
-            publish(select(reads, ak0, qb0), SCORES, row, lane);
+        for n in 0..16usize {
+            by_key[n] = pack_pair(SCORES, comptime!(2 * n));
+            by_writer[n] = pack_pair(CHANNELS, comptime!(2 * n));
         }
     }
-    if !fast {
-        tokens_again(&part, a, b, strengths, &logs, &befores, &middles, heads, a0, b0, plan);
+    if p.solves {
+        mask(solved, p.row, p.lane, true);
     }
-    sync_cube();
-    // The inverse stands where queries (and keys) did.
-    invert_triangle(t0, q0);
-    let n0 = t0 + 0u32;
-    let h0 = t0 + comptime!(PANEL as u32);
-    #[unroll]
-    for n in 0..16usize {
-        let line = warp + comptime!(4 * n as u32);
-        let column = 2u32 * lane;
-        let from = q0 + (line * comptime!(TRIANGLE_ROW as u32) + column) * 4u32;
-        // Above the diagonal nothing was written.
-        let low = select(column <= line, load_f32(from), 0.0f32);
-        let high = select(column < line, load_f32(from + 4u32), 0.0f32);
-        store_u32(swizzled(n0, line, lane * 4u32), pack_word(low, high));
-    }
-    fence_shared(cores);
-    sync_cube();
+}
+
+/// Where the products of readers and writers are.
+fn solved(plan: KeyPlan) -> Acc {
+    if plan.panels() == 1 { AB } else { SCORES }
+}
+
+/// Ã in the place of the readers, and with `scores` H.
+#[cube]
+fn solved_products(t: &Tiles, p: &Place, #[comptime] scores: bool, #[comptime] plan: KeyPlan) {
+    let cores = comptime!(plan.cores);
+    let readers = t.a + p.panel * comptime!(PANEL as u32);
     begin(cores);
     #[unroll]
     for n in 0..4usize {
         let keep = comptime!(n as u32);
-        product(channels, n0, a0, n, keep, false, true, warp, lane, cores);
-        product(SCORES, n0, ak0, n, keep, false, true, warp, lane, cores);
+        product(CHANNELS, t.n, readers, n, keep, false, true, p.warp, p.lane, cores);
+        if comptime!(scores) {
+            product(SCORES, t.n, t.ak, n, keep, false, true, p.warp, p.lane, cores);
+        }
     }
     commit(cores);
     wait(0u32, cores);
-    scale_by(channels, &factors, 0usize, lane);
-    publish(q0, channels, row, lane);
-    publish(h0, SCORES, row, lane);
-    fence_shared(cores);
-    sync_cube();
-    begin(cores);
-    #[unroll]
-    for n in 0..4usize {
-        product(channels, qb0, q0, n, comptime!(n as u32), false, true, warp, lane, cores);
-        product(QK, qb0, h0, n, 1u32, false, true, warp, lane, cores);
-    }
-    commit(cores);
-    wait(0u32, cores);
-    publish(ak0, QK, row, lane);
-    #[unroll]
-    for panel in 0..panels {
-        if comptime!(panel > 0) {
-            sync_cube();
-        }
-        let mut own = Array::<u32>::new(TOKENS);
-        load_all(&part, q, &mut own, panel, plan);
-        // Where keys (and readers) were.
-        stage_panel(k0, channels, panel, row, lane);
-        sync_cube();
-        let middle = two_of(&middles, panel);
-        #[unroll]
-        for i in 0..TOKENS {
-            let token = comptime!(i as u32);
-            let grown = logs_at(&logs, i, panel, TOKENS).grown(&middle);
-            let own = Two::of(own[i]).scaled(out_scale).times(&grown).kept(part.inside(token, panel, plan));
-            let to = part_at + token * comptime!(plan.padded() as u32 / 2) + comptime!(32 * panel as u32);
-            out[to as usize] = add_rows(k0, part.first + token, part.pair, own);
-        }
-    }
-    begin(cores);
-    #[unroll]
-    for n in 0..4usize {
-        product(channels, h0, b0, n, comptime!(n as u32), true, true, warp, lane, cores);
-    }
-    commit(cores);
-    wait(0u32, cores);
-    scale_by(channels, &factors, 0usize, lane);
-    #[unroll]
-    for panel in 0..panels {
-        let mut own = Array::<u32>::new(TOKENS);
-        load_all(&part, k, &mut own, panel, plan);
-        sync_cube();
-        stage_panel(k0, channels, panel, row, lane);
-        sync_cube();
-        let middle = two_of(&middles, panel);
-        let mut strength = Array::<f32>::new(BATCH);
-        #[unroll]
-        for i in 0..TOKENS {
-            let token = comptime!(i as u32);
-            if comptime!(i % BATCH == 0) {
-                load_strengths(&part, strengths, heads, &mut strength, i, plan);
-            }
-            let left = logs_at(&logs, i, panel, TOKENS).negated().grown(&middle);
-            let own =
-                added(own[i], strength[comptime!(i % BATCH)], plan).times(&left).kept(part.inside(token, panel, plan));
-            let to = part_at + token * comptime!(plan.padded() as u32 / 2) + comptime!(32 * panel as u32);
-            into[to as usize] = add_rows(k0, part.first + token, part.pair, own);
-        }
-    }
-    #[unroll]
-    for panel in 0..panels {
-        copy_tile(
-            q0 + comptime!((panel * PANEL) as u32),
-            first,
-            &part,
-            comptime!(32 * panel as u32),
-            padded / 2u32,
-            TOKENS,
-        );
-    }
-    copy_tile(ak0, scores, &part, 0u32, 32u32, TOKENS);
-    if comptime!(extras) {
-        copy_tile(n0, inverse, &part, 0u32, 32u32, TOKENS);
-        copy_tile(qb0, answers, &part, 0u32, 32u32, TOKENS);
-        copy_tile(h0, passed, &part, 0u32, 32u32, TOKENS);
+    scale_all(CHANNELS, t.factors + p.panel * 256u32, p.lane);
+    // All warps have read their panel of readers.
+    sync_warpgroup(p.own, 128u32);
+    publish(readers, CHANNELS, p.row, p.lane);
+    if comptime!(scores) {
+        publish(t.h, SCORES, p.row, p.lane);
     }
 }
 
-/// All words of a unit's tokens in a panel.
+/// Where the operands begin in device memory.
+#[derive(CubeType, Clone, Copy)]
+struct Outputs {
+    first: u64,
+    out: u64,
+    into: u64,
+    scores: u64,
+    inverse: u64,
+    answers: u64,
+    passed: u64,
+}
+
+/// Q′ and K′, and with `scores` P; all but B̂ go to device memory, N, `A_qb` and H with `extras`.
 #[cube]
-fn load_all(part: &Part, from: &[u32], words: &mut Array<u32>, #[comptime] panel: usize, #[comptime] plan: KeyPlan) {
+fn finish(
+    t: &Tiles,
+    p: &Place,
+    block: u32,
+    to: &Outputs,
+    #[comptime] scores: bool,
+    #[comptime] extras: bool,
+    #[comptime] plan: KeyPlan,
+) {
+    let cores = comptime!(plan.cores);
+    let own = p.panel * comptime!(PANEL as u32);
+    let factors = t.factors + p.panel * 256u32;
+    let first = u64::cast_from(block * comptime!(CHUNK as u32));
+    let row = first * comptime!((2 * plan.padded()) as u64) + u64::cast_from(p.panel * 128u32);
+    let square = first * 128u64;
+    begin(cores);
     #[unroll]
-    for i in 0..TOKENS {
-        words[i] = from[part.key_pair_at(comptime!(i as u32), panel, plan) as usize];
+    for n in 0..4usize {
+        let keep = comptime!(n as u32);
+        product(CHANNELS, t.qb, t.a + own, n, keep, false, true, p.warp, p.lane, cores);
+        product(SCORES, t.h, t.b + own, n, keep, true, true, p.warp, p.lane, cores);
+        if comptime!(scores) {
+            product(QK, t.qb, t.h, n, 1u32, false, true, p.warp, p.lane, cores);
+        }
+    }
+    commit(cores);
+    // While they run.
+    copy_out(t.a + own, to.first + row, p, comptime!(2 * plan.padded()));
+    if comptime!(extras) {
+        copy_out(t.n, to.inverse + square, p, 128usize);
+        copy_out(t.qb, to.answers + square, p, 128usize);
+        copy_out(t.h, to.passed + square, p, 128usize);
+    }
+    wait(0u32, cores);
+    add_queries(t.q + own, factors, p.row, p.lane);
+    add_keys(t.k + own, factors, p.row, p.lane);
+    if comptime!(scores) {
+        publish(t.ak, QK, p.row, p.lane);
+    }
+    sync_warpgroup(p.own, 128u32);
+    copy_out(t.q + own, to.out + row, p, comptime!(2 * plan.padded()));
+    copy_out(t.k + own, to.into + row, p, comptime!(2 * plan.padded()));
+    if comptime!(scores) {
+        copy_out(t.ak, to.scores + square, p, 128usize);
+    }
+}
+
+/// The inverse N as a tile, from the products of readers and writers.
+#[cube]
+fn solve(t: &Tiles, p: &Place, #[comptime] plan: KeyPlan) {
+    let solved = comptime!(solved(plan));
+    #[unroll]
+    for n in 0..32usize {
+        let at = column_of(p.lane, n) * comptime!(TRIANGLE_COLUMN as u32) + row_of(p.warp, p.lane, n);
+        store_f32(t.triangle + at * 4u32, -read(solved, n));
+    }
+    sync_warpgroup(p.own, 128u32);
+    invert_triangle_by(t.triangle, t.x, p.unit, p.own);
+    #[unroll]
+    for n in 0..16usize {
+        let line = p.warp + comptime!(4 * n as u32);
+        let column = 2u32 * p.lane;
+        let found = load_f32_pair(t.x + (line * comptime!(TRIANGLE_ROW as u32) + column) * 4u32);
+        // Above the diagonal nothing was written.
+        let low = select(column <= line, found.extract(0usize), 0.0f32);
+        let high = select(column < line, found.extract(1usize), 0.0f32);
+        store_u32(swizzled(t.n, line, p.lane * 4u32), pack_word(low, high));
+    }
+}
+
+/// Writes a tile from the words of an accumulator's pairs.
+#[cube]
+fn publish_words(tile: u32, words: &Array<u32>, row: u32, lane: u32) {
+    let base = swizzled(tile, row, (lane % 4u32) * 4u32);
+    #[unroll]
+    for j in 0..8usize {
+        let at = base ^ comptime!((j * 16) as u32);
+        store_u32(at, words[comptime!(2 * j)]);
+        store_u32(at + 1024u32, words[comptime!(2 * j + 1)]);
+    }
+}
+
+/// Multiplies the columns of an accumulator, each with its factor.
+#[cube]
+fn scale_all(#[comptime] acc: Acc, factors: u32, lane: u32) {
+    #[unroll]
+    for j in 0..comptime!(acc.columns() / 8) {
+        let factor = load_f32_pair(factors + column_of(lane, comptime!(4 * j)) * 4u32);
+        scale_columns(acc, j, factor.extract(0usize), factor.extract(1usize));
+    }
+}
+
+/// Q′ in the place of the queries: `factor ∘ tile + CHANNELS`. A unit reads what it writes.
+#[cube]
+fn add_queries(tile: u32, factors: u32, row: u32, lane: u32) {
+    let base = swizzled(tile, row, (lane % 4u32) * 4u32);
+    #[unroll]
+    for j in 0..8usize {
+        let factor = load_f32_pair(factors + column_of(lane, comptime!(4 * j)) * 4u32);
+        #[unroll]
+        for half in 0..2usize {
+            let at = (base ^ comptime!((j * 16) as u32)) + comptime!((1024 * half) as u32);
+            let own = Two::of(load_u32(at));
+            let low = read(CHANNELS, comptime!(4 * j + 2 * half)) + own.low * factor.extract(0usize);
+            let high = read(CHANNELS, comptime!(4 * j + 2 * half + 1)) + own.high * factor.extract(1usize);
+            store_u32(at, pack_word(low, high));
+        }
+    }
+}
+
+/// K′ in the place of the keys: `factor ∘ (tile + SCORES)`.
+#[cube]
+fn add_keys(tile: u32, factors: u32, row: u32, lane: u32) {
+    let base = swizzled(tile, row, (lane % 4u32) * 4u32);
+    #[unroll]
+    for j in 0..8usize {
+        let factor = load_f32_pair(factors + column_of(lane, comptime!(4 * j)) * 4u32);
+        #[unroll]
+        for half in 0..2usize {
+            let at = (base ^ comptime!((j * 16) as u32)) + comptime!((1024 * half) as u32);
+            let own = Two::of(load_u32(at));
+            let low = (read(SCORES, comptime!(4 * j + 2 * half)) + own.low) * factor.extract(0usize);
+            let high = (read(SCORES, comptime!(4 * j + 2 * half + 1)) + own.high) * factor.extract(1usize);
+            store_u32(at, pack_word(low, high));
+        }
+    }
+}
+
+/// A warpgroup copies a tile to 64 rows of device memory, `step` bytes apart.
+#[cube]
+fn copy_out(tile: u32, to: u64, p: &Place, #[comptime] step: usize) {
+    let (row, piece) = (p.unit / 8u32, p.unit % 8u32);
+    let from = swizzled(tile, row, piece * 16u32);
+    let to = to + u64::cast_from(row * comptime!(step as u32) + piece * 16u32);
+    #[unroll]
+    for i in 0..4usize {
+        let four = load_u32_four(from, comptime!(2048 * i));
+        let (w, x) = (four.extract(0usize), four.extract(1usize));
+        let (y, z) = (four.extract(2usize), four.extract(3usize));
+        store_global_four(to, comptime!(16 * i * step), w, x, y, z);
     }
 }

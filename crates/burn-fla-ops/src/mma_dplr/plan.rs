@@ -4,7 +4,6 @@ use crate::hopper_dplr::plan::{Form, GradientPlan, KeyPlan, Task};
 use crate::hopper_walk::Cores;
 use crate::hopper_walk::plan::{Axis, Borders, CHUNK, KeyHeads, PANEL, Roles, WalkPlan};
 use crate::mma_walk::plan::MmaPlan;
-use crate::tile::hopper::{TRIANGLE_COLUMN, TRIANGLE_ROW};
 use crate::tile::mma::Frag;
 
 /// A walk from chunk to chunk, by four warps of 16 or 32 value channels.
@@ -155,13 +154,6 @@ impl GradientRoom {
     }
 }
 
-/// Shared memory of the cubes of [`crate::hopper_dplr::prepare`].
-fn prepare_bytes(keys: usize) -> usize {
-    let panels = keys.div_ceil(64);
-    let rows = usize::max(2 * panels * PANEL, 4 * CHUNK * TRIANGLE_ROW);
-    rows + (2 * panels + 2) * PANEL + 4 * (CHUNK * TRIANGLE_COLUMN + 64 * panels)
-}
-
 /// Whether every kernel, forward and backward, has room where a cube may use so much shared memory.
 pub(crate) fn fits(keys: usize, values: usize, shared: usize) -> bool {
     let chain = |task| ChainPlan::new(task, [keys, values], 1, 1, shared).is_some();
@@ -169,7 +161,7 @@ pub(crate) fn fits(keys: usize, values: usize, shared: usize) -> bool {
     let room = GradientRoom { shape: GradientPlan { key, values } };
     [Task::Outputs, Task::Borders, Task::Gradients].into_iter().all(chain)
         && room.shared_bytes() <= shared
-        && prepare_bytes(keys) <= shared
+        && key.prepare_bytes() <= shared
 }
 
 #[cfg(test)]

@@ -17,6 +17,23 @@ pub fn store_u32(address: u32, value: u32) {
     gpu_asm!("st.shared.b32 [{a}], {v};", a = in(_) address + 0u32, v = in(_) value + 0u32);
 }
 
+/// Stores four words to shared memory, at a multiple of 16 bytes, `offset` bytes after `address`.
+#[cube]
+pub fn store_u32_four(address: u32, #[comptime] offset: usize, first: u32, second: u32, third: u32, fourth: u32) {
+    gpu_asm!(
+        "st.shared.v4.b32 [{a} + {offset}], {{{w}, {x}, {y}, {z}}};",
+        a = in(_) address + 0u32, w = in(_) first + 0u32, x = in(_) second + 0u32, y = in(_) third + 0u32, z = in(_) fourth + 0u32
+    );
+}
+
+/// Loads four words from shared memory, at a multiple of 16 bytes, `offset` bytes after `address`.
+#[cube]
+pub fn load_u32_four(address: u32, #[comptime] offset: usize) -> Vector<u32, Const<4>> {
+    let out: Vector<u32, Const<4>>;
+    gpu_asm!("ld.shared.v4.b32 {d}, [{a} + {offset}];", d = out(_) out, a = in(_) address + 0u32);
+    out
+}
+
 /// Stores two f32 to shared memory, at a multiple of 8 bytes.
 #[cube]
 pub fn store_f32_pair(address: u32, first: f32, second: f32) {

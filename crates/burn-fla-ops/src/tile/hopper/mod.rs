@@ -24,7 +24,7 @@ mod wgmma;
 
 pub use super::layout::{
     bf16_high, bf16_low, exp2, f16_high, f16_low, load_f32, load_f32_four, load_f32_pair, load_transposed, load_u32,
-    reciprocal, store_f32, store_f32_pair, store_transposed, store_u32, swizzled,
+    load_u32_four, reciprocal, store_f32, store_f32_pair, store_transposed, store_u32, store_u32_four, swizzled,
 };
 pub use super::registers::{
     Acc, Frag, column_of, declare, declare_fragment, next, pack, pack_half_word, pack_pair, pack_word, put, read,
@@ -36,7 +36,7 @@ pub use copy::{
 };
 pub use ring::{Ring, barrier_arrive, barrier_expect, barrier_fence, barrier_init, barrier_wait};
 pub use roles::{arrive, give_registers, sync_warpgroup, take_registers, warpgroup};
-pub use triangle::{TRIANGLE_COLUMN, TRIANGLE_ROW, invert_triangle};
+pub use triangle::{TRIANGLE_COLUMN, TRIANGLE_ROW, declare_triangle, invert_triangle, invert_triangle_by};
 pub use wgmma::{commit, fence, k_major, mma_registers, mma_shared, mn_major, wait};
 
 /// Whether this device has what this module needs: the instructions of `sm_90a` exist on compute capability 9.0 alone.

@@ -2,6 +2,7 @@
 
 use cubecl::prelude::*;
 
+use super::roles::sync_warpgroup;
 use crate::tile::layout::{load_f32, load_f32_four, store_f32};
 use crate::tile::mma::{multiply_split, split};
 use crate::tile::registers::{Acc, declare, read, zero};
@@ -26,16 +27,28 @@ const PRODUCT: Acc = Acc::new("j", 16);
 /// outside of every branch, and X is there for all of them afterwards.
 #[cube]
 pub fn invert_triangle(a: u32, x: u32) {
+    declare_triangle();
+    invert_triangle_by(a, x, UNIT_POS, 0u32);
+}
+
+/// What [`invert_triangle_by`] needs: call it once a kernel, outside of every branch and loop.
+#[cube]
+pub fn declare_triangle() {
     declare(PRODUCT);
-    let warp = UNIT_POS / 32u32;
-    let lane = UNIT_POS % 32u32;
+}
+
+/// [`invert_triangle`] by four warps of a cube, which meet at the named barrier `id`; `unit` is one's number among them.
+#[cube]
+pub fn invert_triangle_by(a: u32, x: u32, unit: u32, id: u32) {
+    let warp = unit / 32u32;
+    let lane = unit % 32u32;
     if lane < comptime!(BLOCK as u32) {
         solve_block(a, x, warp * comptime!(BLOCK as u32), lane);
     }
-    sync_cube();
+    sync_warpgroup(id, 128u32);
     // Two pairs of blocks, two warps each.
-    join(a, x, warp / 2u32 * 32u32, warp % 2u32 * 8u32, lane, 1usize);
-    join(a, x, 0u32, warp * 8u32, lane, 2usize);
+    join(a, x, warp / 2u32 * 32u32, warp % 2u32 * 8u32, lane, id, 1usize);
+    join(a, x, 0u32, warp * 8u32, lane, id, 2usize);
 }
 
 /// One unit computes a column of a diagonal block's inverse.
@@ -84,7 +97,7 @@ fn inside(x: u32, row: u32, column: u32) -> f32 {
 /// The lower left block of two neighbours of `16 · tiles` rows, from row `first` on: this warp computes eight columns, from
 /// `column` on, first of `A₂₁ X₁₁`, which goes where X is zero, above the diagonal.
 #[cube]
-fn join(a: u32, x: u32, first: u32, column: u32, lane: u32, #[comptime] tiles: usize) {
+fn join(a: u32, x: u32, first: u32, column: u32, lane: u32, id: u32, #[comptime] tiles: usize) {
     let lower = first + comptime!(16 * tiles as u32);
     let (g, t) = (lane / 4u32, lane % 4u32);
     zero(PRODUCT);
@@ -110,7 +123,7 @@ fn join(a: u32, x: u32, first: u32, column: u32, lane: u32, #[comptime] tiles: u
             store_f32(to, read(PRODUCT, comptime!(4 * tile + i)));
         }
     }
-    sync_cube();
+    sync_warpgroup(id, 128u32);
     zero(PRODUCT);
     #[unroll]
     for step in 0..comptime!(2 * tiles) {
@@ -135,5 +148,5 @@ fn join(a: u32, x: u32, first: u32, column: u32, lane: u32, #[comptime] tiles: u
             store_f32(to, -read(PRODUCT, comptime!(4 * tile + i)));
         }
     }
-    sync_cube();
+    sync_warpgroup(id, 128u32);
 }

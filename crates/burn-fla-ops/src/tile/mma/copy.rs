@@ -11,6 +11,15 @@ pub fn address_of(x: &[u32]) -> u64 {
     out + 0u64
 }
 
+/// The address of the first number of a tensor of f32 that is written.
+#[cube]
+pub fn address_of_floats(x: &mut [f32]) -> u64 {
+    let pointer = x.as_mut_ptr();
+    let out: u64;
+    gpu_asm!("cvta.to.global.u64 {d}, {p};", d = out(_) out, p = in(_) pointer, options(nomem));
+    out + 0u64
+}
+
 /// The address of the first number of a tensor that is written.
 #[cube]
 pub fn address_of_mut(x: &mut [u32]) -> u64 {
@@ -40,6 +49,38 @@ pub fn commit_copies() {
 #[cube]
 pub fn wait_copies(#[comptime] pending: u32) {
     gpu_asm!("cp.async.wait_group {pending};");
+}
+
+/// Loads four words from device memory, at a multiple of 16 bytes; zeros where they are not `there`. Nobody may write them
+/// while the kernel runs.
+#[cube]
+pub fn load_global_four(from: u64, there: bool) -> (u32, u32, u32, u32) {
+    let found: Vector<u32, Const<4>>;
+    gpu_asm!(
+        "{{ .reg .pred p; setp.ne.b32 p, {w}, 0; @p ld.global.nc.v4.b32 {d}, [{s}]; }}",
+        d = out(_) found, s = in(_) from + 0u64, w = in(_) select(there, 1u32, 0u32)
+    );
+    (
+        select(there, found.extract(0usize), 0u32),
+        select(there, found.extract(1usize), 0u32),
+        select(there, found.extract(2usize), 0u32),
+        select(there, found.extract(3usize), 0u32),
+    )
+}
+
+/// Asks for the line at an address of device memory to be brought nearer: what loads it soon waits less.
+#[cube]
+pub fn prefetch(from: u64) {
+    gpu_asm!("prefetch.global.L2 [{s}];", s = in(_) from + 0u64);
+}
+
+/// Stores four words to device memory, at a multiple of 16 bytes, `offset` bytes after `to`.
+#[cube]
+pub fn store_global_four(to: u64, #[comptime] offset: usize, first: u32, second: u32, third: u32, fourth: u32) {
+    gpu_asm!(
+        "st.global.v4.b32 [{d} + {offset}], {{{w}, {x}, {y}, {z}}};",
+        d = in(_) to + 0u64, w = in(_) first + 0u32, x = in(_) second + 0u32, y = in(_) third + 0u32, z = in(_) fourth + 0u32
+    );
 }
 
 /// Stores two words to device memory, at a multiple of 8 bytes, if `there`.

@@ -1,0 +1,573 @@
+//! A chunk's tokens as the units of [`super::prepare`] hold them: a unit has eight key channels of a panel at four tokens in
+//! a row, eight lanes have a panel's channels at these tokens, and a warpgroup has all tokens. So all rows move in pieces of
+//! 16 bytes, from device memory to a tile.
+
+use cubecl::prelude::*;
+
+use super::parts::staged;
+use super::plan::{CHUNK, Form, KeyPlan, PANEL};
+use super::tokens::{Two, added, reader, writer};
+use crate::hopper_walk::parts::LOG2_E;
+use crate::hopper_walk::table::CHUNK_WORDS;
+use crate::tile::hopper::{
+    exp2, load_f32_four, load_f32_pair, pack_word, store_f32_pair, store_u32_four, sync_warpgroup,
+};
+use crate::tile::mma::{load_global_four, prefetch, store_global_four};
+
+/// Tokens a unit.
+pub(crate) const RUN: usize = 4;
+/// Channels a unit.
+pub(crate) const OCTET: usize = 8;
+/// Words of a token's q, k, a and b.
+const TOKEN_WORDS: usize = 4 * OCTET / 2;
+/// Tokens that are on their way before the first is used.
+const AHEAD: usize = 2;
+
+/// What the tiles of tokens hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Decays {
+    /// Vectors with the factors of their decays around the chunk's middle.
+    Factors,
+    /// Vectors as they are.
+    None,
+    /// Vectors with the decays from the chunk's start and to its end.
+    Whole,
+}
+
+/// A chunk of one head, and the part of it that a unit has.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Share {
+    pub(crate) head: u32,
+    /// The head of its keys, and how many there are.
+    pub(crate) key_head: u32,
+    pub(crate) key_heads: u32,
+    /// The chunk's first token.
+    pub(crate) start: u32,
+    /// How many tokens it has, and those of them that have the unit's channels: all or none.
+    pub(crate) length: u32,
+    pub(crate) count: u32,
+    /// The chunk and head among all.
+    pub(crate) block: u32,
+    /// The unit's first token inside of the chunk, and its first channel.
+    pub(crate) first: u32,
+    pub(crate) channel: u32,
+    pub(crate) warp: u32,
+    pub(crate) lane: u32,
+}
+
+/// The first token of a chunk, and how many it has.
+#[cube]
+pub(crate) fn tokens_of(block: u32, table: &[i32], table_at: u32, heads: u32) -> (u32, u32) {
+    let at = (table_at + block / heads * comptime!(CHUNK_WORDS as u32)) as usize;
+    (table[at] as u32, table[at + 1] as u32)
+}
+
+/// The share of a unit of warpgroup `panel`.
+#[cube]
+pub(crate) fn share_of(
+    block: u32,
+    tokens: (u32, u32),
+    heads: u32,
+    groups: u32,
+    panel: u32,
+    unit: u32,
+    #[comptime] plan: KeyPlan,
+) -> Share {
+    let (start, length) = tokens;
+    let channel = panel * 64u32 + unit % 8u32 * comptime!(OCTET as u32);
+    Share {
+        head: block % heads,
+        key_head: block % heads / groups,
+        key_heads: heads / groups,
+        start,
+        length,
+        count: select(channel < comptime!(plan.keys as u32), length, 0u32),
+        block,
+        first: unit / 8u32 * comptime!(RUN as u32),
+        channel,
+        warp: unit / 32u32,
+        lane: unit % 32u32,
+    }
+}
+
+/// Brings the vectors and log decays of a chunk nearer: two units a token and panel ask for a line of each.
+#[cube]
+pub(crate) fn prefetch_tokens(share: &Share, from: &Rows, gates: u64, heads: u32, #[comptime] plan: KeyPlan) {
+    let unit = share.warp * 32u32 + share.lane;
+    let second = unit % 2u32 == 1u32;
+    let token = u64::cast_from(share.start + u32::min(unit / 2u32, share.length - 1u32));
+    let channel = share.channel / 64u32 * 64u32;
+    let row = token * u64::cast_from(share.key_heads) + u64::cast_from(share.key_head);
+    let at = row * comptime!(2 * plan.keys as u64) + u64::cast_from(2u32 * channel);
+    prefetch(select(second, from.k, from.q) + at);
+    if comptime!(plan.form != Form::Key) {
+        prefetch(select(second, from.b, from.a) + at);
+    }
+    let row = token * u64::cast_from(heads) + u64::cast_from(share.head);
+    if comptime!(plan.wide) {
+        let half = u32::min(channel + select(second, 32u32, 0u32), comptime!(plan.keys as u32 - 1));
+        prefetch(gates + row * comptime!(4 * plan.keys as u64) + u64::cast_from(4u32 * half));
+    } else if !second {
+        prefetch(gates + row * comptime!(2 * plan.keys as u64) + u64::cast_from(2u32 * channel));
+    }
+}
+
+#[cube]
+impl Share {
+    /// Whether token `i` of the unit and its channels exist.
+    fn inside(&self, #[comptime] i: usize) -> bool {
+        self.first + comptime!(i as u32) < self.count
+    }
+
+    /// Where the unit's numbers of `bytes` bytes begin in a tensor `[tokens, heads, K]` at `from`.
+    fn row(&self, from: u64, head: u32, heads: u32, #[comptime] bytes: usize, #[comptime] plan: KeyPlan) -> u64 {
+        let row = u64::cast_from(self.start + self.first) * u64::cast_from(heads) + u64::cast_from(head);
+        from + row * comptime!((plan.keys * bytes) as u64) + u64::cast_from(self.channel * comptime!(bytes as u32))
+    }
+
+    /// Where they begin in a block of rows of bf16 at `to`, and bytes of such a row.
+    fn out_row(&self, to: u64, #[comptime] plan: KeyPlan) -> u64 {
+        let row = u64::cast_from(self.block * comptime!(CHUNK as u32) + self.first);
+        to + row * comptime!((2 * plan.padded()) as u64) + u64::cast_from(2u32 * self.channel)
+    }
+}
+
+/// Where the vectors of a chunk's tokens are, for a unit: the rows of its first token in q, k, a and b, bytes from one token
+/// to the next, and its row of B̂.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Rows {
+    pub(crate) q: u64,
+    pub(crate) k: u64,
+    pub(crate) a: u64,
+    pub(crate) b: u64,
+    pub(crate) step: u64,
+    pub(crate) second: u64,
+}
+
+/// The tensors begin at the addresses in `from`.
+#[cube]
+pub(crate) fn rows_of(share: &Share, from: &Rows, #[comptime] plan: KeyPlan) -> Rows {
+    let base = share.row(0u64, share.key_head, share.key_heads, 2usize, plan);
+    Rows {
+        q: from.q + base,
+        k: from.k + base,
+        a: from.a + base,
+        b: from.b + base,
+        step: u64::cast_from(share.key_heads * comptime!(2 * plan.keys as u32)),
+        second: share.out_row(from.second, plan),
+    }
+}
+
+/// Words of a token's log decays.
+pub(crate) fn gate_words(plan: KeyPlan) -> usize {
+    if plan.wide { OCTET } else { OCTET / 2 }
+}
+
+/// Loads the log decays of a unit's tokens.
+#[cube]
+pub(crate) fn load_gates(share: &Share, gates: u64, heads: u32, found: &mut Array<u32>, #[comptime] plan: KeyPlan) {
+    let bytes = comptime!(if plan.wide { 4usize } else { 2usize });
+    let from = share.row(gates, share.head, heads, bytes, plan);
+    let step = u64::cast_from(heads * comptime!((plan.keys * bytes) as u32));
+    #[unroll]
+    for i in 0..RUN {
+        let token = from + comptime!(i as u64) * step;
+        #[unroll]
+        for piece in 0..comptime!(gate_words(plan) / 4) {
+            let four = load_global_four(token + comptime!(16 * piece as u64), share.inside(i));
+            let at = comptime!(i * gate_words(plan) + 4 * piece);
+            put_four(found, at, four);
+        }
+    }
+}
+
+#[cube]
+fn put_four(to: &mut Array<u32>, #[comptime] at: usize, four: (u32, u32, u32, u32)) {
+    to[at] = four.0;
+    to[comptime!(at + 1)] = four.1;
+    to[comptime!(at + 2)] = four.2;
+    to[comptime!(at + 3)] = four.3;
+}
+
+/// Loads q, k and, where the form has them, a and b of a unit's token `i`.
+#[cube]
+pub(crate) fn load_token(
+    share: &Share,
+    rows: &Rows,
+    strengths: &[f32],
+    heads: u32,
+    words: &mut Array<u32>,
+    strength: &mut Array<f32>,
+    #[comptime] i: usize,
+    #[comptime] plan: KeyPlan,
+) {
+    let inside = share.inside(i);
+    let step = comptime!(i as u64) * rows.step;
+    let at = comptime!(i % AHEAD * TOKEN_WORDS);
+    put_four(words, at, load_global_four(rows.q + step, inside));
+    put_four(words, comptime!(at + 4), load_global_four(rows.k + step, inside));
+    if comptime!(plan.form == Form::Key) {
+        let token = share.start + u32::min(share.first + comptime!(i as u32), share.length - 1u32);
+        strength[comptime!(i % AHEAD)] = strengths[(token * heads + share.head) as usize];
+    } else {
+        put_four(words, comptime!(at + 8), load_global_four(rows.a + step, inside));
+        put_four(words, comptime!(at + 12), load_global_four(rows.b + step, inside));
+    }
+}
+
+/// The sums of a unit's log decays, as powers of two: over its tokens up to each, to `logs`; over those of its warp before
+/// it, to `starts`.
+#[cube]
+pub(crate) fn sum_gates(
+    share: &Share,
+    found: &Array<u32>,
+    logs: &mut Array<f32>,
+    starts: &mut Array<f32>,
+    #[comptime] plan: KeyPlan,
+) {
+    #[unroll]
+    for c in 0..OCTET {
+        let mut sum = f32::new(0.0);
+        #[unroll]
+        for i in 0..RUN {
+            let gate = if comptime!(plan.wide) {
+                f32::reinterpret(found[comptime!(i * OCTET + c)])
+            } else {
+                let pair = Two::of(found[comptime!((i * OCTET + c) / 2)]);
+                if comptime!(c % 2 == 0) { pair.low } else { pair.high }
+            };
+            sum += gate * LOG2_E;
+            logs[comptime!(i * OCTET + c)] = sum;
+        }
+    }
+    let group = share.lane / 8u32;
+    #[unroll]
+    for c in 0..OCTET {
+        let sum = logs[comptime!((RUN - 1) * OCTET + c)];
+        let mut before = f32::new(0.0);
+        #[unroll]
+        for back in 1..4usize {
+            let found = plane_shuffle_up(sum, comptime!(8 * back as u32));
+            before += select(group >= comptime!(back as u32), found, 0.0f32);
+        }
+        starts[c] = before;
+    }
+}
+
+/// Writes what a warp's tokens sum to, `[warps, channels]`, to `totals`; a synchronisation must follow.
+#[cube]
+pub(crate) fn share_totals(
+    share: &Share,
+    totals: u32,
+    logs: &Array<f32>,
+    starts: &Array<f32>,
+    #[comptime] plan: KeyPlan,
+) {
+    if share.lane >= 24u32 {
+        let at = totals + (share.warp * comptime!(plan.padded() as u32) + share.channel) * 4u32;
+        #[unroll]
+        for half in 0..2usize {
+            let mut sum = Array::<u32>::new(4usize);
+            #[unroll]
+            for e in 0..4usize {
+                let c = comptime!(4 * half + e);
+                sum[e] = u32::reinterpret(starts[c] + logs[comptime!((RUN - 1) * OCTET + c)]);
+            }
+            store_u32_four(at, comptime!(16 * half), sum[0], sum[1], sum[2], sum[3]);
+        }
+    }
+}
+
+/// Whether no channel decays by more than `range` over the chunk; the same for all units.
+#[cube]
+pub(crate) fn narrower(share: &Share, totals: u32, range: f32, #[comptime] plan: KeyPlan) -> bool {
+    let channels = comptime!(plan.padded() / 32);
+    let mut total = Array::<f32>::new(channels);
+    #[unroll]
+    for warp in 0..4usize {
+        let at = totals + comptime!((4 * warp * plan.padded()) as u32) + share.lane * comptime!(4 * channels as u32);
+        #[unroll]
+        for part in 0..comptime!(channels / 2) {
+            let found = load_f32_pair(at + comptime!(8 * part as u32));
+            #[unroll]
+            for e in 0..2usize {
+                let c = comptime!(2 * part + e);
+                total[c] = if comptime!(warp == 0) { found.extract(e) } else { total[c] + found.extract(e) };
+            }
+        }
+    }
+    let mut widest = f32::new(0.0);
+    #[unroll]
+    for c in 0..channels {
+        widest = f32::max(widest, -total[c]);
+    }
+    plane_max(widest) <= range
+}
+
+/// Makes the sums those of the chunk, counted from the middle of its decay: `starts` gets that before the unit's first token,
+/// and `middles` half a chunk's decay.
+#[cube]
+pub(crate) fn centre(
+    share: &Share,
+    totals: u32,
+    logs: &mut Array<f32>,
+    starts: &mut Array<f32>,
+    middles: &mut Array<f32>,
+    #[comptime] plan: KeyPlan,
+) {
+    #[unroll]
+    for half in 0..2usize {
+        #[unroll]
+        for warp in 0..4usize {
+            let row = comptime!((4 * warp * plan.padded() + 16 * half) as u32);
+            let found = load_f32_four(totals + row + share.channel * 4u32);
+            let earlier = comptime!(warp as u32) < share.warp;
+            #[unroll]
+            for e in 0..4usize {
+                let c = comptime!(4 * half + e);
+                let sum = found.extract(e);
+                middles[c] = if comptime!(warp == 0) { sum + 0.0f32 } else { middles[c] + sum };
+                starts[c] += select(earlier, sum, 0.0f32);
+            }
+        }
+    }
+    #[unroll]
+    for c in 0..OCTET {
+        middles[c] *= 0.5f32;
+        starts[c] -= middles[c];
+        #[unroll]
+        for i in 0..RUN {
+            logs[comptime!(i * OCTET + c)] += starts[c];
+        }
+    }
+}
+
+/// Numbers `2 j` and the next.
+#[cube]
+fn pair(x: &Array<f32>, #[comptime] j: usize) -> Two {
+    Two { low: x[comptime!(2 * j)], high: x[comptime!(2 * j + 1)] }
+}
+
+/// Writes the unit's numbers of token `i` to the tiles, and where these have decays also its numbers of B̂. `to`: the panel of
+/// queries; those of keys, readers and writers are `panels` later each.
+///
+/// `soon`: the decay up to the state that the token reads; it becomes that of the next token.
+#[cube]
+fn write_token(
+    share: &Share,
+    rows: &Rows,
+    to: u32,
+    words: &Array<u32>,
+    strength: f32,
+    logs: &Array<f32>,
+    starts: &Array<f32>,
+    middles: &Array<f32>,
+    soon: &mut Array<f32>,
+    out_scale: f32,
+    #[comptime] i: usize,
+    #[comptime] decays: Decays,
+    #[comptime] plan: KeyPlan,
+) {
+    let at = comptime!(i % AHEAD * TOKEN_WORDS);
+    let mut queries = Array::<u32>::new(4usize);
+    let mut keys = Array::<u32>::new(4usize);
+    let mut readers = Array::<u32>::new(4usize);
+    let mut writers = Array::<u32>::new(4usize);
+    let mut ends = Array::<u32>::new(4usize);
+    #[unroll]
+    for j in 0..4usize {
+        let (a, b) =
+            comptime!(if plan.form == Form::Key { (at + 4 + j, at + 4 + j) } else { (at + 8 + j, at + 12 + j) });
+        let (a, b) = (words[a], words[b]);
+        let q = Two::of(words[comptime!(at + j)]).scaled(out_scale);
+        let k = added(words[comptime!(at + 4 + j)], strength, plan);
+        let r = reader(a, plan);
+        let w = writer(a, b, strength, plan);
+        let log = pair(logs, comptime!(4 * i + j));
+        let middle = pair(middles, j);
+        if comptime!(decays == Decays::None) {
+            queries[j] = pack_word(q.low, q.high);
+            keys[j] = pack_word(k.low, k.high);
+            readers[j] = pack_word(r.low, r.high);
+            writers[j] = pack_word(w.low, w.high);
+        } else {
+            let factors = comptime!(decays == Decays::Factors);
+            let grown = if comptime!(factors) { log.power() } else { log.grown(&middle) };
+            let left = if comptime!(factors) { log.negated().power() } else { log.negated().grown(&middle) };
+            let read = if comptime!(plan.form.reads_decayed()) {
+                Two { low: grown.low + 0.0f32, high: grown.high + 0.0f32 }
+            } else if comptime!(i == 0) {
+                let start = pair(starts, j);
+                if comptime!(factors) { start.power() } else { start.grown(&middle) }
+            } else {
+                Two { low: soon[comptime!(2 * j)], high: soon[comptime!(2 * j + 1)] }
+            };
+            soon[comptime!(2 * j)] = grown.low;
+            soon[comptime!(2 * j + 1)] = grown.high;
+            let q = q.times(&grown);
+            let k = k.times(&left);
+            let r = r.times(&read);
+            let w = w.times(&left);
+            queries[j] = pack_word(q.low, q.high);
+            keys[j] = pack_word(k.low, k.high);
+            readers[j] = pack_word(r.low, r.high);
+            writers[j] = pack_word(w.low, w.high);
+            if comptime!(factors) {
+                let w = w.times(&middle.power());
+                ends[j] = pack_word(w.low, w.high);
+            } else {
+                ends[j] = writers[j];
+            }
+        }
+    }
+    let row = share.first + comptime!(i as u32);
+    let tile = to + row * 128u32 + ((share.lane ^ row) % 8u32) * 16u32;
+    let wide = comptime!(plan.panels() * PANEL);
+    store_u32_four(tile, 0usize, queries[0], queries[1], queries[2], queries[3]);
+    store_u32_four(tile, wide, keys[0], keys[1], keys[2], keys[3]);
+    store_u32_four(tile, comptime!(2 * wide), readers[0], readers[1], readers[2], readers[3]);
+    store_u32_four(tile, comptime!(3 * wide), writers[0], writers[1], writers[2], writers[3]);
+    if comptime!(decays != Decays::None) {
+        store_global_four(rows.second, comptime!(2 * i * plan.padded()), ends[0], ends[1], ends[2], ends[3]);
+    }
+}
+
+/// Writes the tiles of a chunk's tokens, with the factors of their decays, and B̂. Returns whether they have such factors, that
+/// is, whether no channel decays by more than `range`; if not, what was written is garbage.
+///
+/// `to`: the warpgroup's panel of queries. `totals`: room for four rows of f32, that the team's units share, and behind them
+/// one for half a chunk's decay. The team meets at the named barrier `id`.
+#[cube]
+pub(crate) fn write_tokens(
+    share: &Share,
+    rows: &Rows,
+    gates: u64,
+    strengths: &[f32],
+    heads: u32,
+    to: u32,
+    totals: u32,
+    decays: u64,
+    range: f32,
+    out_scale: f32,
+    id: u32,
+    #[comptime] plan: KeyPlan,
+) -> bool {
+    let mut words = Array::<u32>::new(comptime!(AHEAD * TOKEN_WORDS));
+    let mut strength = Array::<f32>::new(AHEAD);
+    let mut found = Array::<u32>::new(comptime!(RUN * gate_words(plan)));
+    let mut logs = Array::<f32>::new(comptime!(RUN * OCTET));
+    let mut starts = Array::<f32>::new(OCTET);
+    let mut middles = Array::<f32>::new(OCTET);
+    let mut soon = Array::<f32>::new(OCTET);
+    load_gates(share, gates, heads, &mut found, plan);
+    #[unroll]
+    for i in 0..AHEAD {
+        load_token(share, rows, strengths, heads, &mut words, &mut strength, i, plan);
+    }
+    sum_gates(share, &found, &mut logs, &mut starts, plan);
+    share_totals(share, totals, &logs, &starts, plan);
+    sync_warpgroup(id, comptime!(128 * plan.panels() as u32));
+    let fast = narrower(share, totals, range, plan);
+    centre(share, totals, &mut logs, &mut starts, &mut middles, plan);
+    if share.first == 0u32 {
+        write_factors(share, totals, decays, &middles, fast, plan);
+    }
+    #[unroll]
+    for i in 0..RUN {
+        write_token(
+            share,
+            rows,
+            to,
+            &words,
+            strength[comptime!(i % AHEAD)],
+            &logs,
+            &starts,
+            &middles,
+            &mut soon,
+            out_scale,
+            i,
+            Decays::Factors,
+            plan,
+        );
+        if comptime!(i + AHEAD < RUN) {
+            load_token(share, rows, strengths, heads, &mut words, &mut strength, comptime!(i + AHEAD), plan);
+        }
+    }
+    fast
+}
+
+/// The decay over the chunk, and half of it, which is 1 where tiles have no factors.
+#[cube]
+fn write_factors(share: &Share, totals: u32, decays: u64, middles: &Array<f32>, fast: bool, #[comptime] plan: KeyPlan) {
+    let factors = totals + comptime!(16 * plan.padded() as u32) + share.channel * 4u32;
+    let all = decays + u64::cast_from((share.block * comptime!(plan.padded() as u32) + share.channel) * 4u32);
+    #[unroll]
+    for half in 0..2usize {
+        let mut factor = Array::<u32>::new(4usize);
+        let mut whole = Array::<u32>::new(4usize);
+        #[unroll]
+        for e in 0..4usize {
+            let middle = middles[comptime!(4 * half + e)];
+            factor[e] = u32::reinterpret(select(fast, exp2(middle), 1.0f32));
+            whole[e] = u32::reinterpret(exp2(2.0f32 * middle));
+        }
+        store_u32_four(factors, comptime!(16 * half), factor[0], factor[1], factor[2], factor[3]);
+        store_global_four(all, comptime!(16 * half), whole[0], whole[1], whole[2], whole[3]);
+    }
+}
+
+/// Writes the tiles anew, with other decays, after [`write_tokens`] had its totals. With [`Decays::None`] also the sums of log
+/// decays as panels of f32, from `sums` on; with [`Decays::Whole`] also B̂.
+#[cube]
+pub(crate) fn write_again(
+    share: &Share,
+    rows: &Rows,
+    gates: u64,
+    strengths: &[f32],
+    heads: u32,
+    to: u32,
+    totals: u32,
+    sums: u32,
+    out_scale: f32,
+    #[comptime] decays: Decays,
+    #[comptime] plan: KeyPlan,
+) {
+    let mut words = Array::<u32>::new(comptime!(AHEAD * TOKEN_WORDS));
+    let mut strength = Array::<f32>::new(AHEAD);
+    let mut found = Array::<u32>::new(comptime!(RUN * gate_words(plan)));
+    let mut logs = Array::<f32>::new(comptime!(RUN * OCTET));
+    let mut starts = Array::<f32>::new(OCTET);
+    let mut middles = Array::<f32>::new(OCTET);
+    let mut soon = Array::<f32>::new(OCTET);
+    load_gates(share, gates, heads, &mut found, plan);
+    sum_gates(share, &found, &mut logs, &mut starts, plan);
+    centre(share, totals, &mut logs, &mut starts, &mut middles, plan);
+    #[unroll]
+    for i in 0..RUN {
+        load_token(share, rows, strengths, heads, &mut words, &mut strength, i, plan);
+        write_token(
+            share,
+            rows,
+            to,
+            &words,
+            strength[comptime!(i % AHEAD)],
+            &logs,
+            &starts,
+            &middles,
+            &mut soon,
+            out_scale,
+            i,
+            decays,
+            plan,
+        );
+        if comptime!(decays == Decays::None) {
+            let panel = sums + share.channel / 64u32 * comptime!(2 * PANEL as u32);
+            #[unroll]
+            for j in 0..4usize {
+                let log = pair(&logs, comptime!(4 * i + j));
+                let first = share.channel % 64u32 / 2u32 + comptime!(j as u32);
+                store_f32_pair(staged(panel, share.first + comptime!(i as u32), first), log.low, log.high);
+            }
+        }
+    }
+}
