@@ -12,7 +12,7 @@ use crate::hopper_walk::table::CHUNK_WORDS;
 use crate::tile::hopper::{
     exp2, load_f32_four, load_f32_pair, pack_word, store_f32_pair, store_u32_four, sync_warpgroup,
 };
-use crate::tile::mma::{load_global_four, prefetch, store_global_four};
+use crate::tile::mma::{address_again, load_global_four, prefetch, store_global_four};
 
 /// Tokens a unit.
 pub(crate) const RUN: usize = 4;
@@ -20,8 +20,10 @@ pub(crate) const RUN: usize = 4;
 pub(crate) const OCTET: usize = 8;
 /// Words of a token's q, k, a and b.
 const TOKEN_WORDS: usize = 4 * OCTET / 2;
-/// Tokens that are on their way before the first is used.
-const AHEAD: usize = 2;
+/// Tokens that are on their way before the first is used: as many as there are registers for.
+fn ahead(plan: KeyPlan) -> usize {
+    if plan.panels() == 1 { 2 } else { 1 }
+}
 
 /// What the tiles of tokens hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -92,18 +94,28 @@ pub(crate) fn share_of(
 
 /// Brings the vectors and log decays of a chunk nearer: two units a token and panel ask for a line of each.
 #[cube]
-pub(crate) fn prefetch_tokens(share: &Share, from: &Rows, gates: u64, heads: u32, #[comptime] plan: KeyPlan) {
+pub(crate) fn prefetch_tokens(
+    share: &Share,
+    q: &[u32],
+    k: &[u32],
+    a: &[u32],
+    b: &[u32],
+    gates: &[u32],
+    heads: u32,
+    #[comptime] plan: KeyPlan,
+) {
     let unit = share.warp * 32u32 + share.lane;
     let second = unit % 2u32 == 1u32;
     let token = u64::cast_from(share.start + u32::min(unit / 2u32, share.length - 1u32));
     let channel = share.channel / 64u32 * 64u32;
     let row = token * u64::cast_from(share.key_heads) + u64::cast_from(share.key_head);
     let at = row * comptime!(2 * plan.keys as u64) + u64::cast_from(2u32 * channel);
-    prefetch(select(second, from.k, from.q) + at);
+    prefetch(select(second, address_again::<u32>(k.as_ptr()), address_again::<u32>(q.as_ptr())) + at);
     if comptime!(plan.form != Form::Key) {
-        prefetch(select(second, from.b, from.a) + at);
+        prefetch(select(second, address_again::<u32>(b.as_ptr()), address_again::<u32>(a.as_ptr())) + at);
     }
     let row = token * u64::cast_from(heads) + u64::cast_from(share.head);
+    let gates = address_again::<u32>(gates.as_ptr());
     if comptime!(plan.wide) {
         let half = u32::min(channel + select(second, 32u32, 0u32), comptime!(plan.keys as u32 - 1));
         prefetch(gates + row * comptime!(4 * plan.keys as u64) + u64::cast_from(4u32 * half));
@@ -144,17 +156,24 @@ pub(crate) struct Rows {
     pub(crate) second: u64,
 }
 
-/// The tensors begin at the addresses in `from`.
 #[cube]
-pub(crate) fn rows_of(share: &Share, from: &Rows, #[comptime] plan: KeyPlan) -> Rows {
+pub(crate) fn rows_of(
+    share: &Share,
+    q: &[u32],
+    k: &[u32],
+    a: &[u32],
+    b: &[u32],
+    second: &mut [u32],
+    #[comptime] plan: KeyPlan,
+) -> Rows {
     let base = share.row(0u64, share.key_head, share.key_heads, 2usize, plan);
     Rows {
-        q: from.q + base,
-        k: from.k + base,
-        a: from.a + base,
-        b: from.b + base,
+        q: address_again::<u32>(q.as_ptr()) + base,
+        k: address_again::<u32>(k.as_ptr()) + base,
+        a: address_again::<u32>(a.as_ptr()) + base,
+        b: address_again::<u32>(b.as_ptr()) + base,
         step: u64::cast_from(share.key_heads * comptime!(2 * plan.keys as u32)),
-        second: share.out_row(from.second, plan),
+        second: share.out_row(address_again::<u32>(second.as_ptr()), plan),
     }
 }
 
@@ -165,9 +184,9 @@ pub(crate) fn gate_words(plan: KeyPlan) -> usize {
 
 /// Loads the log decays of a unit's tokens.
 #[cube]
-pub(crate) fn load_gates(share: &Share, gates: u64, heads: u32, found: &mut Array<u32>, #[comptime] plan: KeyPlan) {
+pub(crate) fn load_gates(share: &Share, gates: &[u32], heads: u32, found: &mut Array<u32>, #[comptime] plan: KeyPlan) {
     let bytes = comptime!(if plan.wide { 4usize } else { 2usize });
-    let from = share.row(gates, share.head, heads, bytes, plan);
+    let from = share.row(address_again::<u32>(gates.as_ptr()), share.head, heads, bytes, plan);
     let step = u64::cast_from(heads * comptime!((plan.keys * bytes) as u32));
     #[unroll]
     for i in 0..RUN {
@@ -203,12 +222,12 @@ pub(crate) fn load_token(
 ) {
     let inside = share.inside(i);
     let step = comptime!(i as u64) * rows.step;
-    let at = comptime!(i % AHEAD * TOKEN_WORDS);
+    let at = comptime!(i % ahead(plan) * TOKEN_WORDS);
     put_four(words, at, load_global_four(rows.q + step, inside));
     put_four(words, comptime!(at + 4), load_global_four(rows.k + step, inside));
     if comptime!(plan.form == Form::Key) {
         let token = share.start + u32::min(share.first + comptime!(i as u32), share.length - 1u32);
-        strength[comptime!(i % AHEAD)] = strengths[(token * heads + share.head) as usize];
+        strength[comptime!(i % ahead(plan))] = strengths[(token * heads + share.head) as usize];
     } else {
         put_four(words, comptime!(at + 8), load_global_four(rows.a + step, inside));
         put_four(words, comptime!(at + 12), load_global_four(rows.b + step, inside));
@@ -368,7 +387,7 @@ fn write_token(
     #[comptime] decays: Decays,
     #[comptime] plan: KeyPlan,
 ) {
-    let at = comptime!(i % AHEAD * TOKEN_WORDS);
+    let at = comptime!(i % ahead(plan) * TOKEN_WORDS);
     let mut queries = Array::<u32>::new(4usize);
     let mut keys = Array::<u32>::new(4usize);
     let mut readers = Array::<u32>::new(4usize);
@@ -441,19 +460,19 @@ fn write_token(
 pub(crate) fn write_tokens(
     share: &Share,
     rows: &Rows,
-    gates: u64,
+    gates: &[u32],
     strengths: &[f32],
     heads: u32,
     to: u32,
     totals: u32,
-    decays: u64,
+    decays: &mut [f32],
     range: f32,
     out_scale: f32,
     id: u32,
     #[comptime] plan: KeyPlan,
 ) -> bool {
-    let mut words = Array::<u32>::new(comptime!(AHEAD * TOKEN_WORDS));
-    let mut strength = Array::<f32>::new(AHEAD);
+    let mut words = Array::<u32>::new(comptime!(ahead(plan) * TOKEN_WORDS));
+    let mut strength = Array::<f32>::new(comptime!(ahead(plan)));
     let mut found = Array::<u32>::new(comptime!(RUN * gate_words(plan)));
     let mut logs = Array::<f32>::new(comptime!(RUN * OCTET));
     let mut starts = Array::<f32>::new(OCTET);
@@ -461,7 +480,7 @@ pub(crate) fn write_tokens(
     let mut soon = Array::<f32>::new(OCTET);
     load_gates(share, gates, heads, &mut found, plan);
     #[unroll]
-    for i in 0..AHEAD {
+    for i in 0..comptime!(ahead(plan)) {
         load_token(share, rows, strengths, heads, &mut words, &mut strength, i, plan);
     }
     sum_gates(share, &found, &mut logs, &mut starts, plan);
@@ -479,7 +498,7 @@ pub(crate) fn write_tokens(
             rows,
             to,
             &words,
-            strength[comptime!(i % AHEAD)],
+            strength[comptime!(i % ahead(plan))],
             &logs,
             &starts,
             &middles,
@@ -489,8 +508,8 @@ pub(crate) fn write_tokens(
             Decays::Factors,
             plan,
         );
-        if comptime!(i + AHEAD < RUN) {
-            load_token(share, rows, strengths, heads, &mut words, &mut strength, comptime!(i + AHEAD), plan);
+        if comptime!(i + ahead(plan) < RUN) {
+            load_token(share, rows, strengths, heads, &mut words, &mut strength, comptime!(i + ahead(plan)), plan);
         }
     }
     fast
@@ -498,9 +517,17 @@ pub(crate) fn write_tokens(
 
 /// The decay over the chunk, and half of it, which is 1 where tiles have no factors.
 #[cube]
-fn write_factors(share: &Share, totals: u32, decays: u64, middles: &Array<f32>, fast: bool, #[comptime] plan: KeyPlan) {
+fn write_factors(
+    share: &Share,
+    totals: u32,
+    decays: &mut [f32],
+    middles: &Array<f32>,
+    fast: bool,
+    #[comptime] plan: KeyPlan,
+) {
     let factors = totals + comptime!(16 * plan.padded() as u32) + share.channel * 4u32;
-    let all = decays + u64::cast_from((share.block * comptime!(plan.padded() as u32) + share.channel) * 4u32);
+    let all = address_again::<f32>(decays.as_ptr())
+        + u64::cast_from((share.block * comptime!(plan.padded() as u32) + share.channel) * 4u32);
     #[unroll]
     for half in 0..2usize {
         let mut factor = Array::<u32>::new(4usize);
@@ -522,7 +549,7 @@ fn write_factors(share: &Share, totals: u32, decays: u64, middles: &Array<f32>, 
 pub(crate) fn write_again(
     share: &Share,
     rows: &Rows,
-    gates: u64,
+    gates: &[u32],
     strengths: &[f32],
     heads: u32,
     to: u32,
@@ -532,8 +559,8 @@ pub(crate) fn write_again(
     #[comptime] decays: Decays,
     #[comptime] plan: KeyPlan,
 ) {
-    let mut words = Array::<u32>::new(comptime!(AHEAD * TOKEN_WORDS));
-    let mut strength = Array::<f32>::new(AHEAD);
+    let mut words = Array::<u32>::new(comptime!(ahead(plan) * TOKEN_WORDS));
+    let mut strength = Array::<f32>::new(comptime!(ahead(plan)));
     let mut found = Array::<u32>::new(comptime!(RUN * gate_words(plan)));
     let mut logs = Array::<f32>::new(comptime!(RUN * OCTET));
     let mut starts = Array::<f32>::new(OCTET);
@@ -550,7 +577,7 @@ pub(crate) fn write_again(
             rows,
             to,
             &words,
-            strength[comptime!(i % AHEAD)],
+            strength[comptime!(i % ahead(plan))],
             &logs,
             &starts,
             &middles,

@@ -10,7 +10,7 @@ use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::generic_to_shared;
 
 use super::exact::exact_scores;
-use super::octets::{Decays, Rows, prefetch_tokens, rows_of, share_of, tokens_of, write_again, write_tokens};
+use super::octets::{Decays, prefetch_tokens, rows_of, share_of, tokens_of, write_again, write_tokens};
 use super::parts::mask;
 use super::plan::{AB, CHANNELS, CHUNK, KeyPlan, PANEL, QK, RANGE, SCORES};
 use super::products::{begin, commit, declare_operands, fence_shared, product, wait};
@@ -22,7 +22,7 @@ use crate::tile::hopper::{
     load_u32, load_u32_four, pack_pair, pack_word, read, row_of, scale_columns, store_f32, store_u32, swizzled,
     sync_warpgroup, warpgroup,
 };
-use crate::tile::mma::{address_of, address_of_floats, address_of_mut, store_global_four};
+use crate::tile::mma::{address_again, store_global_four, unit_again};
 
 /// Where a team has its tiles: queries, keys, readers and writers, then Q′, K′, Ã and writers; the triangle, then its inverse
 /// and H; the inverse's rows, then products with keys of readers, which P follows, and of queries with writers. Behind
@@ -157,34 +157,15 @@ pub(crate) fn prepare(
         plan,
     );
     let own = p.panel * comptime!(PANEL as u32);
-    let from = Rows {
-        q: address_of(q),
-        k: address_of(k),
-        a: address_of(a),
-        b: address_of(b),
-        step: 0u64.runtime(),
-        second: address_of_mut(second),
-    };
-    let gates = address_of(gates);
-    let decays = address_of_floats(decays);
-    let to = Outputs {
-        first: address_of_mut(first),
-        out: address_of_mut(out),
-        into: address_of_mut(into),
-        scores: address_of_mut(scores),
-        inverse: address_of_mut(inverse),
-        answers: address_of_mut(answers),
-        passed: address_of_mut(passed),
-    };
     let mut index = CUBE_POS_X * teams + team;
     let tokens = tokens_of(u32::min(index, blocks - 1u32), table, table_at, heads);
     let mut start = tokens.0;
     let mut length = tokens.1;
     while index < blocks {
-        let share = share_of(index, (start + 0u32, length + 0u32), heads, groups, p.panel, p.unit, plan);
         let next = u32::min(index + CUBE_COUNT_X * teams, blocks - 1u32);
         let ahead = tokens_of(next, table, table_at, heads);
-        let rows = rows_of(&share, &from, plan);
+        let share = share_of(index, (start + 0u32, length + 0u32), heads, groups, p.panel, p.unit, plan);
+        let rows = rows_of(&share, q, k, a, b, second, plan);
         let fast = write_tokens(
             &share,
             &rows,
@@ -200,7 +181,11 @@ pub(crate) fn prepare(
             plan,
         );
         if !fast {
-            // The warps that are still in the sums of decays do not read tiles.
+            // The decays in the place of the triangle. Computed again is what else would take registers where it is rarely
+            // needed.
+            let unit = unit_again() % 128u32;
+            let share = share_of(index, (start + 0u32, length + 0u32), heads, groups, p.panel, unit, plan);
+            let rows = rows_of(&share, q, k, a, b, second, plan);
             write_again(
                 &share,
                 &rows,
@@ -217,7 +202,7 @@ pub(crate) fn prepare(
         }
         if comptime!(cores == Cores::Hopper) {
             let share = share_of(next, ahead, heads, groups, p.panel, p.unit, plan);
-            prefetch_tokens(&share, &from, gates, heads, plan);
+            prefetch_tokens(&share, q, k, a, b, gates, heads, plan);
         }
         fence_shared(cores);
         sync_team(&p, plan);
@@ -227,6 +212,9 @@ pub(crate) fn prepare(
         products_of_tokens(&t, &p, fast, &mut by_key, &mut by_writer, plan);
         if !fast {
             sync_team(&p, plan);
+            let unit = unit_again() % 128u32;
+            let share = share_of(index, (start + 0u32, length + 0u32), heads, groups, p.panel, unit, plan);
+            let rows = rows_of(&share, q, k, a, b, second, plan);
             write_again(
                 &share,
                 &rows,
@@ -264,11 +252,11 @@ pub(crate) fn prepare(
         fence_shared(cores);
         sync_team(&p, plan);
         if comptime!(plan.panels() == 1) {
-            finish(&t, &p, share.block, &to, true, extras, plan);
+            finish(&t, &p, index, first, out, into, scores, inverse, answers, passed, true, extras, plan);
         } else if p.scores {
-            finish(&t, &p, share.block, &to, true, false, plan);
+            finish(&t, &p, index, first, out, into, scores, inverse, answers, passed, true, false, plan);
         } else {
-            finish(&t, &p, share.block, &to, false, extras, plan);
+            finish(&t, &p, index, first, out, into, scores, inverse, answers, passed, false, extras, plan);
         }
         // The next chunk's tiles go where these were.
         sync_team(&p, plan);
@@ -377,25 +365,19 @@ fn solved_products(t: &Tiles, p: &Place, #[comptime] scores: bool, #[comptime] p
     }
 }
 
-/// Where the operands begin in device memory.
-#[derive(CubeType, Clone, Copy)]
-struct Outputs {
-    first: u64,
-    out: u64,
-    into: u64,
-    scores: u64,
-    inverse: u64,
-    answers: u64,
-    passed: u64,
-}
-
 /// Q′ and K′, and with `scores` P; all but B̂ go to device memory, N, `A_qb` and H with `extras`.
 #[cube]
 fn finish(
     t: &Tiles,
     p: &Place,
     block: u32,
-    to: &Outputs,
+    to_first: &mut [u32],
+    to_out: &mut [u32],
+    to_into: &mut [u32],
+    to_scores: &mut [u32],
+    to_inverse: &mut [u32],
+    to_answers: &mut [u32],
+    to_passed: &mut [u32],
     #[comptime] scores: bool,
     #[comptime] extras: bool,
     #[comptime] plan: KeyPlan,
@@ -418,11 +400,11 @@ fn finish(
     }
     commit(cores);
     // While they run.
-    copy_out(t.a + own, to.first + row, p, comptime!(2 * plan.padded()));
+    copy_out(t.a + own, address_again::<u32>(to_first.as_ptr()) + row, p, comptime!(2 * plan.padded()));
     if comptime!(extras) {
-        copy_out(t.n, to.inverse + square, p, 128usize);
-        copy_out(t.qb, to.answers + square, p, 128usize);
-        copy_out(t.h, to.passed + square, p, 128usize);
+        copy_out(t.n, address_again::<u32>(to_inverse.as_ptr()) + square, p, 128usize);
+        copy_out(t.qb, address_again::<u32>(to_answers.as_ptr()) + square, p, 128usize);
+        copy_out(t.h, address_again::<u32>(to_passed.as_ptr()) + square, p, 128usize);
     }
     wait(0u32, cores);
     add_queries(t.q + own, factors, p.row, p.lane);
@@ -431,10 +413,10 @@ fn finish(
         publish(t.ak, QK, p.row, p.lane);
     }
     sync_warpgroup(p.own, 128u32);
-    copy_out(t.q + own, to.out + row, p, comptime!(2 * plan.padded()));
-    copy_out(t.k + own, to.into + row, p, comptime!(2 * plan.padded()));
+    copy_out(t.q + own, address_again::<u32>(to_out.as_ptr()) + row, p, comptime!(2 * plan.padded()));
+    copy_out(t.k + own, address_again::<u32>(to_into.as_ptr()) + row, p, comptime!(2 * plan.padded()));
     if comptime!(scores) {
-        copy_out(t.ak, to.scores + square, p, 128usize);
+        copy_out(t.ak, address_again::<u32>(to_scores.as_ptr()) + square, p, 128usize);
     }
 }
 

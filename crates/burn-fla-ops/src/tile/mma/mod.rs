@@ -26,8 +26,8 @@ pub use super::registers::{
     row_of, scale, word, write, zero,
 };
 pub use copy::{
-    address_of, address_of_floats, address_of_mut, commit_copies, copy_16, load_global_four, prefetch,
-    store_global_four, store_global_pair, unit_again, wait_copies,
+    address_again, address_of, address_of_mut, commit_copies, copy_16, load_global_four, prefetch, store_global_four,
+    store_global_pair, unit_again, wait_copies,
 };
 pub use product::{across_first, down_first, load, multiply, multiply_split, split, transpose};
 pub use store::{RowPair, store_rows, store_rows_f32};
