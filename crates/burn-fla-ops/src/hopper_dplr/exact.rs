@@ -10,9 +10,10 @@ use super::parts::{staged, staged_pair};
 use super::plan::{GradientPlan, KeyPlan, PANEL, TEAM};
 use super::tokens::{Part, Two, logs_at};
 use crate::tile::hopper::{
-    Acc, bf16_high, bf16_low, column_of, exp2, load_u32, next, read, store_f32_pair, swizzled, sync_warpgroup, write,
-    zero,
+    Acc, bf16_high, bf16_low, column_of, exp2, load_u32, next, read, row_of, store_f32_pair, swizzled, sync_warpgroup,
+    write, zero,
 };
+use crate::tile::mma::unit_again;
 
 /// The decay between two sums, of which the second comes first in time.
 #[cube]
@@ -50,8 +51,6 @@ pub(crate) fn exact_scores(
     x: u32,
     y: u32,
     room: u32,
-    row: u32,
-    lane: u32,
     #[comptime] reads: bool,
     #[comptime] plan: KeyPlan,
 ) {
@@ -62,6 +61,10 @@ pub(crate) fn exact_scores(
         let sums = room + comptime!((2 * panel * PANEL) as u32);
         let mut pair = 0u32.runtime();
         while pair < 32u32 {
+            // Asked anew: addresses that were computed before the loop would not fit into registers.
+            let unit = unit_again() % 128u32;
+            let lane = unit % 32u32;
+            let row = row_of(unit / 32u32, lane, 0usize);
             #[unroll]
             for half in 0..2usize {
                 let line = row + comptime!(8 * half as u32);

@@ -131,10 +131,17 @@ impl Share {
         self.first + comptime!(i as u32) < self.count
     }
 
-    /// Where the unit's numbers of `bytes` bytes begin in a tensor `[tokens, heads, K]` at `from`.
+    /// The unit's token `i` in its chunk; where there is none, one that there is.
+    fn token(&self, #[comptime] i: usize) -> u32 {
+        u32::min(self.first + comptime!(i as u32), self.length - 1u32)
+    }
+
+    /// Where the unit's numbers of `bytes` bytes begin at the chunk's first token in a tensor `[tokens, heads, K]` at `from`;
+    /// where there are none, some that there are.
     fn row(&self, from: u64, head: u32, heads: u32, #[comptime] bytes: usize, #[comptime] plan: KeyPlan) -> u64 {
-        let row = u64::cast_from(self.start + self.first) * u64::cast_from(heads) + u64::cast_from(head);
-        from + row * comptime!((plan.keys * bytes) as u64) + u64::cast_from(self.channel * comptime!(bytes as u32))
+        let row = u64::cast_from(self.start) * u64::cast_from(heads) + u64::cast_from(head);
+        let channel = u32::min(self.channel, comptime!((plan.keys - OCTET) as u32));
+        from + row * comptime!((plan.keys * bytes) as u64) + u64::cast_from(channel * comptime!(bytes as u32))
     }
 
     /// Where they begin in a block of rows of bf16 at `to`, and bytes of such a row.
@@ -144,8 +151,8 @@ impl Share {
     }
 }
 
-/// Where the vectors of a chunk's tokens are, for a unit: the rows of its first token in q, k, a and b, bytes from one token
-/// to the next, and its row of B̂.
+/// Where the vectors of a chunk's tokens are, for a unit: the rows of the chunk's first token in q, k, a and b, bytes from one
+/// token to the next, and the row of its own first one in B̂.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Rows {
     pub(crate) q: u64,
@@ -190,22 +197,24 @@ pub(crate) fn load_gates(share: &Share, gates: &[u32], heads: u32, found: &mut A
     let step = u64::cast_from(heads * comptime!((plan.keys * bytes) as u32));
     #[unroll]
     for i in 0..RUN {
-        let token = from + comptime!(i as u64) * step;
+        let token = from + u64::cast_from(share.token(i)) * step;
         #[unroll]
         for piece in 0..comptime!(gate_words(plan) / 4) {
-            let four = load_global_four(token + comptime!(16 * piece as u64), share.inside(i));
             let at = comptime!(i * gate_words(plan) + 4 * piece);
-            put_four(found, at, four);
+            load_four(found, token + comptime!(16 * piece as u64), share.inside(i), at);
         }
     }
 }
 
+/// Four words at `from`, or zeros. A load that is left out would leave its registers what they were, and so in use from one
+/// chunk to the next.
 #[cube]
-fn put_four(to: &mut Array<u32>, #[comptime] at: usize, four: (u32, u32, u32, u32)) {
-    to[at] = four.0;
-    to[comptime!(at + 1)] = four.1;
-    to[comptime!(at + 2)] = four.2;
-    to[comptime!(at + 3)] = four.3;
+fn load_four(to: &mut Array<u32>, from: u64, inside: bool, #[comptime] at: usize) {
+    let found = load_global_four(from);
+    #[unroll]
+    for e in 0..4usize {
+        to[comptime!(at + e)] = select(inside, found.extract(e), 0u32);
+    }
 }
 
 /// Loads q, k and, where the form has them, a and b of a unit's token `i`.
@@ -221,16 +230,16 @@ pub(crate) fn load_token(
     #[comptime] plan: KeyPlan,
 ) {
     let inside = share.inside(i);
-    let step = comptime!(i as u64) * rows.step;
+    let step = u64::cast_from(share.token(i)) * rows.step;
     let at = comptime!(i % ahead(plan) * TOKEN_WORDS);
-    put_four(words, at, load_global_four(rows.q + step, inside));
-    put_four(words, comptime!(at + 4), load_global_four(rows.k + step, inside));
+    load_four(words, rows.q + step, inside, at);
+    load_four(words, rows.k + step, inside, comptime!(at + 4));
     if comptime!(plan.form == Form::Key) {
-        let token = share.start + u32::min(share.first + comptime!(i as u32), share.length - 1u32);
+        let token = share.start + share.token(i);
         strength[comptime!(i % ahead(plan))] = strengths[(token * heads + share.head) as usize];
     } else {
-        put_four(words, comptime!(at + 8), load_global_four(rows.a + step, inside));
-        put_four(words, comptime!(at + 12), load_global_four(rows.b + step, inside));
+        load_four(words, rows.a + step, inside, comptime!(at + 8));
+        load_four(words, rows.b + step, inside, comptime!(at + 12));
     }
 }
 

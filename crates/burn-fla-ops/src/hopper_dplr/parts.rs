@@ -3,12 +3,10 @@
 use cubecl::prelude::*;
 
 use super::plan::{ChainPlan, PANEL, Task};
-use super::tokens::{Part, Two};
+use super::tokens::Two;
 use crate::hopper_delta::segments::transition;
 use crate::hopper_walk::table::ITEM_WORDS;
-use crate::tile::hopper::{
-    Acc, column_of, load_f32_pair, load_u32, pack_word, read, scale, store_f32_pair, swizzled, write, zero,
-};
+use crate::tile::hopper::{Acc, column_of, load_f32_pair, read, scale, store_f32_pair, write, zero};
 
 /// Keeps what a token has of those up to itself (`strict`: before itself), in products between tokens.
 #[cube]
@@ -62,25 +60,6 @@ pub(crate) fn stage_panel(to: u32, #[comptime] acc: Acc, #[comptime] panel: usiz
 pub(crate) fn staged_pair(panel: u32, row: u32, pair: u32) -> Two {
     let found = load_f32_pair(staged(panel, row, pair));
     Two { low: found.extract(0usize), high: found.extract(1usize) }
-}
-
-/// A staged pair and another one, summed and rounded.
-#[cube]
-pub(crate) fn add_rows(panel: u32, row: u32, pair: u32, own: Two) -> u32 {
-    let found = staged_pair(panel, row, pair);
-    pack_word(found.low + own.low, found.high + own.high)
-}
-
-/// A unit copies its pairs of a tile to a chunk of rows of `width` words, from word `column` on.
-#[cube]
-pub(crate) fn copy_tile(tile: u32, to: &mut [u32], part: &Part, column: u32, width: u32, #[comptime] tokens: usize) {
-    let first = (part.block * 64u32 + part.first) * width + column + part.pair;
-    #[unroll]
-    for i in 0..tokens {
-        let token = comptime!(i as u32);
-        let word = load_u32(swizzled(tile, part.first + token, part.pair * 4u32));
-        to[(first + token * width) as usize] = word;
-    }
 }
 
 /// Where a cube of a chain works: a segment of a sequence, a head, a slice of its value channels.

@@ -64,7 +64,8 @@ fn tiles_at(tiles: u32, totals: u32, #[comptime] plan: KeyPlan) -> Tiles {
     }
 }
 
-/// Who a unit is in its team.
+/// Who a unit is in its team: each step asks anew. What is computed from it would else be moved before the loop over chunks,
+/// all of it, and not fit into registers.
 #[derive(CubeType, Clone, Copy)]
 struct Place {
     /// Its panel, and whether it has the triangle, and the products that are needed after it: where there is one warpgroup,
@@ -82,19 +83,17 @@ struct Place {
 }
 
 #[cube]
-fn place_of(team: u32, #[comptime] plan: KeyPlan) -> Place {
+fn place_of(team: u32, panel: u32, #[comptime] plan: KeyPlan) -> Place {
     let groups = comptime!(plan.panels() as u32);
-    let all = comptime!((plan.panels() * plan.prepare_teams()) as u32);
-    let panel = if comptime!(groups == 1) { 0u32.runtime() } else { warpgroup() % groups };
-    let unit = UNIT_POS % 128u32;
-    let lane = UNIT_POS % 32u32;
+    let unit = unit_again() % 128u32;
+    let lane = unit % 32u32;
     let warp = unit / 32u32;
+    // One a team, then one a warpgroup.
     let own = if comptime!(groups == 1) {
         team + 1u32
     } else {
         team * groups + panel + comptime!(plan.prepare_teams() as u32 + 1)
     };
-    comptime!(assert!(all + plan.prepare_teams() as u32 <= 15, "named barriers"));
     Place {
         panel,
         solves: panel == 0u32,
@@ -150,18 +149,20 @@ pub(crate) fn prepare(
     declare_triangle();
     declare_operands(cores);
     let team = if comptime!(teams == 1) { 0u32.runtime() } else { warpgroup() / comptime!(plan.panels() as u32) };
-    let p = place_of(team, plan);
+    let panel =
+        if comptime!(plan.panels() == 1) { 0u32.runtime() } else { warpgroup() % comptime!(plan.panels() as u32) };
     let t = tiles_at(
         generic_to_shared::<u32>(shared.as_ptr()) + team * comptime!(plan.prepare_tiles() as u32),
         generic_to_shared::<f32>(sums.as_ptr()) + team * comptime!(4 * plan.prepare_sums() as u32),
         plan,
     );
-    let own = p.panel * comptime!(PANEL as u32);
+    let own = panel * comptime!(PANEL as u32);
     let mut index = CUBE_POS_X * teams + team;
     let tokens = tokens_of(u32::min(index, blocks - 1u32), table, table_at, heads);
     let mut start = tokens.0;
     let mut length = tokens.1;
     while index < blocks {
+        let p = place_of(team, panel, plan);
         let next = u32::min(index + CUBE_COUNT_X * teams, blocks - 1u32);
         let ahead = tokens_of(next, table, table_at, heads);
         let share = share_of(index, (start + 0u32, length + 0u32), heads, groups, p.panel, p.unit, plan);
@@ -183,8 +184,8 @@ pub(crate) fn prepare(
         if !fast {
             // The decays in the place of the triangle. Computed again is what else would take registers where it is rarely
             // needed.
-            let unit = unit_again() % 128u32;
-            let share = share_of(index, (start + 0u32, length + 0u32), heads, groups, p.panel, unit, plan);
+            let p = place_of(team, panel, plan);
+            let share = share_of(index, (start + 0u32, length + 0u32), heads, groups, p.panel, p.unit, plan);
             let rows = rows_of(&share, q, k, a, b, second, plan);
             write_again(
                 &share,
@@ -206,14 +207,15 @@ pub(crate) fn prepare(
         }
         fence_shared(cores);
         sync_team(&p, plan);
+        let p = place_of(team, panel, plan);
         // Readers with keys, queries with writers, both rounded.
         let mut by_key = Array::<u32>::new(16usize);
         let mut by_writer = Array::<u32>::new(16usize);
         products_of_tokens(&t, &p, fast, &mut by_key, &mut by_writer, plan);
         if !fast {
             sync_team(&p, plan);
-            let unit = unit_again() % 128u32;
-            let share = share_of(index, (start + 0u32, length + 0u32), heads, groups, p.panel, unit, plan);
+            let p = place_of(team, panel, plan);
+            let share = share_of(index, (start + 0u32, length + 0u32), heads, groups, p.panel, p.unit, plan);
             let rows = rows_of(&share, q, k, a, b, second, plan);
             write_again(
                 &share,
@@ -230,6 +232,7 @@ pub(crate) fn prepare(
             );
             fence_shared(cores);
         }
+        let p = place_of(team, panel, plan);
         if p.solves {
             solve(&t, &p, plan);
         }
@@ -241,6 +244,7 @@ pub(crate) fn prepare(
             fence_shared(cores);
             sync_warpgroup(p.own, 128u32);
         }
+        let p = place_of(team, panel, plan);
         // One branch a group of products: the compiler waits for those that begin in one and end in another.
         if comptime!(plan.panels() == 1) {
             solved_products(&t, &p, true, plan);
@@ -300,6 +304,8 @@ fn products_of_tokens(
             }
             commit(cores);
             wait(0u32, cores);
+            pack_masked(SCORES, by_key, p, true);
+            pack_masked(CHANNELS, by_writer, p, false);
         }
         if comptime!(plan.panels() > 1) && p.solves {
             begin(cores);
@@ -311,27 +317,33 @@ fn products_of_tokens(
             wait(0u32, cores);
         }
     } else {
+        // One after the other, so that few are in registers.
         if p.scores {
-            exact_scores(SCORES, t.a, t.k, t.triangle, p.row, p.lane, true, plan);
-            exact_scores(CHANNELS, t.q, t.b, t.triangle, p.row, p.lane, false, plan);
-            exact_scores(QK, t.q, t.k, t.triangle, p.row, p.lane, false, plan);
+            exact_scores(SCORES, t.a, t.k, t.triangle, true, plan);
+            pack_masked(SCORES, by_key, p, true);
+            exact_scores(SCORES, t.q, t.b, t.triangle, false, plan);
+            pack_masked(SCORES, by_writer, p, false);
+            exact_scores(QK, t.q, t.k, t.triangle, false, plan);
         }
         if p.solves {
-            exact_scores(solved, t.a, t.b, t.triangle, p.row, p.lane, true, plan);
+            exact_scores(solved, t.a, t.b, t.triangle, true, plan);
         }
     }
     if p.scores {
-        mask(SCORES, p.row, p.lane, true);
-        mask(CHANNELS, p.row, p.lane, false);
         mask(QK, p.row, p.lane, false);
-        #[unroll]
-        for n in 0..16usize {
-            by_key[n] = pack_pair(SCORES, comptime!(2 * n));
-            by_writer[n] = pack_pair(CHANNELS, comptime!(2 * n));
-        }
     }
     if p.solves {
         mask(solved, p.row, p.lane, true);
+    }
+}
+
+/// The words of products between tokens, each with those that a token has up to itself (`strict`: before itself).
+#[cube]
+fn pack_masked(#[comptime] acc: Acc, words: &mut Array<u32>, p: &Place, #[comptime] strict: bool) {
+    mask(acc, p.row, p.lane, strict);
+    #[unroll]
+    for n in 0..16usize {
+        words[n] = pack_pair(acc, comptime!(2 * n));
     }
 }
 

@@ -50,21 +50,12 @@ pub fn wait_copies(#[comptime] pending: u32) {
     gpu_asm!("cp.async.wait_group {pending};");
 }
 
-/// Loads four words from device memory, at a multiple of 16 bytes; zeros where they are not `there`. Nobody may write them
-/// while the kernel runs.
+/// Loads four words from device memory, at a multiple of 16 bytes. Nobody may write them while the kernel runs.
 #[cube]
-pub fn load_global_four(from: u64, there: bool) -> (u32, u32, u32, u32) {
-    let found: Vector<u32, Const<4>>;
-    gpu_asm!(
-        "{{ .reg .pred p; setp.ne.b32 p, {w}, 0; @p ld.global.nc.v4.b32 {d}, [{s}]; }}",
-        d = out(_) found, s = in(_) from + 0u64, w = in(_) select(there, 1u32, 0u32)
-    );
-    (
-        select(there, found.extract(0usize), 0u32),
-        select(there, found.extract(1usize), 0u32),
-        select(there, found.extract(2usize), 0u32),
-        select(there, found.extract(3usize), 0u32),
-    )
+pub fn load_global_four(from: u64) -> Vector<u32, Const<4>> {
+    let out: Vector<u32, Const<4>>;
+    gpu_asm!("ld.global.nc.v4.b32 {d}, [{s}];", d = out(_) out, s = in(_) from + 0u64);
+    out
 }
 
 /// Asks for the line at an address of device memory to be brought nearer: what loads it soon waits less.
