@@ -20,7 +20,7 @@ use crate::hopper_walk::parts::publish;
 use crate::tile::hopper::{
     Acc, TRIANGLE_COLUMN, TRIANGLE_ROW, column_of, declare, declare_triangle, invert_triangle_by, load_f32_pair,
     load_u32, load_u32_four, pack_pair, pack_word, read, row_of, scale_columns, store_f32, store_u32, swizzled,
-    sync_warpgroup, warpgroup,
+    sync_warpgroup, warpgroup, zero,
 };
 use crate::tile::mma::{address_again, store_global_four, unit_again};
 
@@ -289,6 +289,11 @@ fn products_of_tokens(
     let cores = comptime!(plan.cores);
     let steps = comptime!(4 * plan.panels());
     let solved = comptime!(solved(plan));
+    if comptime!(plan.panels() > 1) {
+        // Each warpgroup leaves one of them alone: else they would count as in use from one chunk to the next.
+        zero(SCORES);
+        zero(QK);
+    }
     if fast {
         if p.scores {
             begin(cores);
