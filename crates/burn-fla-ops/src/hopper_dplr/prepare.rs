@@ -246,19 +246,17 @@ pub(crate) fn prepare(
         }
         let p = place_of(team, panel, plan);
         // One branch a group of products: the compiler waits for those that begin in one and end in another.
-        if comptime!(plan.panels() == 1) {
-            solved_products(&t, &p, true, plan);
-        } else if p.scores {
+        if p.scores {
             solved_products(&t, &p, true, plan);
         } else {
             solved_products(&t, &p, false, plan);
         }
         fence_shared(cores);
         sync_team(&p, plan);
-        if comptime!(plan.panels() == 1) {
-            finish(&t, &p, index, first, out, into, scores, inverse, answers, passed, true, extras, plan);
-        } else if p.scores {
-            finish(&t, &p, index, first, out, into, scores, inverse, answers, passed, true, false, plan);
+        if p.scores {
+            // What another warpgroup does not write.
+            let all = comptime!(extras && plan.panels() == 1);
+            finish(&t, &p, index, first, out, into, scores, inverse, answers, passed, true, all, plan);
         } else {
             finish(&t, &p, index, first, out, into, scores, inverse, answers, passed, false, extras, plan);
         }
