@@ -65,6 +65,7 @@ pub(crate) mod exact;
 pub(crate) mod finish;
 pub(crate) mod gradient_parts;
 pub(crate) mod gradients;
+mod octet_tiles;
 mod octets;
 pub(crate) mod operands;
 pub(crate) mod operator;

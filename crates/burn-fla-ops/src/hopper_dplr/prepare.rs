@@ -10,7 +10,8 @@ use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::generic_to_shared;
 
 use super::exact::exact_scores;
-use super::octets::{Decays, prefetch_tokens, rows_of, share_of, tokens_of, write_again, write_tokens};
+use super::octet_tiles::{Decays, write_again, write_tokens};
+use super::octets::{prefetch_tokens, rows_of, share_of, tokens_of};
 use super::parts::mask;
 use super::plan::{AB, CHANNELS, CHUNK, KeyPlan, PANEL, QK, RANGE, SCORES};
 use super::products::{begin, commit, declare_operands, fence_shared, product, wait};
