@@ -3,14 +3,15 @@
 use cubecl::prelude::*;
 
 use super::gradients::TOKENS_OF_WARP;
-use super::parts::{mask, panel_of};
+use super::parts::mask;
 use super::plan::{CHUNK, GradientPlan, KeyPlan, PANEL, READ, TOKENS};
-use super::products::{begin, commit, fence_shared, product, product_of, wait};
+use super::products::{product, product_of};
 use super::tokens::{BATCH, Part, Two, added, load_words, logs_at, logs_read, reader, writer};
 use crate::hopper_delta::parts::pack_all;
-use crate::hopper_walk::parts::{load_tile, publish};
+use crate::hopper_walk::Cores;
+use crate::hopper_walk::parts::publish;
 use crate::tile::hopper::{
-    Acc, bf16_high, bf16_low, column_of, load_3d, load_u32, pack_word, read, store_u32, swizzled, sync_warpgroup, write,
+    Acc, bf16_high, bf16_low, column_of, load_u32, pack_word, read, store_u32, swizzled, sync_warpgroup, write,
 };
 
 /// Half of the columns of dP.
@@ -93,29 +94,6 @@ pub(crate) fn store_tokens(
     }
 }
 
-/// One unit loads a slice of 64 value channels.
-#[cube]
-pub(crate) fn load_slice(
-    t: &Room,
-    part: &Part,
-    slice: u32,
-    values: u64,
-    grad_o: u64,
-    states: u64,
-    grad_states: u64,
-    barrier: u32,
-    #[comptime] plan: GradientPlan,
-) {
-    let channel = slice * 64u32;
-    #[unroll]
-    for n in 0..comptime!(plan.key.panels()) {
-        load_3d(panel_of(t.z, n), grad_states, comptime!(64 * n as u32), channel, part.block, barrier);
-        load_3d(panel_of(t.s, n), states, comptime!(64 * n as u32), channel, part.block, barrier);
-    }
-    load_tile(t.o, grad_o, channel, part.head, part.start, barrier, 1usize);
-    load_tile(t.v, values, channel, part.head, part.start, barrier, 1usize);
-}
-
 /// Over a slice of values: what the warpgroup's operands are multiplied with in the states, and half of dP.
 #[cube]
 pub(crate) fn outer_products(t: &Room, slice: u32, reads: bool, warp: u32, lane: u32, #[comptime] plan: GradientPlan) {
@@ -126,28 +104,21 @@ pub(crate) fn outer_products(t: &Room, slice: u32, reads: bool, warp: u32, lane:
         (select(reads, t.second, t.first), select(reads, t.z, t.s), select(reads, t.s, t.z), select(reads, t.o, t.v));
     let half = t.v + select(reads, 0u32, comptime!(PANEL as u32 / 2));
     let grads = t.o + 0u32;
-    begin(comptime!(plan.key.cores));
     #[unroll]
     for n in 0..steps {
-        product(READ, x, held, n, comptime!(n as u32), false, false, warp, lane, comptime!(plan.key.cores));
+        product(READ, x, held, n, comptime!(n as u32), false, false, warp, lane, Cores::Mma);
     }
-    commit(comptime!(plan.key.cores));
     #[unroll]
     for n in 0..4usize {
         let keep = slice + comptime!(n as u32);
-        product(outer, tokens, other, n, keep, false, true, warp, lane, comptime!(plan.key.cores));
-        product(OUTER, grads, half, n, keep, false, false, warp, lane, comptime!(plan.key.cores));
+        product(outer, tokens, other, n, keep, false, true, warp, lane, Cores::Mma);
+        product(OUTER, grads, half, n, keep, false, false, warp, lane, Cores::Mma);
     }
-    commit(comptime!(plan.key.cores));
-    wait(1u32, comptime!(plan.key.cores));
     pack_all(TOKENS, READ);
-    begin(comptime!(plan.key.cores));
     #[unroll]
     for n in 0..4usize {
-        product_of(inner, TOKENS, other, n, slice + comptime!(n as u32), true, lane, comptime!(plan.key.cores));
+        product_of(inner, TOKENS, other, n, slice + comptime!(n as u32), true, lane, Cores::Mma);
     }
-    commit(comptime!(plan.key.cores));
-    wait(0u32, comptime!(plan.key.cores));
 }
 
 /// A unit's share of the products of both states, over the value channels of a slice.
@@ -205,26 +176,23 @@ pub(crate) fn answers(t: &Room, reads: bool, warp: u32, lane: u32, #[comptime] p
     let x = select(reads, t.s, t.second);
     let y = select(reads, t.first, t.z);
     let (dp, qb, h, s, z) = (t.v, t.qb, t.h, t.s, t.z);
-    begin(comptime!(plan.key.cores));
     #[unroll]
     for n in 0..comptime!(4 * plan.key.panels()) {
-        product(ACC, x, y, n, comptime!(n as u32), false, false, warp, lane, comptime!(plan.key.cores));
+        product(ACC, x, y, n, comptime!(n as u32), false, false, warp, lane, Cores::Mma);
     }
     if reads {
         #[unroll]
         for n in 0..4usize {
-            product(ACC, dp, h, n, 1u32, false, false, warp, lane, comptime!(plan.key.cores));
-            product(inner, qb, s, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
+            product(ACC, dp, h, n, 1u32, false, false, warp, lane, Cores::Mma);
+            product(inner, qb, s, n, 1u32, true, true, warp, lane, Cores::Mma);
         }
     } else {
         #[unroll]
         for n in 0..4usize {
-            product(ACC, qb, dp, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
-            product(inner, h, z, n, 1u32, false, true, warp, lane, comptime!(plan.key.cores));
+            product(ACC, qb, dp, n, 1u32, true, true, warp, lane, Cores::Mma);
+            product(inner, h, z, n, 1u32, false, true, warp, lane, Cores::Mma);
         }
     }
-    commit(comptime!(plan.key.cores));
-    wait(0u32, comptime!(plan.key.cores));
 }
 
 /// Hands dA_qb, dÃ and dH on; dã, in registers, and dA_ak.
@@ -238,30 +206,23 @@ pub(crate) fn solve(t: &Room, reads: bool, row: u32, warp: u32, lane: u32, id: u
     } else {
         publish(t.o, ACC, row, lane);
     }
-    fence_shared(comptime!(plan.key.cores));
     // The warpgroup itself: what it wrote it alone reads now.
     let own = 2u32 * id + 1u32 + select(reads, 0u32, 1u32);
     sync_warpgroup(own, 128u32);
-    begin(comptime!(plan.key.cores));
     let (n0, x, y) = (t.n, t.s, t.o);
     if reads {
         #[unroll]
         for n in 0..4usize {
-            product(inner, n0, x, n, comptime!(n as u32), true, true, warp, lane, comptime!(plan.key.cores));
+            product(inner, n0, x, n, comptime!(n as u32), true, true, warp, lane, Cores::Mma);
         }
-        commit(comptime!(plan.key.cores));
-        wait(0u32, comptime!(plan.key.cores));
     } else {
         #[unroll]
         for n in 0..4usize {
-            product(ACC, n0, y, n, comptime!(n as u32), true, true, warp, lane, comptime!(plan.key.cores));
+            product(ACC, n0, y, n, comptime!(n as u32), true, true, warp, lane, Cores::Mma);
         }
-        commit(comptime!(plan.key.cores));
-        wait(0u32, comptime!(plan.key.cores));
         mask(ACC, row, lane, true);
         sync_warpgroup(own, 128u32);
         publish(t.o, ACC, row, lane);
-        fence_shared(comptime!(plan.key.cores));
     }
 }
 
@@ -271,17 +232,14 @@ pub(crate) fn solve_again(t: &Room, row: u32, warp: u32, lane: u32, #[comptime] 
     let operand = comptime!(plan.operand());
     let (first, dak, h) = (t.first, t.o, t.h);
     pack_all(operand, comptime!(plan.inner()));
-    begin(comptime!(plan.key.cores));
     #[unroll]
     for n in 0..comptime!(4 * plan.key.panels()) {
-        product_of(ACC, operand, first, n, comptime!(n as u32), false, lane, comptime!(plan.key.cores));
+        product_of(ACC, operand, first, n, comptime!(n as u32), false, lane, Cores::Mma);
     }
     #[unroll]
     for n in 0..4usize {
-        product(ACC, dak, h, n, 1u32, false, false, warp, lane, comptime!(plan.key.cores));
+        product(ACC, dak, h, n, 1u32, false, false, warp, lane, Cores::Mma);
     }
-    commit(comptime!(plan.key.cores));
-    wait(0u32, comptime!(plan.key.cores));
     mask(ACC, row, lane, true);
     publish(t.z, ACC, row, lane);
 }
@@ -315,24 +273,21 @@ pub(crate) fn add_pairs(t: &Room, reads: bool, warp: u32, lane: u32, #[comptime]
     let inner = comptime!(plan.inner());
     let (dqb, dp, dak, dab) = (t.qb, t.v, t.o, t.z);
     let (q, k, a, b) = (t.q, t.k, t.a, t.b);
-    begin(comptime!(plan.key.cores));
     if reads {
         #[unroll]
         for n in 0..4usize {
-            product(outer, dqb, b, n, 1u32, false, true, warp, lane, comptime!(plan.key.cores));
-            product(outer, dp, k, n, 1u32, false, true, warp, lane, comptime!(plan.key.cores));
-            product(inner, dab, b, n, 1u32, false, true, warp, lane, comptime!(plan.key.cores));
-            product(inner, dak, k, n, 1u32, false, true, warp, lane, comptime!(plan.key.cores));
+            product(outer, dqb, b, n, 1u32, false, true, warp, lane, Cores::Mma);
+            product(outer, dp, k, n, 1u32, false, true, warp, lane, Cores::Mma);
+            product(inner, dab, b, n, 1u32, false, true, warp, lane, Cores::Mma);
+            product(inner, dak, k, n, 1u32, false, true, warp, lane, Cores::Mma);
         }
     } else {
         #[unroll]
         for n in 0..4usize {
-            product(outer, dp, q, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
-            product(outer, dak, a, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
-            product(inner, dqb, q, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
-            product(inner, dab, a, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
+            product(outer, dp, q, n, 1u32, true, true, warp, lane, Cores::Mma);
+            product(outer, dak, a, n, 1u32, true, true, warp, lane, Cores::Mma);
+            product(inner, dqb, q, n, 1u32, true, true, warp, lane, Cores::Mma);
+            product(inner, dab, a, n, 1u32, true, true, warp, lane, Cores::Mma);
         }
     }
-    commit(comptime!(plan.key.cores));
-    wait(0u32, comptime!(plan.key.cores));
 }

@@ -4,7 +4,7 @@ use burn::tensor::{DType, Shape};
 use cubecl::prelude::{CubeCount, CubeDim, TensorMapArg, Tiled};
 
 use super::operands::{Gradients, Inputs, Operands};
-use super::plan::{CHUNK, ChainPlan, Form, GradientPlan, KeyPlan, PREPARE_UNITS, Task};
+use super::plan::{CHUNK, ChainPlan, Form, GradientPlan, KeyPlan, PREPARE_UNITS, TEAM, Task};
 use super::{chain, gradients, prepare};
 use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, contiguous, zeros};
 use crate::hopper_delta::groups;
@@ -254,15 +254,12 @@ impl HopperDplr {
             dg: alloc(&x.g, shape, x.g.dtype),
             dbeta: alloc(&x.g, if pair { [1, 1, 32] } else { [batch, tokens, self.heads] }, DType::F32),
         };
-        match self.cores {
-            Cores::Hopper => self.hopper_gradients(x, operands, [grad_o, states, grad_states], &to, plan),
-            Cores::Mma => self.mma_gradients(x, operands, [grad_o, states, grad_states], &to, plan),
-        }
+        self.launch_gradients(x, operands, [grad_o, states, grad_states], &to, plan);
         let Gradients { dq, dk, da, db, dg, dbeta } = to;
         [self.by_key_head(dq), self.by_key_head(dk), da, db, dg, dbeta]
     }
 
-    fn hopper_gradients(
+    fn launch_gradients(
         &self,
         x: &Inputs,
         operands: &Operands,
@@ -270,24 +267,24 @@ impl HopperDplr {
         to: &Gradients,
         plan: GradientPlan,
     ) {
-        let processors = x.v.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
         let [q, k, a, b] = &x.qkab;
         let [inverse, answers, passed] = &operands.extras;
-        // SAFETY: as in `prepare`.
+        let rows = |x: &CubeTensor| x.meta.shape().dims::<3>()[1] as u32;
+        // SAFETY: as in `prepare`; the operands have `chunks` chunks of each head.
         unsafe {
             gradients::gradients::launch_unchecked(
                 &x.v.client,
-                CubeCount::new_1d(self.blocks().div_ceil(plan.teams()).min(processors) as u32),
-                CubeDim::new_1d(plan.units() as u32),
-                Self::block_map(&operands.first),
-                Self::block_map(&operands.second),
-                Self::block_map(inverse),
-                Self::block_map(answers),
-                Self::block_map(passed),
-                self.map(&x.v),
-                self.map(grad_o),
-                Self::block_map(states),
-                Self::block_map(grad_states),
+                CubeCount::new_1d((self.chunks * self.heads) as u32),
+                CubeDim::new_1d(TEAM as u32),
+                words(&operands.first),
+                words(&operands.second),
+                words(inverse),
+                words(answers),
+                words(passed),
+                words(&x.v),
+                words(grad_o),
+                words(states),
+                words(grad_states),
                 words(q),
                 words(k),
                 words(a),
@@ -303,7 +300,8 @@ impl HopperDplr {
                 to.dbeta.clone().into_buffer_arg(),
                 self.heads as u32,
                 self.groups as u32,
-                self.blocks() as u32,
+                rows(states),
+                rows(grad_states),
                 self.chunks_at(),
                 self.scale,
                 plan,
