@@ -1,6 +1,8 @@
 //! What the decayed linear recurrences share around their kernels and references: the checks of the arguments, the
 //! defaults, packed sequences, and the choice of the engine.
 
+#[cfg(feature = "cube")]
+use burn::tensor::{Device, TensorData};
 use burn::tensor::{DType, Tensor};
 
 use crate::arguments::{self, query_key_value};
@@ -62,6 +64,13 @@ pub(crate) enum Decay {
     Key(Tensor<4>),
     /// `[B, T, H, V]`: `S_t = S_{t−1} diag(e^{g_t}) + k_t v_tᵀ`.
     Value(Tensor<4>),
+}
+
+/// The log decays of heads that do not decay. Uploaded: an operation on the way would be one more kernel, and where operations
+/// are fused the whole call waited for it (forward took twice its kernel's time).
+#[cfg(feature = "cube")]
+pub(crate) fn no_decay(heads: usize, device: &Device) -> Tensor<1> {
+    Tensor::from_data(TensorData::zeros::<f32, _>([heads]), (device, DType::F32))
 }
 
 /// A checked problem: `S_t = e^{g_t} ∘ S_{t−1} + k_t v_tᵀ`, `o_t = scale · S_tᵀ q_t`.

@@ -89,7 +89,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::CuSeqlens;
 use crate::bridge::{Planned, has_mma, is_hopper};
-use crate::recurrence::{Decay, Problem};
+use crate::recurrence::{Decay, Problem, no_decay};
 use crate::ssd::HeadGroups;
 use engine::Engine;
 pub(crate) use engine::{Cores, shared_memory};
@@ -234,7 +234,7 @@ fn plan_whole(problem: Problem, cores: Cores) -> Planned {
         Decay::Value(g) => (Axis::Value, g.into_dispatch()),
         Decay::Token(g) => (Axis::Token, g.into_dispatch()),
         Decay::Head(g) => (Axis::Head, g.detach().into_dispatch()),
-        Decay::None => (Axis::Head, Tensor::<1>::zeros([h], (&device, DType::F32)).into_dispatch()),
+        Decay::None => (Axis::Head, no_decay(h, &device).into_dispatch()),
     };
     let engine = Engine::on(&device, cores);
     let plan = engine.plan(FORWARD, dk, dv, axis, bonus.is_some());
