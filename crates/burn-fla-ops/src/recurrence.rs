@@ -1,9 +1,9 @@
 //! What the decayed linear recurrences share around their kernels and references: the checks of the arguments, the
 //! defaults, packed sequences, and the choice of the engine.
 
+use burn::tensor::{DType, Tensor};
 #[cfg(feature = "cube")]
 use burn::tensor::{Device, TensorData};
-use burn::tensor::{DType, Tensor};
 
 use crate::arguments::{self, query_key_value};
 use crate::bridge::{has_kernels, same_device, same_shape};

@@ -3,15 +3,16 @@
 use cubecl::prelude::*;
 
 use super::gradients::TOKENS_OF_WARP;
-use super::parts::mask;
-use super::plan::{CHUNK, GradientPlan, KeyPlan, PANEL, READ, TOKENS};
+use super::parts::{mask, staged};
+use super::plan::{CHUNK, GradientPlan, KeyPlan, PANEL, READ, TEAM, TOKENS};
 use super::products::{product, product_of};
 use super::tokens::{BATCH, Part, Two, added, load_words, logs_at, logs_read, reader, writer};
 use crate::hopper_delta::parts::pack_all;
 use crate::hopper_walk::Cores;
 use crate::hopper_walk::parts::publish;
 use crate::tile::hopper::{
-    Acc, bf16_high, bf16_low, column_of, load_u32, pack_word, read, store_u32, swizzled, sync_warpgroup, write,
+    Acc, bf16_high, bf16_low, column_of, load_f32_pair, load_u32, pack_word, read, store_f32_pair, store_u32, swizzled,
+    sync_warpgroup, write,
 };
 
 /// Half of the columns of dP.
@@ -47,6 +48,9 @@ pub(crate) struct Room {
     /// Room for running sums of decays, and for what units take over from accumulators at last.
     pub(crate) logs: u32,
     pub(crate) stage: u32,
+    /// Room for what units do not hold, where the plan has it: running sums of decays, and inter.
+    pub(crate) parked: u32,
+    pub(crate) inter: u32,
 }
 
 /// Writes the tiles of a panel of the tokens' vectors, with their decays from the chunk's middle, or where not all decays are
@@ -244,6 +248,28 @@ pub(crate) fn solve_again(t: &Room, row: u32, warp: u32, lane: u32, #[comptime] 
     publish(t.z, ACC, row, lane);
 }
 
+/// Leaves a unit's running sums in shared memory.
+#[cube]
+pub(crate) fn park(room: u32, logs: &Array<f32>, unit: u32, #[comptime] panels: usize) {
+    let to = room + unit * 8u32;
+    #[unroll]
+    for n in 0..comptime!(TOKENS_OF_WARP * panels) {
+        store_f32_pair(to + comptime!((n * TEAM * 8) as u32), logs[comptime!(2 * n)], logs[comptime!(2 * n + 1)]);
+    }
+}
+
+/// Takes them up again.
+#[cube]
+pub(crate) fn take_back(room: u32, logs: &mut Array<f32>, unit: u32, #[comptime] panels: usize) {
+    let from = room + unit * 8u32;
+    #[unroll]
+    for n in 0..comptime!(TOKENS_OF_WARP * panels) {
+        let found = load_f32_pair(from + comptime!((n * TEAM * 8) as u32));
+        logs[comptime!(2 * n)] = found.extract(0usize);
+        logs[comptime!(2 * n + 1)] = found.extract(1usize);
+    }
+}
+
 /// The products of keys and writers with what the state after the chunk gives to their gradients.
 #[cube]
 pub(crate) fn inter_products(t: &Room, row: u32, lane: u32, #[comptime] plan: GradientPlan) {
@@ -251,6 +277,7 @@ pub(crate) fn inter_products(t: &Room, row: u32, lane: u32, #[comptime] plan: Gr
     let inner = comptime!(plan.inner());
     let inter = comptime!(plan.inter());
     let base = swizzled(0u32, row, (lane % 4u32) * 4u32);
+    let room = staged(t.inter, row, lane % 4u32);
     #[unroll]
     for j in 0..comptime!(inter.columns() / 8) {
         #[unroll]
@@ -260,8 +287,15 @@ pub(crate) fn inter_products(t: &Room, row: u32, lane: u32, #[comptime] plan: Gr
             let next = comptime!(4 * j + 2 * half + 1);
             let key = load_u32(t.k + at);
             let writer = load_u32(t.b + at);
-            write(inter, i, bf16_low(key) * read(outer, i) + bf16_low(writer) * read(inner, i));
-            write(inter, next, bf16_high(key) * read(outer, next) + bf16_high(writer) * read(inner, next));
+            let low = bf16_low(key) * read(outer, i) + bf16_low(writer) * read(inner, i);
+            let high = bf16_high(key) * read(outer, next) + bf16_high(writer) * read(inner, next);
+            if comptime!(plan.parks) {
+                let to = (room ^ comptime!((j % 8 * 32) as u32)) + comptime!((j / 8 * 2 * PANEL + half * 2048) as u32);
+                store_f32_pair(to, low, high);
+            } else {
+                write(inter, i, low);
+                write(inter, next, high);
+            }
         }
     }
 }

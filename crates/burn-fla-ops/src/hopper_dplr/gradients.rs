@@ -29,8 +29,8 @@ use cubecl_cpp::cuda::ptx::generic_to_shared;
 use super::exact::exact_gradients;
 use super::finish::{Sums, finish_panel, store_strengths};
 use super::gradient_parts::{
-    ACC, OUTER, Room, add_pairs, answers, end_products, inter_products, keep_rows, outer_products, publish_outer,
-    solve, solve_again, store_tokens,
+    ACC, OUTER, Room, add_pairs, answers, end_products, inter_products, keep_rows, outer_products, park, publish_outer,
+    solve, solve_again, store_tokens, take_back,
 };
 use super::parts::scale_by;
 use super::plan::{CHUNK, Form, GradientPlan, PANEL, READ, TEAM, TOKENS};
@@ -85,9 +85,12 @@ pub(super) fn gradients(
     let inner = comptime!(plan.inner());
     let tiles = Shared::<[u32]>::new_aligned_slice(comptime!(plan.tile_bytes() / 4), 1024usize);
     let mut sums = Shared::<[f32]>::new_aligned_slice(comptime!(plan.team_sums()), 128usize);
+    let parked = Shared::<[f32]>::new_aligned_slice(comptime!(2 * plan.parked()), 1024usize);
     declare(outer);
     declare(inner);
-    declare(comptime!(plan.inter()));
+    if comptime!(!plan.parks) {
+        declare(comptime!(plan.inter()));
+    }
     declare(READ);
     declare(OUTER);
     declare(ACC);
@@ -105,6 +108,7 @@ pub(super) fn gradients(
     let n0 = q0 + 2u32 * wide;
     let qb0 = q0 + comptime!(plan.second_part());
     let z0 = qb0 + 3u32 * one;
+    let parked0 = generic_to_shared::<f32>(parked.as_ptr());
     let t = Room {
         q: q0,
         k: q0 + wide,
@@ -121,6 +125,8 @@ pub(super) fn gradients(
         s: z0 + wide,
         logs: z0 + one,
         stage: qb0,
+        parked: parked0,
+        inter: parked0 + comptime!(4 * plan.parked() as u32),
     };
     let at = Sums::of(0u32, plan);
     let part = part_of(CUBE_POS_X, table, table_at, heads, groups, unit, TOKENS_OF_WARP);
@@ -158,6 +164,9 @@ pub(super) fn gradients(
         ends[comptime!(2 * panel)] = f32::new(0.0);
         ends[comptime!(2 * panel + 1)] = f32::new(0.0);
     }
+    if comptime!(plan.parks) {
+        park(t.parked, &logs, unit, panels);
+    }
     for slice in 0..comptime!(plan.slices() as u32) {
         if slice > 0u32 {
             sync_cube();
@@ -190,6 +199,9 @@ pub(super) fn gradients(
     }
     // Ã, B̂, N and H have been read.
     sync_cube();
+    if comptime!(plan.parks) {
+        take_back(t.parked, &mut logs, unit, panels);
+    }
     #[unroll]
     for panel in 0..panels {
         store_tokens(&t, &part, q, k, a, b, &logs, &befores, &strength, fast, out_scale, panel, key);

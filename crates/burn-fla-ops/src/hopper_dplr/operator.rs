@@ -241,7 +241,8 @@ impl HopperDplr {
         states: &CubeTensor,
         grad_states: &CubeTensor,
     ) -> [CubeTensor; 6] {
-        let plan = GradientPlan { key: self.key_plan(&x.g), values: self.values };
+        let shared = x.v.client.properties().hardware.max_shared_memory_size;
+        let plan = GradientPlan::new(self.key_plan(&x.g), self.values, shared);
         let [batch, tokens, ..] = x.v.meta.shape().dims::<4>();
         let shape = [batch, tokens, self.heads, self.keys];
         let pair = self.form != Form::Key;

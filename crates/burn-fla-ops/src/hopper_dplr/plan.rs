@@ -204,9 +204,17 @@ impl ChainPlan {
 pub(crate) struct GradientPlan {
     pub(crate) key: KeyPlan,
     pub(crate) values: usize,
+    /// Running sums of decays, and inter, have rooms of their own, so that units do not hold them through all products.
+    pub(crate) parks: bool,
 }
 
 impl GradientPlan {
+    /// The plan for cubes that may use `shared` bytes of shared memory.
+    pub(crate) fn new(key: KeyPlan, values: usize, shared: usize) -> Self {
+        let plan = Self { key, values, parks: true };
+        Self { parks: plan.shared_bytes() <= shared, ..plan }
+    }
+
     pub(crate) fn slices(&self) -> usize {
         self.values.div_ceil(64)
     }
@@ -222,8 +230,13 @@ impl GradientPlan {
         (4 * panels + usize::max(6, 2 * panels + 4)) * PANEL
     }
 
+    /// Numbers of either room of what units do not hold.
+    pub(crate) fn parked(&self) -> usize {
+        if self.parks { CHUNK * self.key.padded() } else { 32 }
+    }
+
     pub(crate) fn shared_bytes(&self) -> usize {
-        self.tile_bytes() + 4 * self.team_sums()
+        self.tile_bytes() + 4 * (self.team_sums() + 2 * self.parked())
     }
 
     /// Numbers that warps sum up and exchange, see [`super::finish::Sums`].
@@ -267,7 +280,7 @@ mod tests {
                     }
                 }
                 let key = KeyPlan { form: Form::Free, keys, wide: true, cores: Cores::Hopper };
-                assert!(GradientPlan { key, values }.shared_bytes() <= SHARED);
+                assert!(GradientPlan::new(key, values, SHARED).parks);
             }
         }
     }

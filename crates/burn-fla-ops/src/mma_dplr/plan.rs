@@ -137,7 +137,7 @@ fn prepare_bytes(keys: usize) -> usize {
 pub(crate) fn fits(keys: usize, values: usize, shared: usize) -> bool {
     let chain = |task| ChainPlan::new(task, [keys, values], 1, 1, shared).is_some();
     let key = KeyPlan { form: Form::Free, keys, wide: true, cores: Cores::Mma };
-    let gradients = GradientPlan { key, values };
+    let gradients = GradientPlan::new(key, values, shared);
     [Task::Outputs, Task::Borders, Task::Gradients].into_iter().all(chain)
         && gradients.shared_bytes() <= shared
         && prepare_bytes(keys) <= shared
