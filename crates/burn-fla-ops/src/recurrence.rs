@@ -40,7 +40,11 @@ impl Implementation {
         let kernels = has_kernels(&device, problem.engine) && problem.q.dtype() != DType::F64 && tokens > 0;
         match kernels {
             #[cfg(feature = "cuda")]
-            true if problem.engine == Engine::Mma && crate::hopper_walk::takes_with_mma(problem) => Self::Mma,
+            true if (problem.engine == Engine::Mma || crate::hopper_walk::prefers_mma(problem))
+                && crate::hopper_walk::takes_with_mma(problem) =>
+            {
+                Self::Mma
+            }
             #[cfg(feature = "cuda")]
             true if crate::hopper_walk::takes(problem) => Self::Hopper,
             #[cfg(feature = "cuda")]

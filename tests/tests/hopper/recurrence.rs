@@ -136,6 +136,8 @@ impl Case {
     }
 }
 
+/// On Hopper, `Engine::Auto` is the kernels for mma where at most 64 channels decay beside at most 128 others: sizes are above
+/// that, but where both are meant.
 const KEY: Case = Case { by: By::Key(DType::F32), ..BASE };
 
 suite!(Auto: hopper, Mma: mma; {
@@ -297,6 +299,7 @@ fn every_decay_is_right_by_key(engine: Engine) {
             Case { decay: (-8.0, -1.0), ..KEY },
             Case { decay: (-30.0, 0.0), tokens: 600, ..KEY },
             Case { decay: (-30.0, 0.0), by: By::Key(DType::BF16), keys: 48, values: 80, ..KEY },
+            Case { decay: (-30.0, 0.0), by: By::Key(DType::BF16), keys: 80, values: 48, ..KEY },
             Case { decay: (-30.0, -29.0), ..KEY },
             Case { decay: (-500.0, 0.0), ..KEY },
         ],
@@ -305,7 +308,15 @@ fn every_decay_is_right_by_key(engine: Engine) {
 
 fn packed_sequences_are_right_by_key(engine: Engine) {
     let base = Case { batch: 1, tokens: 700, packed: Some(&[0, 64, 64, 65, 73, 140, 700]), ..KEY };
-    check(engine, &[base, Case { initial: false, keys: 64, values: 48, ..base }, Case { decay: (-20.0, 0.0), ..base }]);
+    check(
+        engine,
+        &[
+            base,
+            Case { initial: false, keys: 64, values: 48, ..base },
+            Case { initial: false, keys: 80, values: 48, ..base },
+            Case { decay: (-20.0, 0.0), ..base },
+        ],
+    );
 }
 
 fn segments_are_right_by_key(engine: Engine) {
@@ -315,8 +326,10 @@ fn segments_are_right_by_key(engine: Engine) {
         &[
             base,
             Case { keys: 64, values: 128, initial: false, ..base },
+            Case { keys: 64, values: 256, initial: false, ..base },
             Case { decay: (-10.0, 0.0), ..base },
             Case { packed: Some(&[0, 2060, 2060, 2063, 2200]), keys: 32, values: 32, ..base },
+            Case { packed: Some(&[0, 2060, 2060, 2063, 2200]), keys: 96, values: 32, ..base },
         ],
     );
 }

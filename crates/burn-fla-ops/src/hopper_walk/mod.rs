@@ -29,6 +29,9 @@
 //!
 //! Heads may share queries and keys ([`groups`]), with a decay by head or token.
 //!
+//! Where at most 64 channels decay beside at most 128 others, the kernels of [`crate::mma_walk`] walk: [`Cores::suits`] has
+//! the numbers.
+//!
 //! Measured on an H100: `benches/results/61-hopper-simple-gla.json`, and beside flash-linear-attention
 //! `62-hopper-gla.json`. What is known to be left:
 //! - Restarting the gate's sum at every 512th token instead (a twentieth of the states) gave errors of 3e-2 in dg.
@@ -112,6 +115,21 @@ pub(crate) fn takes(problem: &Problem) -> bool {
     takes_size(problem) && is_hopper(&problem.q.device())
 }
 
+/// Whether the kernels of [`crate::mma_walk`] are the faster ones for a problem that both engines take: see [`Cores::suits`].
+pub(crate) fn prefers_mma(problem: &Problem) -> bool {
+    let (keys, values) = (problem.q.dims()[3], problem.v.dims()[3]);
+    Cores::suits(axis_of(&problem.decay), keys, values) == Cores::Mma
+}
+
+fn axis_of(decay: &Decay) -> Axis {
+    match decay {
+        Decay::Key(_) => Axis::Key,
+        Decay::Token(_) => Axis::Token,
+        Decay::Head(_) | Decay::None => Axis::Head,
+        Decay::Value(_) => Axis::Value,
+    }
+}
+
 /// Whether the engine of [`crate::mma_walk`] takes a problem: sizes and dtypes as in [`takes_size`], where the device has
 /// the shared memory for them.
 pub(crate) fn takes_with_mma(problem: &Problem) -> bool {
@@ -119,16 +137,10 @@ pub(crate) fn takes_with_mma(problem: &Problem) -> bool {
     if !takes_size(problem) || !has_mma(&device) {
         return false;
     }
-    let axis = match problem.decay {
-        Decay::Key(_) => Axis::Key,
-        Decay::Token(_) => Axis::Token,
-        Decay::Head(_) | Decay::None => Axis::Head,
-        Decay::Value(_) => Axis::Value,
-    };
     let (keys, values) = (problem.q.dims()[3], problem.v.dims()[3]);
     // As `run` divides them.
     let values = if values <= MOST_CHANNELS { values } else { values.div_ceil(32) * 16 };
-    Engine::on(&device, Cores::Mma).takes(keys, values, axis, problem.bonus.is_some())
+    Engine::on(&device, Cores::Mma).takes(keys, values, axis_of(&problem.decay), problem.bonus.is_some())
 }
 
 /// bf16, chunks of the engine's own choice, key channels in multiples of 16 up to 256 and value channels up to 512 (256
