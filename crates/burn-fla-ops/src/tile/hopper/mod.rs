@@ -28,7 +28,7 @@ pub use super::layout::{
 };
 pub use super::registers::{
     Acc, Frag, column_of, declare, declare_fragment, next, pack, pack_half_word, pack_pair, pack_word, put, read,
-    row_of, scale, scale_columns, scale_rows, store_columns, write, zero,
+    row_of, scale, scale_columns, scale_rows, store_columns, word, write, zero,
 };
 pub use copy::{
     add_3d, commit_stores, fence_shared, load_2d, load_3d, panel_map, readable, store_3d, wait_stores,
