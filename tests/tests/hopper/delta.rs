@@ -133,12 +133,17 @@ fn every_size_is_right(engine: Engine) {
     }
 }
 
-/// Enough heads for cubes that walk 128 value channels.
+/// Enough heads for cubes that walk 128 value channels, and for cubes that walk several segments of one chunk, of two and of none.
 fn many_heads_are_right(engine: Engine) {
     for op in OPS {
+        let packed = Some(vec![0, 64, 64, 65, 150]);
         check(
             engine,
-            &[Problem { heads: 70, ..base(op, 70) }, Problem { heads: 140, values: 80, keys: 32, ..base(op, 70) }],
+            &[
+                Problem { heads: 70, ..base(op, 70) },
+                Problem { heads: 140, values: 80, keys: 32, ..base(op, 70) },
+                Problem { heads: 110, values: 64, keys: 64, batch: 1, packed, ..base(op, 150) },
+            ],
         );
     }
 }

@@ -80,6 +80,7 @@ fn outputs(
     }
     commit();
     area.states.wait_full(step);
+    fence();
     #[unroll]
     for n in 0..steps {
         mma_shared(OUT, k_major(t.q, CHUNK, n), k_major(t.s, 64usize, n), comptime!(n as u32), false, false);

@@ -191,9 +191,9 @@ pub(crate) fn put_transposed(#[comptime] to: Frag, tile: u32, warp: u32, lane: u
     }
 }
 
-/// A left operand, each column times its factor.
+/// Multiplies each column of a left operand by its factor.
 #[cube]
-pub(super) fn scale_operand(#[comptime] to: Frag, #[comptime] from: Frag, #[comptime] factors: Acc, factor: f32) {
+pub(super) fn scale_operand(#[comptime] operand: Frag, #[comptime] factors: Acc, factor: f32) {
     #[unroll]
     for j in 0..8usize {
         let a = read(factors, comptime!(2 * j)) * factor;
@@ -201,8 +201,8 @@ pub(super) fn scale_operand(#[comptime] to: Frag, #[comptime] from: Frag, #[comp
         #[unroll]
         for rows in 0..2usize {
             let i = comptime!(2 * j + rows);
-            let found = word(from, i);
-            pack(to, i, bf16_low(found) * a, bf16_high(found) * b);
+            let found = word(operand, i);
+            pack(operand, i, bf16_low(found) * a, bf16_high(found) * b);
         }
     }
 }

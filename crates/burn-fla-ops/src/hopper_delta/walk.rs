@@ -206,8 +206,7 @@ fn against_time(
     load_factors(FACTORS, t.grown, lane);
     load_factors(LEFT, t.left, lane);
     let decay = exp2(load_f32(t.g + comptime!(4 * CHUNK as u32 - 4)));
-    put_transposed(HELD, t.v, warp, lane);
-    scale_operand(DECAYED, HELD, FACTORS, out_scale);
+    put_transposed(DECAYED, t.v, warp, lane);
     area.handed.wait_full(step);
     put_transposed(HELD, t.x, warp, lane);
     release_warp(&area.handed, step, lane);
@@ -220,6 +219,7 @@ fn against_time(
     }
     commit();
     decay_state(decay, plan);
+    scale_operand(DECAYED, FACTORS, out_scale);
     fence();
     #[unroll]
     for n in 0..4usize {
