@@ -55,8 +55,14 @@
 //!   configuration at 8 × 2048 tokens: 5 passes over 34 MB, 0.04 ms, where a layer's products take 1.9 and its recurrence
 //!   0.5. Not built.
 //! - By key, preparing is a fifth of the time (forward and backward): idle warps of the loader's warpgroup could do it
-//!   inside the walks. The walk for dk takes 1.5 times that for dq; why was not measured (it sums up what ends a chunk,
-//!   and spills most).
+//!   inside the walks. On an H100 at 8 × 2048 × 32 × 128 × 128 gla's walks for dq and dk took 0.443 and 0.483 ms, 9 tensors of
+//!   134 MB each at 2.6 TB/s: what is left there is bytes. At 8 × 2048 × 4 × 128 × 256 they took 0.147 and 0.204 ms for 218 MB:
+//!   one warpgroup with 64 × 256 of the state walks alone on a processor, 9 and 13 µs a chunk, of which its products are one by count.
+//!   Two warpgroups with half of the values each would share scores and outputs through shared memory. Not built.
+//! - Of what that for dk did more in a chunk, the sums at its end were 96 exchanges between units, half of them one after
+//!   the other (a division before them, with a subroutine, had the compiler check for each whether all units were there), and are
+//!   28; and the states at the border, loaded in four to six turns from device memory, are fetched to the L2 cache a chunk
+//!   before.
 //! - By key, products in bf16 (not f16 with scales), with the state taken after a chunk, left 1 to 8 % in dg: both were
 //!   changed at once. The product of the states at a border beside a product in flight: 2.86 ms forward and backward at
 //!   8 × 2048 × 32 × 128 × 128 on one H100, where another gave 2.64 without.

@@ -2,24 +2,6 @@
 
 use cubecl::prelude::*;
 
-/// The address of a tensor's first number.
-#[cube]
-pub fn address_of(x: &[u32]) -> u64 {
-    let pointer = x.as_ptr();
-    let out: u64;
-    gpu_asm!("cvta.to.global.u64 {d}, {p};", d = out(_) out, p = in(_) pointer, options(nomem));
-    out + 0u64
-}
-
-/// The address of the first number of a tensor that is written.
-#[cube]
-pub fn address_of_mut(x: &mut [u32]) -> u64 {
-    let pointer = x.as_mut_ptr();
-    let out: u64;
-    gpu_asm!("cvta.to.global.u64 {d}, {p};", d = out(_) out, p = in(_) pointer, options(nomem));
-    out + 0u64
-}
-
 /// Starts a copy of 16 bytes to `offset` bytes after `to`; the first `bytes` of them come from `from`, the others are
 /// zero. All addresses are multiples of 16.
 #[cube]
@@ -49,13 +31,4 @@ pub fn store_global_pair(to: u64, first: u32, second: u32, there: bool) {
         "{{ .reg .pred p; setp.ne.b32 p, {w}, 0; @p st.global.v2.b32 [{d}], {{{x}, {y}}}; }}",
         d = in(_) to + 0u64, x = in(_) first + 0u32, y = in(_) second + 0u32, w = in(_) select(there, 1u32, 0u32)
     );
-}
-
-/// The unit's number in a cube of one dimension, read anew: what is computed from it is not kept in registers from one call
-/// to the next, where a kernel needs them for other things.
-#[cube]
-pub fn unit_again() -> u32 {
-    let out: u32;
-    gpu_asm!("mov.u32 {d}, %%tid.x;", d = out(_) out);
-    out + 0u32
 }
