@@ -39,8 +39,9 @@
 //!   has at most 64 channels ([`both`]); with more, each warpgroup holds a part of the state, which the second output needs whole.
 //! - The decay's gradient from `o · do` and `v · dv`, which are the same sums, saves no pass: whichever walk makes them reads a
 //!   fourth tensor for them.
-//! - ptxas waits for the scores before the state goes to shared memory (C7517), and spills 4 to 15 words in the walks with
-//!   168 registers (by key up to 69, in the walk for dk).
+//! - ptxas waits for the scores before the state goes to shared memory (C7517). In gla's walks at K = V = 128 it spills 20 words
+//!   in that for dq and none in the others (1 to 23 in three of the four where addresses were made before the loop); with 256
+//!   inner channels, 32 in that for dq and 49 in that for dk (66 and 88).
 //! - With K = V = 64 one warpgroup walks alone on a processor, where heads are odd in number or no more than processors.
 //! - ptxas ignores `setmaxnreg` in all walks but those with K = V = 128 (C7508): CubeCL's kernels say no least number of cubes a
 //!   processor (`.minnctapersm 1` by hand in the PTX: it is accepted, and nothing is spilled).
@@ -57,8 +58,8 @@
 //! - By key, preparing is a fifth of the time (forward and backward): idle warps of the loader's warpgroup could do it
 //!   inside the walks. On an H100 at 8 × 2048 × 32 × 128 × 128 gla's walks for dq and dk took 0.443 and 0.483 ms, 9 tensors of
 //!   134 MB each at 2.6 TB/s: what is left there is bytes. At 8 × 2048 × 4 × 128 × 256 they took 0.147 and 0.204 ms for 218 MB:
-//!   one warpgroup with 64 × 256 of the state walks alone on a processor, 9 and 13 µs a chunk, of which its products are one by count.
-//!   Two warpgroups with half of the values each would share scores and outputs through shared memory. Not built.
+//!   one warpgroup with 64 × 256 of the state walks alone on a processor, 9 and 13 µs a chunk, of which its products are one by
+//!   count. Two warpgroups with half of the values each would share scores and outputs through shared memory. Not built.
 //! - Of what that for dk did more in a chunk, the sums at its end were 96 exchanges between units, half of them one after
 //!   the other (a division before them, with a subroutine, had the compiler check for each whether all units were there), and are
 //!   28; and the states at the border, loaded in four to six turns from device memory, are fetched to the L2 cache a chunk

@@ -35,11 +35,11 @@ use super::parts::{
 };
 use super::plan::{Borders, CHUNK, DECAYED, OUT, PANEL, SCORES, VALUES, WalkPlan};
 use super::products::{multiply_rows, products_of_span, sum_inter, sum_rounding, write_factored};
-use super::shift::{Rows, kept_rows, token_at};
+use super::shift::{Rows, kept_rows, token_at, whole};
 use super::states::{border_at, load_state, multiply_border, store_state, write_border};
 use crate::tile::hopper::{
     Ring, address_of_mut, barrier_fence, commit, commit_stores, declare, declare_fragment, exp2, fence, fence_shared,
-    give_registers, k_major, mma_registers, mma_shared, mn_major, row_of, scale_rows, store_3d, sync_warpgroup,
+    give_registers, k_major, mma_registers, mma_shared, mn_major, next, row_of, scale_rows, store_3d, sync_warpgroup,
     take_registers, unit_again, wait, wait_stores_read, warpgroup,
 };
 
@@ -226,6 +226,8 @@ pub(super) fn walk(
                         }
                         scale_state(&shared_g, g0, panel, row, lane, plan);
                     }
+                    // Where registers are few, descriptors of the state's tile are made here, not before the loop.
+                    let s0 = if comptime!(plan.shares_registers()) { next(s0 - 1u32) } else { s0 + 0u32 };
                     publish(s0, state, row, lane);
                     if elected {
                         wait_stores_read(0u32);
@@ -415,11 +417,4 @@ pub(super) fn walk(
             wait_stores_read(0u32);
         }
     }
-}
-
-/// Whether all rows of a span of `count` are kept, and it is a whole chunk.
-#[cube]
-fn whole(kept: (u32, u32), count: u32) -> bool {
-    let (first, end) = kept;
-    first == 0u32 && end == count && count == comptime!(CHUNK as u32)
 }

@@ -1,4 +1,4 @@
-//! Copies from device memory to shared memory, plain stores to device memory, and who one is.
+//! Copies from device memory to shared memory, and plain stores to device memory.
 
 use cubecl::prelude::*;
 
