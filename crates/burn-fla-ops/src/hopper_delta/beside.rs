@@ -8,24 +8,18 @@ use cubecl::prelude::*;
 
 use super::chain::{Area, Tiles, arrive_warp, release_warp};
 use super::parts::{chunk_at, pack_scores, place};
-use super::plan::{CHUNK, ChainPlan, OUT, SCORES, TOKENS, Task};
-use super::walk::store_tokens;
+use super::plan::{CHUNK, ChainPlan, OUT, PANEL, SCORES, TOKENS, Task};
 use crate::hopper_walk::parts::publish;
 use crate::tile::hopper::{
-    commit, fence, fence_shared, k_major, load_f32, mma_registers, mma_shared, mn_major, row_of, scale_rows,
-    sync_warpgroup, wait, wait_stores_read,
+    commit, fence, fence_shared, k_major, load_f32, mma_registers, mma_shared, mn_major, row_of, scale_rows, wait,
 };
-
-/// The barrier at which this warpgroup meets: behind those of the walking ones.
-const TOGETHER: u32 = 3;
+use crate::tile::mma::{down_first, load};
 
 /// Takes the same steps as the walk.
 #[cube]
 pub(super) fn run(
     area: &Area,
     table: &[i32],
-    rows: &mut [u32],
-    map_o: u64,
     work: u32,
     heads: u32,
     out_scale: f32,
@@ -34,7 +28,6 @@ pub(super) fn run(
     #[comptime] plan: ChainPlan,
 ) {
     let row = row_of(warp, lane, 0usize);
-    let unit = warp * 32u32 + lane;
     let mut step = 0u32;
     let mut index = CUBE_POS_X;
     while index < work {
@@ -45,17 +38,13 @@ pub(super) fn run(
             let t = area.at(step, 0u32, plan);
             area.tiles.wait_full(step);
             if comptime!(plan.task == Task::Outputs) {
-                outputs(area, &t, step, row, lane, unit, count, out_scale, plan);
-                store_tokens(t.o, &p, rows, map_o, chunk, p.slice, heads, unit, plan);
+                outputs(area, &t, step, warp, lane, count, out_scale, plan);
             } else {
                 of_outputs(area, &t, step, row, lane, count, out_scale, plan);
             }
             step += 1u32;
         }
         index += CUBE_COUNT_X;
-    }
-    if unit == 0u32 {
-        wait_stores_read(0u32);
     }
 }
 
@@ -65,25 +54,33 @@ fn outputs(
     area: &Area,
     t: &Tiles,
     step: u32,
-    row: u32,
+    warp: u32,
     lane: u32,
-    unit: u32,
     count: u32,
     out_scale: f32,
     #[comptime] plan: ChainPlan,
 ) {
+    let row = row_of(warp, lane, 0usize);
     let steps = comptime!(4 * plan.panels());
+    let queries = comptime!(plan.operand());
+    // Both products read the queries from registers: with 64 columns, one that reads both operands from shared memory needs
+    // all of its bandwidth.
+    let first = down_first(t.q + warp * comptime!((PANEL / 4) as u32), lane);
+    #[unroll]
+    for n in 0..steps {
+        load(queries, n, first ^ comptime!((n % 4 * 32) as u32), comptime!(n / 4 * PANEL), false);
+    }
     fence();
     #[unroll]
     for n in 0..steps {
-        mma_shared(SCORES, k_major(t.q, CHUNK, n), k_major(t.k, CHUNK, n), comptime!(n as u32), false, false);
+        mma_registers(SCORES, queries, n, k_major(t.k, CHUNK, n), comptime!(n as u32), false);
     }
     commit();
     area.states.wait_full(step);
     fence();
     #[unroll]
     for n in 0..steps {
-        mma_shared(OUT, k_major(t.q, CHUNK, n), k_major(t.s, 64usize, n), comptime!(n as u32), false, false);
+        mma_registers(OUT, queries, n, k_major(t.s, 64usize, n), comptime!(n as u32), false);
     }
     commit();
     let low = load_f32(t.grown + row * 4u32) * out_scale;
@@ -101,16 +98,12 @@ fn outputs(
         mma_registers(OUT, TOKENS, n, mn_major(t.x, CHUNK, n), 1u32, true);
     }
     commit();
-    // What the step before the last one stored from this slot has been read.
-    if unit == 0u32 {
-        wait_stores_read(1u32);
-    }
-    sync_warpgroup(TOGETHER, 128u32);
+    area.stores.wait_room(step);
     wait(0u32);
     release_warp(&area.handed, step, lane);
     publish(t.o, OUT, row, lane);
     fence_shared();
-    sync_warpgroup(TOGETHER, 128u32);
+    arrive_warp(area.stores.full(step), lane);
 }
 
 /// `Pᵀ do` of a chunk is handed to the walk.

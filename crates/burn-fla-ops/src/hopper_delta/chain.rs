@@ -14,7 +14,7 @@
 //! |---|---|
 //! | one or two that walk ([`super::walk`]) | what the next state waits for, 64 value channels each |
 //! | one beside it, where there are queries ([`super::beside`]) | with time the outputs, behind the walk; against time `Pᵀ do`, ahead of it |
-//! | the loader's | one warp starts the tensor memory copies, one sums the decays |
+//! | the loader's | one warp starts the tensor memory copies, one sums the decays, one stores ([`super::store`]) |
 //!
 //! Rings of barriers stand between them. Every role takes the same steps, one a chunk, over all the segments that the cube
 //! works on, and counts them from 0; a segment without tokens has none. An arrival is that of a warp whose units have met.
@@ -25,9 +25,12 @@
 //! | `states` (2), with time | walk 4: the state before the chunk is written | beside | beside 4: `Q S` is there |
 //! | `handed` (2), with time | walk 4: W is written | beside | beside 4: `P W` is there |
 //! | `handed` (2), against time | beside 4: `Pᵀ do` is written | walk | walk 4: it has been read |
+//! | `stores` (2), the outputs | beside 4: they are written | the storing warp | the same 1: the copies have read them |
+//! | `stores` (2), states and values | walk 4 each, at the end of its step | the storing warp | the same 1, likewise |
 //!
 //! With time the walk waits for nothing of the one beside but room, which step n − 2 left, and the one beside never waits for
-//! a later step of the walk; against time it is the other way round. So nobody waits in a circle.
+//! a later step of the walk; against time it is the other way round. The storing warp waits for what its own step wrote, and
+//! others wait for it two steps later. So nobody waits in a circle, and nobody can be two phases ahead of who waits for it.
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
@@ -38,7 +41,7 @@ use super::parts::{Decays, Place, chunk_at, place};
 use super::plan::{
     CHUNK, ChainPlan, DECAYED, DECAYS, FACTORS, HELD, LEFT, OUT, PANEL, READ, SCORES, SLOTS, TOKENS, WRITTEN,
 };
-use super::walk;
+use super::{store, walk};
 use crate::hopper_walk::parts::load_tile;
 use crate::tile::hopper::{
     Ring, barrier_arrive, barrier_expect, barrier_fence, declare, declare_fragment, give_registers, take_registers,
@@ -84,7 +87,7 @@ pub(super) fn chain(
     let shared_x = Shared::<[u32]>::new_aligned_slice(comptime!(words_of(plan.handed_panels())), 1024usize);
     let shared_o = Shared::<[u32]>::new_aligned_slice(comptime!(words_of(plan.out_panels())), 1024usize);
     let mut shared_g = Shared::<[f32]>::new_aligned_slice(comptime!(stages * DECAYS), 128usize);
-    let barriers = Shared::<[u64]>::new_slice(comptime!(2 * stages + 4 * SLOTS));
+    let barriers = Shared::<[u64]>::new_slice(comptime!(2 * stages + 6 * SLOTS));
     let barrier = generic_to_shared::<u64>(barriers.as_ptr());
     let area = Area {
         q: generic_to_shared::<u32>(shared_q.as_ptr()),
@@ -98,6 +101,7 @@ pub(super) fn chain(
         tiles: Ring::new(barrier, comptime!(stages as u32)),
         states: Ring::new(barrier + comptime!(16 * stages as u32), comptime!(SLOTS as u32)),
         handed: Ring::new(barrier + comptime!(16 * (stages + SLOTS) as u32), comptime!(SLOTS as u32)),
+        stores: Ring::new(barrier + comptime!(16 * (stages + 2 * SLOTS) as u32), comptime!(SLOTS as u32)),
     };
     declare(comptime!(plan.state()));
     declare(READ);
@@ -117,6 +121,7 @@ pub(super) fn chain(
         area.tiles.init(33u32, comptime!((WARPS * (warpgroups + queries)) as u32));
         area.states.init(comptime!(WARPS as u32), comptime!(WARPS as u32));
         area.handed.init(comptime!(WARPS as u32), comptime!(WARPS as u32));
+        area.stores.init(comptime!((WARPS * warpgroups) as u32), 1u32);
         barrier_fence();
     }
     sync_cube();
@@ -125,7 +130,6 @@ pub(super) fn chain(
     let warpgroup = warpgroup();
     let warp = (UNIT_POS % 128u32) / 32u32;
     let lane = UNIT_POS % 32u32;
-    let map_o = tensor_map_address(o);
     if warpgroup == comptime!((warpgroups + queries) as u32) {
         give_registers(40u32);
         if warp == 0u32 {
@@ -140,17 +144,21 @@ pub(super) fn chain(
             }
         } else if warp == 1u32 {
             load_decays(&area, &mut shared_g, g, table, work, heads, lane, plan);
+        } else if warp == 2u32 {
+            if comptime!(plan.stores()) {
+                let maps = (tensor_map_address(o), tensor_map_address(borders));
+                store::run(&area, table, rows, maps, work, heads, lane, plan);
+            }
         }
     } else if warpgroup == comptime!(warpgroups as u32) {
         // Without queries this is the loader's.
         if comptime!(plan.with_queries()) {
             take_registers(232u32);
-            beside::run(&area, table, rows, map_o, work, heads, out_scale, warp, lane, plan);
+            beside::run(&area, table, work, heads, out_scale, warp, lane, plan);
         }
     } else {
         take_registers(232u32);
-        let maps = (map_o, tensor_map_address(borders));
-        walk::run(&area, table, rows, maps, initial, last, work, heads, out_scale, warpgroup, warp, lane, plan);
+        walk::run(&area, table, initial, last, work, heads, out_scale, warpgroup, warp, lane, plan);
     }
 }
 
@@ -168,6 +176,7 @@ pub(super) struct Area {
     pub(super) tiles: Ring,
     pub(super) states: Ring,
     pub(super) handed: Ring,
+    pub(super) stores: Ring,
 }
 
 /// Where a warpgroup finds a chunk.

@@ -39,12 +39,12 @@
 //! - The L2 norms of queries and keys are row-wise kernels before these. Inside, they would save 10 passes over a tensor: counted
 //!   for the 340M configuration of DeltaNet at 8 × 2048 tokens 0.34 GB, 0.08 ms, where a layer's products take 1.9 ms and the rule,
 //!   its convolutions and norms another 0.7. Not built. A gate's activation is a kernel before these too: a number a token and head.
-//! - A second warpgroup beside the walk has what is between the tokens of a chunk. Before, one warpgroup did all in turn: on an
-//!   H100, 1 × 8192 × 32 × 128 × 128 with 8 key heads took 2.65 µs a chunk with time, where its products alone are 1,280 cycles
-//!   of the tensor cores; now five products and all exponentials of scores are off the way from state to state, and what is left
-//!   there are three products, 640 cycles, with one packing before each.
-//! - With queries a cube walks 64 value channels, not 128: beside two walking warpgroups the states, W and the outputs of 128
-//!   channels would leave shared memory for two stages of tiles, of which the one beside would hold one.
+//! - A second warpgroup beside the walk has what is between the tokens of a chunk. Before, one did all in turn: on an H100,
+//!   1 × 8192 × 32 × 128 × 128 with 8 key heads took 2.65 µs a chunk with time, 4,700 cycles, where its six products are 1,280
+//!   cycles of the tensor cores. Now three of them, all exponentials of scores and the outputs' stores are off the way from state
+//!   to state, on which are three products of 640 cycles and one packing before each.
+//! - With queries a cube walks 64 value channels, not 128: two walking warpgroups and one beside them would leave shared memory
+//!   for two stages of tiles at K = 128, and the one beside holds the one that is loaded next.
 //! - Left: more than 128 key channels and Comba's feedback run on the portable engine.
 //!
 //! Value heads may outnumber key heads: the kernels read a key head for each value head, and what its gradients' parts are
@@ -63,6 +63,7 @@ pub(crate) mod parts;
 pub(crate) mod plan;
 pub(crate) mod prepare;
 pub(crate) mod segments;
+mod store;
 mod walk;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};

@@ -8,14 +8,13 @@ use cubecl::prelude::*;
 
 use super::chain::{Area, Tiles, arrive_warp, release_warp};
 use super::parts::{
-    Place, chunk_at, copy_rows, load_factors, load_state, pack_all, pack_columns, pack_sum, place, publish_transposed,
-    put_transposed, scale_operand, store_state,
+    load_factors, load_state, pack_all, pack_columns, pack_sum, place, publish_transposed, put_transposed,
+    scale_operand, store_state,
 };
-use super::plan::{CHUNK, ChainPlan, DECAYED, FACTORS, HELD, LEFT, PANEL, READ, TOKENS, Task, WRITTEN};
+use super::plan::{CHUNK, ChainPlan, DECAYED, FACTORS, HELD, LEFT, READ, TOKENS, Task, WRITTEN};
 use crate::hopper_walk::parts::publish;
 use crate::tile::hopper::{
-    commit, commit_stores, exp2, fence, fence_shared, k_major, load_f32, mma_registers, mn_major, row_of, scale,
-    store_3d, sync_warpgroup, wait, wait_stores_read,
+    commit, exp2, fence, fence_shared, k_major, load_f32, mma_registers, mn_major, row_of, scale, wait,
 };
 
 /// Walks the segments of a cube.
@@ -23,8 +22,6 @@ use crate::tile::hopper::{
 pub(super) fn run(
     area: &Area,
     table: &[i32],
-    rows: &mut [u32],
-    maps: (u64, u64),
     initial: &[f32],
     last: &mut [f32],
     work: u32,
@@ -36,37 +33,24 @@ pub(super) fn run(
     #[comptime] plan: ChainPlan,
 ) {
     let row = row_of(warp, lane, 0usize);
-    let unit = warp * 32u32 + lane;
-    let (map_o, map_s) = maps;
-    let id = warpgroup + 1u32;
     let mut step = 0u32;
     let mut index = CUBE_POS_X;
     while index < work {
         let p = place(index, table, heads, plan);
         let panel = p.slice * comptime!(plan.warpgroups as u32) + warpgroup;
         load_state(initial, &p, panel, heads, row, lane, plan);
-        for i in 0..p.chunks {
+        for _ in 0..p.chunks {
             let t = area.at(step, warpgroup, plan);
             area.tiles.wait_full(step);
             if comptime!(plan.against_time()) {
-                against_time(area, &t, step, warp, lane, id, out_scale, plan);
+                against_time(area, &t, step, warp, lane, out_scale, plan);
             } else {
-                with_time(area, &t, step, warp, lane, id, plan);
+                with_time(area, &t, step, warp, lane, plan);
             }
             release_warp(&area.tiles, step, lane);
             if comptime!(plan.with_borders()) {
-                let chunk = chunk_at(i, p.chunks, plan);
                 fence_shared();
-                sync_warpgroup(id, 128u32);
-                if unit == 0u32 {
-                    let border = (p.border + chunk) * heads + p.head;
-                    #[unroll]
-                    for n in 0..comptime!(plan.panels()) {
-                        let from = t.s + comptime!((n * PANEL) as u32);
-                        store_3d(from, map_s, comptime!(64 * n as u32), panel * 64u32, border);
-                    }
-                }
-                store_tokens(t.o, &p, rows, map_o, chunk, panel, heads, unit, plan);
+                arrive_warp(area.stores.full(step), lane);
             }
             step += 1u32;
         }
@@ -75,45 +59,11 @@ pub(super) fn run(
         }
         index += CUBE_COUNT_X;
     }
-    if unit == 0u32 {
-        wait_stores_read(0u32);
-    }
-}
-
-/// Stores a panel of a chunk's tokens, and closes the group of what unit 0 has started to store. All units of a warpgroup
-/// call it, and meet before they write the panel again.
-#[cube]
-pub(super) fn store_tokens(
-    from: u32,
-    p: &Place,
-    rows: &mut [u32],
-    map: u64,
-    chunk: u32,
-    panel: u32,
-    heads: u32,
-    unit: u32,
-    #[comptime] plan: ChainPlan,
-) {
-    let token = p.start + chunk * comptime!(CHUNK as u32);
-    let count = u32::min(p.length - chunk * comptime!(CHUNK as u32), comptime!(CHUNK as u32));
-    let whole = count == comptime!(CHUNK as u32);
-    let channel = panel * 64u32;
-    if unit == 0u32 {
-        if whole {
-            store_3d(from, map, channel, p.head, token);
-        }
-        commit_stores();
-    }
-    if !whole {
-        let width = comptime!(plan.values as u32);
-        let first = (token * heads + p.head) * comptime!(plan.values as u32 / 2);
-        copy_rows(from, rows, first, heads * comptime!(plan.values as u32 / 2), channel, width, count, unit);
-    }
 }
 
 /// Starts what is read from the state, then hands the state on, or writes it where it is stored from.
 #[cube]
-fn read_state(area: &Area, t: &Tiles, step: u32, warp: u32, lane: u32, id: u32, #[comptime] plan: ChainPlan) {
+fn read_state(area: &Area, t: &Tiles, step: u32, warp: u32, lane: u32, #[comptime] plan: ChainPlan) {
     let row = row_of(warp, lane, 0usize);
     let state = comptime!(plan.state());
     let operand = comptime!(plan.operand());
@@ -130,11 +80,7 @@ fn read_state(area: &Area, t: &Tiles, step: u32, warp: u32, lane: u32, id: u32, 
         fence_shared();
         arrive_warp(area.states.full(step), lane);
     } else if comptime!(plan.with_borders()) {
-        // What the step before the last one stored from these slots has been read.
-        if warp + lane == 0u32 {
-            wait_stores_read(1u32);
-        }
-        sync_warpgroup(id, 128u32);
+        area.stores.wait_room(step);
         publish(t.s, state, row, lane);
     }
 }
@@ -153,9 +99,9 @@ fn decay_state(decay: f32, #[comptime] plan: ChainPlan) {
 
 /// From the state before a chunk to that after it, and the values that its tokens write.
 #[cube]
-fn with_time(area: &Area, t: &Tiles, step: u32, warp: u32, lane: u32, id: u32, #[comptime] plan: ChainPlan) {
+fn with_time(area: &Area, t: &Tiles, step: u32, warp: u32, lane: u32, #[comptime] plan: ChainPlan) {
     let state = comptime!(plan.state());
-    read_state(area, t, step, warp, lane, id, plan);
+    read_state(area, t, step, warp, lane, plan);
     put_transposed(HELD, t.v, warp, lane);
     load_factors(FACTORS, t.grown, lane);
     load_factors(LEFT, t.left, lane);
@@ -191,18 +137,9 @@ fn with_time(area: &Area, t: &Tiles, step: u32, warp: u32, lane: u32, id: u32, #
 
 /// From the gradient of the state after a chunk to that of the state before it, and those of its values.
 #[cube]
-fn against_time(
-    area: &Area,
-    t: &Tiles,
-    step: u32,
-    warp: u32,
-    lane: u32,
-    id: u32,
-    out_scale: f32,
-    #[comptime] plan: ChainPlan,
-) {
+fn against_time(area: &Area, t: &Tiles, step: u32, warp: u32, lane: u32, out_scale: f32, #[comptime] plan: ChainPlan) {
     let state = comptime!(plan.state());
-    read_state(area, t, step, warp, lane, id, plan);
+    read_state(area, t, step, warp, lane, plan);
     load_factors(FACTORS, t.grown, lane);
     load_factors(LEFT, t.left, lane);
     let decay = exp2(load_f32(t.g + comptime!(4 * CHUNK as u32 - 4)));
