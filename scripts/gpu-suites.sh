@@ -26,7 +26,7 @@ for suite in "$@"; do
 done
 touch "$logs/failed" "$logs/all"
 # Those that take longest first.
-long='golden|kernels_give|every_.*size|packed|few_heads|many_heads|abc_is'
+long='golden|kernels_give|every_.*size|packed|few_heads|many_heads|abc_is|value_heads|normalised'
 { grep -E "$long" "$logs/all"; grep -vE "$long" "$logs/all"; } >"$logs/ordered"
 xargs -P $((12 * gpus)) --process-slot-var=SLOT -L 1 bash -c 'one "$1" "$2" "$0"' "$logs" <"$logs/ordered"
 while read -r suite test code; do
