@@ -70,8 +70,8 @@ pub(crate) enum Decay {
     Value(Tensor<4>),
 }
 
-/// The log decays of heads that do not decay. Uploaded: an operation on the way would be one more kernel, and where operations
-/// are fused the whole call waited for it (forward took twice its kernel's time).
+/// The log decays of heads that do not decay. Uploaded: made by an operation, `linear_attn` forward took 0.417 ms at
+/// 8 × 2048 × 32 × 128 × 128 on an H100, where its kernel takes 0.19, and takes 0.232 so.
 #[cfg(feature = "cube")]
 pub(crate) fn no_decay(heads: usize, device: &Device) -> Tensor<1> {
     Tensor::from_data(TensorData::zeros::<f32, _>([heads]), (device, DType::F32))
