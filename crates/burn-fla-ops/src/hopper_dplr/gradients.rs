@@ -21,7 +21,8 @@
 //!
 //! One cube of eight warps has a chunk, on Hopper too: its products are of single warps. The first four compute what reads,
 //! dQ′ and dÃ, later dq and da; the others what writes, dK′ and dB̂, later dk and db. The tokens' vectors are brought when Ã, B̂,
-//! N and H are needed no more, and take their places, so that two cubes share a processor of Hopper's at up to 64 key channels.
+//! N and H are needed no more, and take their places, so that head sizes up to 64 fit into 99 KiB. Units have 250 registers and
+//! more, so that one cube has a processor's register file to itself.
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::generic_to_shared;
@@ -128,7 +129,7 @@ pub(super) fn gradients(
         parked: parked0,
         inter: parked0 + comptime!(4 * plan.parked() as u32),
     };
-    let at = Sums::of(0u32, plan);
+    let at = Sums::of(plan);
     let part = part_of(CUBE_POS_X, table, table_at, heads, groups, unit, TOKENS_OF_WARP);
     let block = part.block * comptime!(CHUNK as u32);
     let rows = comptime!(CHUNK as u32);

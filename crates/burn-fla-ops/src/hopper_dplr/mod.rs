@@ -39,7 +39,7 @@
 //! Measured on an H200, milliseconds forward / both, outputs and gradients right to 5e-3 (gates 4e-3): `rwkv7`
 //! 8 × 2048 × 32 × 64 × 64 takes 0.70 / 2.60, 16 × 4096 × 16 × 64 × 64 takes 1.32 / 5.03, `dplr` the same within a tenth. At the
 //! latter shape [`prepare`] takes 0.98 (1.12 for backward, 1.4 TB/s), the chains 0.24, 0.26 and 0.17 (all at 4.0 TB/s), and
-//! [`gradients`] 2.15 (2.2 TB/s: 4.7 GB, where its tensors are 2.6). Since then the inverse's rows are padded
+//! the gradients' kernel of then 2.15 (2.2 TB/s: 4.7 GB, where its tensors are 2.6). Since then the inverse's rows are padded
 //! and a synchronisation was added. `benches/results/90-operators.json` has it as it is on an H100, long sequences of few heads
 //! and, of `dplr` and kda, the peer beside it. What is known to be left:
 //! - [`prepare`] has 8 warps on a processor: with 252 registers a unit, two cubes run at a time where shared memory has room for
@@ -47,7 +47,7 @@
 //!   for backward), of which its bytes are 0.48, and 1.00 (1.15) at 16 × 4096 × 16 × 64 × 64. All four products between tokens
 //!   at once, with 255 registers, took 0.19 less on an H200. Units wait for their own instructions: a fifth of an instruction a
 //!   cycle and warp. A warpgroup for each panel, 128 registers a unit, rows in pieces of 16 bytes through shared memory, and Q′
-//!   and K′ made of the tiles that products read, took 1.1 ms more at the first shape and 0.65 more at the second.
+//!   and K′ made of the tiles that products read: rwkv7 forward took 1.1 ms more at the first shape and 0.65 more at the second.
 //! - [`gradients`] had warpgroups' products (wgmma) and the next chunk's copies in flight, with two teams a cube where one panel
 //!   holds the keys. The compiler waited for every product (C7512) and spilled 750 bytes a unit beside 226 KiB of shared memory:
 //!   on an H100 2.93 ms at 8 × 2048 × 32 × 128 × 128, where products of single warps and one chunk a cube take 2.25, and
