@@ -21,11 +21,13 @@ on_gpu() {
     export CUDA_VISIBLE_DEVICES=$1 lock=$found/lock.$1
     local plain=${2//:mma/} right=0 count=$((cores / gpus)) i shape
     plain=$(tr ',' '\n' <<<"$plain" | sort -u | paste -sd,)
-    # Both sides compile, and ours checks, side by side; who times waits for all of them and is alone.
+    # Both sides compile, and ours checks, side by side; who times waits until the host is free, on every GPU, and is alone.
+    local held=()
+    for ((i = 0; i < gpus; i++)); do held+=(flock -s "$found/lock.$i"); done
     if [ -n "$peer" ]; then
         for ((i = 0; i < count; i++)); do
             # Shorter sequences have the same kernels, and all these processes share one memory.
-            flock -s "$lock" timeout "$patience" python3 scripts/peer.py "--warm=$i/$count" "$plain" "$short" \
+            "${held[@]}" timeout "$patience" python3 scripts/peer.py "--warm=$i/$count" "$plain" "$short" \
                 >/dev/null 2>>"$found/warm.$1.log" &
         done
     fi

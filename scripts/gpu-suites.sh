@@ -25,7 +25,10 @@ for suite in "$@"; do
     (cd tests && "$folder/$suite" --list 2>/dev/null) | sed -n 's/: test$//p' | grep -vE "${FILTER:-^$}" | sed "s/^/$suite /" >>"$logs/all"
 done
 touch "$logs/failed" "$logs/all"
-xargs -P $((12 * gpus)) --process-slot-var=SLOT -L 1 bash -c 'one "$1" "$2" "$0"' "$logs" <"$logs/all"
+# Those that take longest first.
+long='golden|kernels_give|every_.*size|packed|few_heads|many_heads|abc_is|value_heads|normalised'
+{ grep -E "$long" "$logs/all"; grep -vE "$long" "$logs/all"; } >"$logs/ordered"
+xargs -P $((12 * gpus)) --process-slot-var=SLOT -L 1 bash -c 'one "$1" "$2" "$0"' "$logs" <"$logs/ordered"
 while read -r suite test code; do
     echo "== $suite $test $code"
     grep -vE '^ +[0-9]+: |^ +at |^stack backtrace|^note:|^running|^$' "$logs/$suite-${test//:/_}.txt" | cut -c1-400 | head -n 25

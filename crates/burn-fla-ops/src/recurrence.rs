@@ -2,6 +2,8 @@
 //! defaults, packed sequences, and the choice of the engine.
 
 use burn::tensor::{DType, Tensor};
+#[cfg(feature = "cube")]
+use burn::tensor::{Device, TensorData};
 
 use crate::arguments::{self, query_key_value};
 use crate::bridge::{has_kernels, same_device, same_shape};
@@ -38,7 +40,11 @@ impl Implementation {
         let kernels = has_kernels(&device, problem.engine) && problem.q.dtype() != DType::F64 && tokens > 0;
         match kernels {
             #[cfg(feature = "cuda")]
-            true if problem.engine == Engine::Mma && crate::hopper_walk::takes_with_mma(problem) => Self::Mma,
+            true if (problem.engine == Engine::Mma || crate::hopper_walk::prefers_mma(problem))
+                && crate::hopper_walk::takes_with_mma(problem) =>
+            {
+                Self::Mma
+            }
             #[cfg(feature = "cuda")]
             true if crate::hopper_walk::takes(problem) => Self::Hopper,
             #[cfg(feature = "cuda")]
@@ -62,6 +68,13 @@ pub(crate) enum Decay {
     Key(Tensor<4>),
     /// `[B, T, H, V]`: `S_t = S_{t−1} diag(e^{g_t}) + k_t v_tᵀ`.
     Value(Tensor<4>),
+}
+
+/// The log decays of heads that do not decay. Uploaded: made by an operation, `linear_attn` forward took 0.417 ms at
+/// 8 × 2048 × 32 × 128 × 128 on an H100, where its kernel takes 0.19, and takes 0.232 so.
+#[cfg(feature = "cube")]
+pub(crate) fn no_decay(heads: usize, device: &Device) -> Tensor<1> {
+    Tensor::from_data(TensorData::zeros::<f32, _>([heads]), (device, DType::F32))
 }
 
 /// A checked problem: `S_t = e^{g_t} ∘ S_{t−1} + k_t v_tᵀ`, `o_t = scale · S_tᵀ q_t`.

@@ -6,10 +6,10 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-use crate::arguments::{activation, on_kernels};
+use crate::arguments::activation;
 use crate::bridge::{same_device, same_shape};
 use crate::chunked::compute_dtype;
-use crate::{CuSeqlens, Engine, OpError, ScanOptions};
+use crate::{CuSeqlens, OpError, ScanOptions};
 
 /// The checked arguments of a scan over `[B, T, D]`.
 pub(crate) struct Scan {
@@ -19,7 +19,8 @@ pub(crate) struct Scan {
     device: Device,
     sequences: CuSeqlens,
     initial: Option<Tensor<2>>,
-    engine: Engine,
+    #[cfg(feature = "cube")]
+    engine: crate::Engine,
 }
 
 impl Scan {
@@ -57,7 +58,15 @@ impl Scan {
             }
             None => None,
         };
-        Ok(Self { shape: [b, t, d], dtype, device, sequences, initial, engine: options.engine })
+        Ok(Self {
+            shape: [b, t, d],
+            dtype,
+            device,
+            sequences,
+            initial,
+            #[cfg(feature = "cube")]
+            engine: options.engine,
+        })
     }
 
     /// Whether there is no token at all.
@@ -66,8 +75,9 @@ impl Scan {
     }
 
     /// Whether the kernels take `x`, of this scan.
+    #[cfg(feature = "cube")]
     pub(crate) fn on_kernels(&self, x: &Tensor<3>) -> bool {
-        on_kernels(x, self.engine) && !self.is_empty()
+        crate::arguments::on_kernels(x, self.engine) && !self.is_empty()
     }
 
     /// The sequences, those of a dense batch too.

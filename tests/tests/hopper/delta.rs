@@ -105,7 +105,10 @@ const OPS: [Op; 3] = [Op::Delta, Op::Gated, Op::Kda];
 suite!(Auto: hopper, Mma: mma; {
     every_length_is_right,
     every_size_is_right,
+    every_larger_size_is_right,
+    every_wide_size_is_right,
     many_heads_are_right,
+    many_packed_heads_are_right,
     every_decay_is_right,
     keys_that_repeat_are_right,
     normalised_keys_are_right,
@@ -122,11 +125,22 @@ fn every_length_is_right(engine: Engine) {
     }
 }
 
+/// Every size is kernels of its own, which take their time to compile: dplr's suite has other ones of kda's.
 fn every_size_is_right(engine: Engine) {
-    let sizes = [(16, 16), (64, 64), (128, 64), (64, 128), (48, 80), (96, 176), (128, 256), (112, 512)];
+    sizes_are_right(engine, &[(16, 16), (64, 64), (48, 80)], &[(48, 80)]);
+}
+
+fn every_larger_size_is_right(engine: Engine) {
+    sizes_are_right(engine, &[(128, 64), (64, 128), (96, 176)], &[(96, 176)]);
+}
+
+fn every_wide_size_is_right(engine: Engine) {
+    sizes_are_right(engine, &[(128, 256), (112, 512)], &[(128, 256)]);
+}
+
+fn sizes_are_right(engine: Engine, sizes: &[(usize, usize)], of_kda: &[(usize, usize)]) {
     for op in OPS {
-        // Every size is kernels of its own, which take their time to compile: dplr's suite has other ones of these.
-        let sizes = if op == Op::Kda { &sizes[4..7] } else { &sizes[..] };
+        let sizes = if op == Op::Kda { of_kda } else { sizes };
         let problems: Vec<Problem> =
             sizes.iter().map(|&(keys, values)| Problem { keys, values, batch: 1, ..base(op, 100) }).collect();
         check(engine, &problems);
@@ -136,10 +150,17 @@ fn every_size_is_right(engine: Engine) {
 /// Enough heads for cubes that walk 128 value channels.
 fn many_heads_are_right(engine: Engine) {
     for op in OPS {
-        check(
-            engine,
-            &[Problem { heads: 70, ..base(op, 70) }, Problem { heads: 140, values: 80, keys: 32, ..base(op, 70) }],
-        );
+        let problems =
+            [Problem { heads: 70, ..base(op, 70) }, Problem { heads: 140, values: 80, keys: 32, ..base(op, 70) }];
+        check(engine, &problems);
+    }
+}
+
+/// Enough heads for cubes that walk several segments: of one chunk, of two and of none.
+fn many_packed_heads_are_right(engine: Engine) {
+    for op in OPS {
+        let packed = Some(vec![0, 64, 64, 65, 150]);
+        check(engine, &[Problem { heads: 110, values: 64, keys: 64, batch: 1, packed, ..base(op, 150) }]);
     }
 }
 

@@ -21,25 +21,43 @@ fn golden_cases_on_the_cpu() {
     }
 }
 
-#[test]
-fn golden_cases_with_kernels() {
+/// On GPUs most of a case's time is the compilation of its kernels, so a third of the cases is a test.
+macro_rules! thirds {
+    ($function:ident: $first:ident, $second:ident, $third:ident) => {
+        #[test]
+        fn $first() {
+            $function(0)
+        }
+
+        #[test]
+        fn $second() {
+            $function(1)
+        }
+
+        #[test]
+        fn $third() {
+            $function(2)
+        }
+    };
+}
+
+thirds!(with_kernels: golden_cases_with_kernels, more_golden_cases_with_kernels, yet_more_golden_cases_with_kernels);
+thirds!(in_bf16: golden_cases_in_bf16, more_golden_cases_in_bf16, yet_more_golden_cases_in_bf16);
+
+fn with_kernels(third: usize) {
     for (_, device) in kernel_devices() {
-        for case in GOLDEN.iter().chain(&GOLDEN_LAYERS) {
+        for case in GOLDEN.iter().chain(&GOLDEN_LAYERS).skip(third).step_by(3) {
             passes(case, &device, Compute::f32());
         }
     }
 }
 
-#[test]
-fn golden_cases_in_bf16() {
-    for case in GOLDEN {
-        passes(case, &reference_device(), Compute::bf16());
-    }
-    for (_, device) in kernel_devices() {
-        if device.supports_dtype(burn::tensor::DType::BF16) {
-            for case in GOLDEN {
-                passes(case, &device, Compute::bf16());
-            }
+fn in_bf16(third: usize) {
+    let devices = kernel_devices().into_iter().map(|(_, device)| device);
+    let devices = devices.filter(|device| device.supports_dtype(burn::tensor::DType::BF16));
+    for device in std::iter::once(reference_device()).chain(devices) {
+        for case in GOLDEN.iter().skip(third).step_by(3) {
+            passes(case, &device, Compute::bf16());
         }
     }
 }

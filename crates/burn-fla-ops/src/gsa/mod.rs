@@ -211,7 +211,7 @@ pub(crate) fn run(
     let (begin, probe) = (first(out, s.clone(), g.clone())?, second(out, s.clone(), s, g)?);
     let narrow = begin.on_matrix_units() && probe.on_matrix_units();
     #[cfg(feature = "cuda")]
-    if let Some(cores) = begin.cores().filter(|cores| probe.cores() == Some(*cores)) {
+    if let Some(cores) = begin.cores().zip(probe.cores()).map(|(first, second)| first.of_both(second)) {
         if crate::hopper_walk::takes_both(&probe) {
             let running = match slots {
                 Slots::Given(..) => None,

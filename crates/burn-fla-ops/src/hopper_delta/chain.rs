@@ -2,34 +2,59 @@
 //! state in registers, value channels × key channels.
 //!
 //! ```text
-//! with time:      W = M (v − e^G ∘ K S)             o = scale (e^G ∘ Q S + P W)          S ← e^{G_last} S + (e^{G_last − G} ∘ K)ᵀ W
+//! with time:      W = M (v − e^G ∘ K S)             o = scale e^G ∘ Q S + P W          S ← e^{G_last} S + (e^{G_last − G} ∘ K)ᵀ W
 //! against time:   dv = Mᵀ (e^{G_last − G} ∘ K Z + Pᵀ do)      Z ← e^{G_last} Z + scale (e^G ∘ Q)ᵀ do − (e^G ∘ K)ᵀ dv
 //! ```
 //!
-//! with `P_ij = scale e^{G_i − G_j} (q_i · k_j)` for `j ≤ i`, and M of [`super::prepare`]. Everything between two states is
-//! transposed, channels × tokens, so what one product leaves in registers is the left operand of the next one: nothing on
-//! the way from state to state goes through shared memory.
+//! with `P_ij = scale e^{G_i − G_j} (q_i · k_j)` for `j ≤ i`, and M of [`super::prepare`].
 //!
-//! One warp loads tiles by tensor memory copies, one the decays; the other warpgroups walk, and share the work of P.
+//! The warpgroups have roles:
+//!
+//! | role | what it does in a chunk |
+//! |---|---|
+//! | one or two that walk ([`super::walk`]) | what the next state waits for, 64 value channels each |
+//! | one beside it, where there are queries ([`super::beside`]) | with time the outputs, behind the walk; against time `Pᵀ do`, ahead of it |
+//! | the loader's | one warp starts the tensor memory copies, one sums the decays, one stores ([`super::store`]) |
+//!
+//! Rings of barriers stand between them. Every role takes the same steps, one a chunk, over all the segments that the cube
+//! works on, and counts them from 0; a segment without tokens has none. An arrival is that of a warp whose units have met.
+//!
+//! | ring (stages) | filled by, arrivals | awaited by | released by, arrivals, when |
+//! |---|---|---|---|
+//! | `tiles` (2 to 4) | the copies 1, the decays' units 32 | walk, beside | walk 4 each, at the end of its step; beside 4, when it needs none of its chunk any more |
+//! | `states` (2), with time | walk 4: the state before the chunk is written | beside | beside 4: `Q S` is there |
+//! | `handed` (2), with time | walk 4: W is written | beside | beside 4: `P W` is there |
+//! | `handed` (2), against time | beside 4: `Pᵀ do` is written | walk | walk 4: it has been read |
+//! | `stores` (2), the outputs | beside 4: they are written | the storing warp | the same 1: the copies have read them |
+//! | `stores` (2), states and values | walk 4 each, at the end of its step | the storing warp | the same 1, likewise |
+//!
+//! With time the walk waits for nothing of the one beside but room, which step n − 2 left, and the one beside never waits for
+//! a later step of the walk; against time it is the other way round. The storing warp waits for what its own step wrote, and
+//! others wait for it two steps later. So nobody waits in a circle, and nobody can be two phases ahead of who waits for it.
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
 use half::bf16;
 
-use super::parts::{
-    Decays, Place, chunk_at, copy_rows, load_state, pack_all, pack_columns, pack_missing, pack_transposed, place,
-    publish_transposed, put_transposed, scale_columns, store_state, write_scores,
+use super::beside;
+use super::parts::{Decays, Place, chunk_at, place};
+use super::plan::{
+    CHUNK, ChainPlan, DECAYED, DECAYS, FACTORS, HELD, LEFT, OUT, PANEL, READ, SCORES, SLOTS, TOKENS, WRITTEN,
 };
-use super::plan::{CHUNK, ChainPlan, DECAYED, DECAYS, OUT, PANEL, READ, TOKENS, Task, WRITTEN};
-use crate::hopper_walk::parts::{load_tile, publish};
+use super::{store, walk};
+use crate::hopper_walk::parts::load_tile;
 use crate::tile::hopper::{
-    Ring, barrier_arrive, barrier_expect, barrier_fence, commit, commit_stores, declare, declare_fragment, exp2, fence,
-    fence_shared, give_registers, k_major, mma_registers, mma_shared, mn_major, row_of, scale, store_3d,
-    sync_warpgroup, take_registers, wait, wait_stores_read,
+    Ring, barrier_arrive, barrier_expect, barrier_fence, declare, declare_fragment, give_registers, take_registers,
+    warpgroup,
 };
 
-/// The barrier at which all walking warpgroups meet.
-const TOGETHER: u32 = 8;
+/// Warps of a warpgroup.
+const WARPS: usize = 4;
+
+/// Words of so many panels; something is allocated for none, too.
+fn words_of(panels: usize) -> usize {
+    usize::max(panels * PANEL / 4, 32)
+}
 
 #[cube(launch_unchecked)]
 pub(super) fn chain(
@@ -53,405 +78,247 @@ pub(super) fn chain(
     let warpgroups = comptime!(plan.warpgroups);
     let panels = comptime!(plan.panels());
     let stages = comptime!(plan.stages);
-    let state = comptime!(plan.state());
-    let wide = comptime!((plan.panels() * PANEL) as u32);
-    let narrow = comptime!((plan.warpgroups * PANEL) as u32);
     let queries = comptime!(plan.with_queries() as usize);
-    let kept = comptime!(plan.with_borders() as usize);
-    let shared_q = Shared::<[u32]>::new_aligned_slice(comptime!(queries * stages * panels * PANEL / 4 + 32), 1024usize);
+    let shared_q = Shared::<[u32]>::new_aligned_slice(comptime!(words_of(queries * stages * panels)), 1024usize);
     let shared_k = Shared::<[u32]>::new_aligned_slice(comptime!(stages * panels * PANEL / 4), 1024usize);
     let shared_v = Shared::<[u32]>::new_aligned_slice(comptime!(stages * warpgroups * PANEL / 4), 1024usize);
     let shared_m = Shared::<[u32]>::new_aligned_slice(comptime!(stages * PANEL / 4), 1024usize);
-    let shared_p = Shared::<[u32]>::new_aligned_slice(comptime!(queries * 2 * PANEL / 4 + 32), 1024usize);
-    let shared_o = Shared::<[u32]>::new_aligned_slice(comptime!(warpgroups * PANEL / 4), 1024usize);
-    let shared_s =
-        Shared::<[u32]>::new_aligned_slice(comptime!(kept * warpgroups * panels * PANEL / 4 + 32), 1024usize);
+    let shared_s = Shared::<[u32]>::new_aligned_slice(comptime!(words_of(plan.state_panels())), 1024usize);
+    let shared_x = Shared::<[u32]>::new_aligned_slice(comptime!(words_of(plan.handed_panels())), 1024usize);
+    let shared_o = Shared::<[u32]>::new_aligned_slice(comptime!(words_of(plan.out_panels())), 1024usize);
     let mut shared_g = Shared::<[f32]>::new_aligned_slice(comptime!(stages * DECAYS), 128usize);
-    let barriers = Shared::<[u64]>::new_slice(comptime!(2 * stages));
-    let tiles_q = generic_to_shared::<u32>(shared_q.as_ptr());
-    let tiles_k = generic_to_shared::<u32>(shared_k.as_ptr());
-    let tiles_v = generic_to_shared::<u32>(shared_v.as_ptr());
-    let tiles_m = generic_to_shared::<u32>(shared_m.as_ptr());
-    let tiles_p = generic_to_shared::<u32>(shared_p.as_ptr());
-    let tiles_o = generic_to_shared::<u32>(shared_o.as_ptr());
-    let tiles_s = generic_to_shared::<u32>(shared_s.as_ptr());
-    let ring = Ring::new(generic_to_shared::<u64>(barriers.as_ptr()), comptime!(stages as u32));
-    declare(state);
+    let barriers = Shared::<[u64]>::new_slice(comptime!(2 * stages + 6 * SLOTS));
+    let barrier = generic_to_shared::<u64>(barriers.as_ptr());
+    let area = Area {
+        q: generic_to_shared::<u32>(shared_q.as_ptr()),
+        k: generic_to_shared::<u32>(shared_k.as_ptr()),
+        v: generic_to_shared::<u32>(shared_v.as_ptr()),
+        m: generic_to_shared::<u32>(shared_m.as_ptr()),
+        s: generic_to_shared::<u32>(shared_s.as_ptr()),
+        x: generic_to_shared::<u32>(shared_x.as_ptr()),
+        o: generic_to_shared::<u32>(shared_o.as_ptr()),
+        g: generic_to_shared::<f32>(shared_g.as_ptr()),
+        tiles: Ring::new(barrier, comptime!(stages as u32)),
+        states: Ring::new(barrier + comptime!(16 * stages as u32), comptime!(SLOTS as u32)),
+        handed: Ring::new(barrier + comptime!(16 * (stages + SLOTS) as u32), comptime!(SLOTS as u32)),
+        stores: Ring::new(barrier + comptime!(16 * (stages + 2 * SLOTS) as u32), comptime!(SLOTS as u32)),
+    };
+    declare(comptime!(plan.state()));
     declare(READ);
+    declare(FACTORS);
+    declare(LEFT);
     declare_fragment(comptime!(plan.operand()));
     declare_fragment(TOKENS);
     declare_fragment(DECAYED);
+    declare_fragment(HELD);
     if comptime!(plan.with_queries()) {
-        declare(comptime!(plan.scores()));
-        declare(comptime!(if plan.against_time() { WRITTEN } else { OUT }));
+        declare(SCORES);
+        declare(OUT);
+        declare(WRITTEN);
     }
     if UNIT_POS == 0 {
         // The copies' arrival, and that of each unit of the warp that sums decays.
-        ring.init(33u32, comptime!(warpgroups as u32));
+        area.tiles.init(33u32, comptime!((WARPS * (warpgroups + queries)) as u32));
+        area.states.init(comptime!(WARPS as u32), comptime!(WARPS as u32));
+        area.handed.init(comptime!(WARPS as u32), comptime!(WARPS as u32));
+        area.stores.init(comptime!((WARPS * warpgroups) as u32), 1u32);
         barrier_fence();
     }
     sync_cube();
 
     let work = items * heads * comptime!(plan.slices() as u32);
-    let warpgroup = UNIT_POS / 128u32;
+    let warpgroup = warpgroup();
     let warp = (UNIT_POS % 128u32) / 32u32;
     let lane = UNIT_POS % 32u32;
-    let mut step = 0u32;
-    let mut index = CUBE_POS_X;
-    if warpgroup == comptime!(warpgroups as u32) {
+    if warpgroup == comptime!((warpgroups + queries) as u32) {
         give_registers(40u32);
         if warp == 0u32 {
             if lane == 0u32 {
-                let map_q = tensor_map_address(q);
-                let map_k = tensor_map_address(k);
-                let map_v = tensor_map_address(v);
-                let map_m = tensor_map_address(inverse);
-                while index < work {
-                    let p = place(index, table, heads, plan);
-                    let channel = p.slice * comptime!(64 * warpgroups as u32);
-                    let key_head = p.head / groups;
-                    for i in 0..p.chunks {
-                        let token = p.start + chunk_at(i, p.chunks, plan) * comptime!(CHUNK as u32);
-                        ring.wait_room(step);
-                        let full = ring.full(step);
-                        let stage = ring.stage(step);
-                        barrier_expect(full, comptime!(plan.stage_bytes() as u32));
-                        load_tile(tiles_k + stage * wide, map_k, 0u32, key_head, token, full, panels);
-                        load_tile(tiles_m + stage * comptime!(PANEL as u32), map_m, 0u32, p.head, token, full, 1usize);
-                        load_tile(tiles_v + stage * narrow, map_v, channel, p.head, token, full, warpgroups);
-                        if comptime!(plan.with_queries()) {
-                            load_tile(tiles_q + stage * wide, map_q, 0u32, key_head, token, full, panels);
-                        }
-                        step += 1u32;
-                    }
-                    index += CUBE_COUNT_X;
-                }
+                let maps = Maps {
+                    q: tensor_map_address(q),
+                    k: tensor_map_address(k),
+                    v: tensor_map_address(v),
+                    m: tensor_map_address(inverse),
+                };
+                load(&area, &maps, table, work, heads, groups, plan);
             }
         } else if warp == 1u32 {
-            while index < work {
-                let p = place(index, table, heads, plan);
-                for i in 0..p.chunks {
-                    let first = chunk_at(i, p.chunks, plan) * comptime!(CHUNK as u32);
-                    let count = u32::min(p.length - first, comptime!(CHUNK as u32));
-                    ring.wait_room(step);
-                    let to = (ring.stage(step) * comptime!(DECAYS as u32)) as usize;
-                    let sums = Decays::of(g, p.start + first, count, p.head, heads, lane, comptime!(plan.gated));
-                    sums.write(&mut shared_g, to, count, lane);
-                    barrier_arrive(ring.full(step));
-                    step += 1u32;
-                }
-                index += CUBE_COUNT_X;
+            load_decays(&area, &mut shared_g, g, table, work, heads, lane, plan);
+        } else if warp == 2u32 {
+            if comptime!(plan.stores()) {
+                let maps = (tensor_map_address(o), tensor_map_address(borders));
+                store::run(&area, table, rows, maps, work, heads, lane, plan);
             }
+        }
+    } else if warpgroup == comptime!(warpgroups as u32) {
+        // Without queries this is the loader's.
+        if comptime!(plan.with_queries()) {
+            take_registers(232u32);
+            beside::run(&area, table, work, heads, out_scale, warp, lane, plan);
         }
     } else {
         take_registers(232u32);
-        let elected = UNIT_POS % 128u32 == 0u32;
-        let unit = UNIT_POS % 128u32;
-        let row = row_of(warp, lane, 0usize);
-        let o0 = tiles_o + warpgroup * comptime!(PANEL as u32);
-        let s0 = tiles_s + warpgroup * wide;
-        let map_o = tensor_map_address(o);
-        let map_s = tensor_map_address(borders);
-        let id = warpgroup + 1u32;
-        while index < work {
-            let p = place(index, table, heads, plan);
-            let panel = p.slice * comptime!(warpgroups as u32) + warpgroup;
-            load_state(initial, &p, panel, heads, row, lane, plan);
-            for i in 0..p.chunks {
-                let chunk = chunk_at(i, p.chunks, plan);
-                let first = chunk * comptime!(CHUNK as u32);
-                let count = u32::min(p.length - first, comptime!(CHUNK as u32));
-                ring.wait_full(step);
-                let stage = ring.stage(step);
-                let t = Tiles {
-                    q: tiles_q + stage * wide,
-                    k: tiles_k + stage * wide,
-                    v: tiles_v + stage * narrow + warpgroup * comptime!(PANEL as u32),
-                    m: tiles_m + stage * comptime!(PANEL as u32),
-                    p: tiles_p + (step % 2u32) * comptime!(PANEL as u32),
-                    o: o0,
-                    s: s0,
-                    g: stage * comptime!(DECAYS as u32),
-                };
-                if comptime!(plan.with_borders()) {
-                    // What was stored from these tiles has been read.
-                    if elected {
-                        wait_stores_read(0u32);
-                    }
-                    sync_warpgroup(id, 128u32);
-                    publish(s0, state, row, lane);
-                }
-                pack_all(comptime!(plan.operand()), state);
-                if comptime!(plan.against_time()) {
-                    against_time(&t, &shared_g, warpgroup, warp, lane, count, out_scale, plan);
-                } else {
-                    with_time(&t, &shared_g, warpgroup, warp, lane, count, out_scale, plan);
-                }
-                if comptime!(plan.task == Task::Outputs) {
-                    if elected {
-                        wait_stores_read(0u32);
-                    }
-                    sync_warpgroup(id, 128u32);
-                    publish_transposed(o0, OUT, warp, lane);
-                }
-                let channel = panel * 64u32;
-                fence_shared();
-                sync_warpgroup(id, 128u32);
-                if comptime!(plan.stores()) {
-                    store_tiles(&p, &t, rows, map_o, map_s, chunk, panel, channel, count, heads, unit, plan);
-                }
-                if elected {
-                    ring.release(step);
-                }
-                step += 1u32;
-            }
-            if comptime!(plan.task != Task::Values) {
-                store_state(last, &p, panel, heads, row, lane, plan);
-            }
-            index += CUBE_COUNT_X;
-        }
-        if elected {
-            wait_stores_read(0u32);
-        }
+        walk::run(&area, table, initial, last, work, heads, out_scale, warpgroup, warp, lane, plan);
     }
+}
+
+/// The addresses of a cube's tiles and barriers.
+#[derive(CubeType, Clone, Copy)]
+pub(super) struct Area {
+    q: u32,
+    k: u32,
+    v: u32,
+    m: u32,
+    s: u32,
+    x: u32,
+    o: u32,
+    g: u32,
+    pub(super) tiles: Ring,
+    pub(super) states: Ring,
+    pub(super) handed: Ring,
+    pub(super) stores: Ring,
 }
 
 /// Where a warpgroup finds a chunk.
 #[derive(CubeType, Clone, Copy)]
-struct Tiles {
-    q: u32,
-    k: u32,
+pub(super) struct Tiles {
+    pub(super) q: u32,
+    pub(super) k: u32,
     /// Values, or against time the gradient of the outputs.
-    v: u32,
-    m: u32,
-    p: u32,
-    o: u32,
-    s: u32,
-    /// The first of its decays.
-    g: u32,
+    pub(super) v: u32,
+    pub(super) m: u32,
+    /// The state before the chunk, against time the gradient of that after it.
+    pub(super) s: u32,
+    /// What warpgroups hand to each other: W with time, `Pᵀ do` against time.
+    pub(super) x: u32,
+    /// What the chunk leaves in memory.
+    pub(super) o: u32,
+    /// The sums of decays, their exponentials, the decays to the chunk's end.
+    pub(super) g: u32,
+    pub(super) grown: u32,
+    pub(super) left: u32,
 }
 
-/// Starts the product of the scores that this warpgroup has a share of: all queries, and its key tokens.
 #[cube]
-fn start_scores(t: &Tiles, warpgroup: u32, #[comptime] plan: ChainPlan) {
-    let scores = comptime!(plan.scores());
-    let k0 = t.k + warpgroup * comptime!((plan.scores().columns() * 128) as u32);
-    let q0 = t.q;
-    #[unroll]
-    for n in 0..comptime!(4 * plan.panels()) {
-        let keep = comptime!(n as u32);
-        mma_shared(scores, k_major(q0, CHUNK, n), k_major(k0, CHUNK, n), keep, false, false);
+impl Area {
+    /// Those of a step, for a warpgroup that walks.
+    pub(super) fn at(&self, step: u32, warpgroup: u32, #[comptime] plan: ChainPlan) -> Tiles {
+        let wide = comptime!((plan.panels() * PANEL) as u32);
+        let narrow = comptime!((plan.warpgroups * PANEL) as u32);
+        let stage = self.tiles.stage(step);
+        let slot = (step % comptime!(SLOTS as u32)) * comptime!(plan.warpgroups as u32) + warpgroup;
+        let g = self.g + stage * comptime!(4 * DECAYS as u32);
+        Tiles {
+            q: self.q + stage * wide,
+            k: self.k + stage * wide,
+            v: self.v + stage * narrow + warpgroup * comptime!(PANEL as u32),
+            m: self.m + stage * comptime!(PANEL as u32),
+            s: self.s + slot * wide,
+            x: self.x + slot * comptime!(PANEL as u32),
+            o: self.o + slot * comptime!(PANEL as u32),
+            g,
+            grown: g + comptime!(4 * CHUNK as u32),
+            left: g + comptime!(8 * CHUNK as u32),
+        }
     }
-    commit();
 }
 
-/// Hands this warpgroup's share of the scores to all.
+/// A warp arrives at a barrier, once all of its units are here.
 #[cube]
-fn share_scores(
-    t: &Tiles,
-    g: &[f32],
-    warpgroup: u32,
-    row: u32,
-    lane: u32,
-    count: u32,
-    out_scale: f32,
-    #[comptime] plan: ChainPlan,
-) {
-    let first = warpgroup * comptime!(plan.scores().columns() as u32);
-    write_scores(t.p, g, t.g as usize, first, row, lane, count, out_scale, plan);
-    fence_shared();
-    sync_warpgroup(TOGETHER, comptime!(128 * plan.warpgroups as u32));
+pub(super) fn arrive_warp(barrier: u32, lane: u32) {
+    sync_plane();
+    if lane == 0u32 {
+        barrier_arrive(barrier);
+    }
 }
 
-/// From the state before a chunk to that after it, and its outputs or the values that it writes.
+/// A warp releases a ring's stage, once all of its units are here.
 #[cube]
-fn with_time(
-    t: &Tiles,
-    g: &[f32],
-    warpgroup: u32,
-    warp: u32,
-    lane: u32,
-    count: u32,
-    out_scale: f32,
-    #[comptime] plan: ChainPlan,
-) {
-    let state = comptime!(plan.state());
-    let operand = comptime!(plan.operand());
-    let steps = comptime!(4 * plan.panels());
-    let row = row_of(warp, lane, 0usize);
-    let at = t.g as usize;
-    let grown = at + CHUNK;
-    let left = at + 2 * CHUNK;
-    fence();
-    // Scores first: they become P while what follows is under way. Started before the state is packed, they made ptxas wait
-    // for them there (C7517).
-    if comptime!(plan.with_queries()) {
-        start_scores(t, warpgroup, plan);
+pub(super) fn release_warp(ring: &Ring, step: u32, lane: u32) {
+    sync_plane();
+    if lane == 0u32 {
+        ring.release(step);
     }
-    #[unroll]
-    for n in 0..steps {
-        mma_registers(READ, operand, n, k_major(t.k, CHUNK, n), comptime!(n as u32), false);
-    }
-    commit();
-    if comptime!(plan.with_queries()) {
-        #[unroll]
-        for n in 0..steps {
-            mma_registers(OUT, operand, n, k_major(t.q, CHUNK, n), comptime!(n as u32), false);
-        }
-        commit();
-        wait(1u32);
-    } else {
-        wait(0u32);
-    }
-    pack_missing(TOKENS, READ, t.v, g, grown, warp, lane);
-    fence();
-    #[unroll]
-    for n in 0..4usize {
-        mma_registers(READ, TOKENS, n, k_major(t.m, CHUNK, n), comptime!(n as u32), false);
-    }
-    commit();
-    if comptime!(plan.with_queries()) {
-        share_scores(t, g, warpgroup, row, lane, count, out_scale, plan);
-    }
-    wait(0u32);
-    pack_columns(DECAYED, READ, g, left, lane, 1.0f32);
-    if comptime!(plan.gated) {
-        let decay = exp2(g[at + 63]);
-        #[unroll]
-        for n in 0..comptime!(state.len()) {
-            scale(state, n, decay);
-        }
-    }
-    if comptime!(plan.with_queries()) {
-        pack_all(TOKENS, READ);
-        scale_columns(OUT, g, grown, lane, out_scale);
-    }
-    fence();
-    #[unroll]
-    for n in 0..4usize {
-        mma_registers(state, DECAYED, n, mn_major(t.k, CHUNK, n), 1u32, true);
-    }
-    commit();
-    if comptime!(plan.with_queries()) {
-        #[unroll]
-        for n in 0..4usize {
-            mma_registers(OUT, TOKENS, n, k_major(t.p, CHUNK, n), 1u32, false);
-        }
-        commit();
-    } else if comptime!(plan.stores()) {
-        publish_transposed(t.o, READ, warp, lane);
-    }
-    wait(0u32);
 }
 
-/// From the gradient of the state after a chunk to that of the state before it, and those of its values.
-#[cube]
-fn against_time(
-    t: &Tiles,
-    g: &[f32],
-    warpgroup: u32,
-    warp: u32,
-    lane: u32,
-    count: u32,
-    out_scale: f32,
-    #[comptime] plan: ChainPlan,
-) {
-    let state = comptime!(plan.state());
-    let operand = comptime!(plan.operand());
-    let row = row_of(warp, lane, 0usize);
-    let at = t.g as usize;
-    let grown = at + CHUNK;
-    let left = at + 2 * CHUNK;
-    fence();
-    start_scores(t, warpgroup, plan);
-    #[unroll]
-    for n in 0..comptime!(4 * plan.panels()) {
-        mma_registers(READ, operand, n, k_major(t.k, CHUNK, n), comptime!(n as u32), false);
-    }
-    commit();
-    put_transposed(TOKENS, t.v, warp, lane);
-    wait(1u32);
-    share_scores(t, g, warpgroup, row, lane, count, out_scale, plan);
-    wait(0u32);
-    scale_columns(READ, g, left, lane, 1.0f32);
-    fence();
-    #[unroll]
-    for n in 0..4usize {
-        mma_registers(READ, TOKENS, n, mn_major(t.p, CHUNK, n), 1u32, true);
-    }
-    commit();
-    pack_transposed(DECAYED, t.v, g, grown, warp, lane, out_scale);
-    if comptime!(plan.gated) {
-        let decay = exp2(g[at + 63]);
-        #[unroll]
-        for n in 0..comptime!(state.len()) {
-            scale(state, n, decay);
-        }
-    }
-    wait(0u32);
-    pack_all(TOKENS, READ);
-    fence();
-    #[unroll]
-    for n in 0..4usize {
-        mma_registers(WRITTEN, TOKENS, n, mn_major(t.m, CHUNK, n), comptime!(n as u32), true);
-    }
-    commit();
-    #[unroll]
-    for n in 0..4usize {
-        mma_registers(state, DECAYED, n, mn_major(t.q, CHUNK, n), 1u32, true);
-    }
-    commit();
-    wait(1u32);
-    pack_columns(TOKENS, WRITTEN, g, grown, lane, -1.0f32);
-    fence();
-    #[unroll]
-    for n in 0..4usize {
-        mma_registers(state, TOKENS, n, mn_major(t.k, CHUNK, n), 1u32, true);
-    }
-    commit();
-    if comptime!(plan.stores()) {
-        publish_transposed(t.o, WRITTEN, warp, lane);
-    }
-    wait(0u32);
+/// The maps of the tensors that are loaded.
+#[derive(CubeType, Clone, Copy)]
+struct Maps {
+    q: u64,
+    k: u64,
+    v: u64,
+    m: u64,
 }
 
-/// Stores what a chunk leaves in shared memory.
+/// One unit starts the copies of each chunk.
 #[cube]
-fn store_tiles(
-    p: &Place,
-    t: &Tiles,
-    rows: &mut [u32],
-    map_o: u64,
-    map_s: u64,
-    chunk: u32,
-    panel: u32,
-    channel: u32,
-    count: u32,
-    heads: u32,
-    unit: u32,
-    #[comptime] plan: ChainPlan,
-) {
-    let token = p.start + chunk * comptime!(CHUNK as u32);
-    let whole = count == comptime!(CHUNK as u32);
-    if unit == 0u32 {
-        if whole {
-            store_3d(t.o, map_o, channel, p.head, token);
-        }
-        if comptime!(plan.with_borders()) {
-            let border = (p.border + chunk) * heads + p.head;
-            #[unroll]
-            for n in 0..comptime!(plan.panels()) {
-                let from = t.s + comptime!((n * PANEL) as u32);
-                store_3d(from, map_s, comptime!(64 * n as u32), panel * 64u32, border);
+fn load(area: &Area, maps: &Maps, table: &[i32], work: u32, heads: u32, groups: u32, #[comptime] plan: ChainPlan) {
+    let warpgroups = comptime!(plan.warpgroups);
+    let panels = comptime!(plan.panels());
+    let mut step = 0u32;
+    let mut index = CUBE_POS_X;
+    while index < work {
+        let p = place(index, table, heads, plan);
+        let channel = p.slice * comptime!(64 * warpgroups as u32);
+        let key_head = p.head / groups;
+        for i in 0..p.chunks {
+            let token = p.start + chunk_at(i, p.chunks, plan) * comptime!(CHUNK as u32);
+            area.tiles.wait_room(step);
+            let full = area.tiles.full(step);
+            let t = area.at(step, 0u32, plan);
+            barrier_expect(full, comptime!(plan.stage_bytes() as u32));
+            load_tile(t.k, maps.k, 0u32, key_head, token, full, panels);
+            if comptime!(plan.with_queries()) {
+                load_tile(t.q, maps.q, 0u32, key_head, token, full, panels);
             }
+            load_tile(t.v, maps.v, channel, p.head, token, full, warpgroups);
+            load_tile(t.m, maps.m, 0u32, p.head, token, full, 1usize);
+            step += 1u32;
         }
-        commit_stores();
+        index += CUBE_COUNT_X;
     }
-    if !whole {
-        let width = comptime!(plan.values as u32);
-        let first = (token * heads + p.head) * comptime!(plan.values as u32 / 2);
-        copy_rows(t.o, rows, first, heads * comptime!(plan.values as u32 / 2), channel, width, count, unit);
-        // The tile is written again by others.
-        sync_warpgroup(panel % comptime!(plan.warpgroups as u32) + 1u32, 128u32);
+}
+
+/// The log decays of the chunk of step `i`: none after the last one.
+#[cube]
+fn decays_of_step(g: &[f32], p: &Place, i: u32, heads: u32, lane: u32, #[comptime] plan: ChainPlan) -> Decays {
+    let first = chunk_at(i, p.chunks, plan) * comptime!(CHUNK as u32);
+    let count = select(i < p.chunks, u32::min(p.length - first, comptime!(CHUNK as u32)), 0u32);
+    Decays::of_tokens(g, p.start + first, count, p.head, heads, lane, comptime!(plan.gated))
+}
+
+/// One warp sums the decays of each chunk; those of the next one are on their way meanwhile.
+#[cube]
+fn load_decays(
+    area: &Area,
+    shared_g: &mut [f32],
+    g: &[f32],
+    table: &[i32],
+    work: u32,
+    heads: u32,
+    lane: u32,
+    #[comptime] plan: ChainPlan,
+) {
+    let mut step = 0u32;
+    let mut index = CUBE_POS_X;
+    while index < work {
+        let p = place(index, table, heads, plan);
+        let begin = decays_of_step(g, &p, 0u32, heads, lane, plan);
+        let mut low = begin.low + 0.0f32;
+        let mut high = begin.high + 0.0f32;
+        for i in 0..p.chunks {
+            let first = chunk_at(i, p.chunks, plan) * comptime!(CHUNK as u32);
+            let count = u32::min(p.length - first, comptime!(CHUNK as u32));
+            let next = decays_of_step(g, &p, i + 1u32, heads, lane, plan);
+            let sums = Decays { low: low + 0.0f32, high: high + 0.0f32 }.summed(comptime!(plan.gated));
+            area.tiles.wait_room(step);
+            let to = (area.tiles.stage(step) * comptime!(DECAYS as u32)) as usize;
+            sums.write(shared_g, to, count, lane);
+            barrier_arrive(area.tiles.full(step));
+            low = next.low;
+            high = next.high;
+            step += 1u32;
+        }
+        index += CUBE_COUNT_X;
     }
 }

@@ -39,8 +39,19 @@
 //! - The L2 norms of queries and keys are row-wise kernels before these. Inside, they would save 10 passes over a tensor: counted
 //!   for the 340M configuration of DeltaNet at 8 × 2048 tokens 0.34 GB, 0.08 ms, where a layer's products take 1.9 ms and the rule,
 //!   its convolutions and norms another 0.7. Not built. A gate's activation is a kernel before these too: a number a token and head.
-//! - Left: outputs could be another warpgroup's, which leaves three products to the walk. More than 128 key channels and
-//!   Comba's feedback run on the portable engine.
+//! - A second warpgroup beside the walk has what is between the tokens of a chunk. Before, one did all in turn: on an H100,
+//!   1 × 8192 × 32 × 128 × 128 with 8 key heads took 2.65 µs a chunk with time, 4,700 cycles, where its six products are 1,280
+//!   cycles of the tensor cores. Now three of them, all exponentials of scores and the outputs' stores are off the way from state
+//!   to state, on which are three products of 640 cycles and one packing before each. On H100s, with a gate, forward / both, at that
+//!   shape from 0.423 / 1.312 to 0.278 / 1.013, with 16 key heads from 0.432 / 1.383 to 0.273 / 1.060; 8 × 2048 × 32 × 128 × 128
+//!   from 0.394 / 1.680 to 0.361 / 1.642, 1 × 16,384 × 16 × 128 × 128 from 0.380 / 1.297 to 0.334 / 1.225 and
+//!   8 × 2048 × 4 × 128 × 256 from 0.119 / 0.450 to 0.092 / 0.410.
+//! - Since then the stores are a warp's of the loader's warpgroup, so that no warpgroup meets, and queries are read once for both of
+//!   their products: without a gate 8 × 2048 × 4 × 128 × 256 takes 0.094 / 0.365 (0.098 / 0.380 before both changes) and
+//!   1 × 65,536 × 16 × 128 × 128 1.003 / 3.911 (1.083 / 4.007). The shapes above were not timed again.
+//! - With queries a cube walks 64 value channels, not 128: two walking warpgroups and one beside them would leave shared memory
+//!   for two stages of tiles at K = 128, and the one beside holds the one that is loaded next.
+//! - Left: more than 128 key channels and Comba's feedback run on the portable engine.
 //!
 //! Value heads may outnumber key heads: the kernels read a key head for each value head, and what its gradients' parts are
 //! is summed up at the end.
@@ -48,6 +59,7 @@
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.
 #![allow(clippy::identity_op)]
 
+mod beside;
 mod chain;
 pub(crate) mod gradient_parts;
 mod gradients;
@@ -57,6 +69,8 @@ pub(crate) mod parts;
 pub(crate) mod plan;
 pub(crate) mod prepare;
 pub(crate) mod segments;
+mod store;
+mod walk;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 

@@ -2,12 +2,12 @@
 
 use cubecl::prelude::*;
 
-use super::plan::{CHUNK, ChainPlan, Task};
+use super::plan::{CHUNK, ChainPlan, SCORES, TOKENS, Task};
 use crate::hopper_walk::parts::LOG2_E;
 use crate::hopper_walk::table::ITEM_WORDS;
 use crate::tile::hopper::{
-    Acc, Frag, bf16_high, bf16_low, column_of, exp2, load_transposed, load_u32, pack, pack_pair, pack_word, put, read,
-    store_transposed, store_u32, swizzled, write, zero,
+    Acc, Frag, bf16_high, bf16_low, column_of, exp2, load_f32, load_f32_pair, load_transposed, load_u32, pack,
+    pack_pair, put, read, store_transposed, swizzled, word, write, zero,
 };
 
 /// The least writing strength in size: one of zero counts as this much, which is nothing beside what it writes to, and lets
@@ -34,8 +34,21 @@ pub(crate) struct Decays {
 
 #[cube]
 impl Decays {
-    /// A whole warp calls it.
+    /// The sums; a whole warp calls it.
     pub(crate) fn of(
+        g: &[f32],
+        start: u32,
+        length: u32,
+        head: u32,
+        heads: u32,
+        lane: u32,
+        #[comptime] gated: bool,
+    ) -> Decays {
+        Decays::of_tokens(g, start, length, head, heads, lane, gated).summed(gated)
+    }
+
+    /// The log decays of the tokens themselves.
+    pub(super) fn of_tokens(
         g: &[f32],
         start: u32,
         length: u32,
@@ -48,15 +61,24 @@ impl Decays {
         let mut high = f32::new(0.0);
         if comptime!(gated) {
             if lane < length {
-                low = g[((start + lane) * heads + head) as usize] * LOG2_E;
+                low = g[((start + lane) * heads + head) as usize];
             }
             if lane + 32u32 < length {
-                high = g[((start + lane + 32u32) * heads + head) as usize] * LOG2_E;
+                high = g[((start + lane + 32u32) * heads + head) as usize];
             }
-            low = plane_inclusive_sum(low);
-            high = plane_inclusive_sum(high) + plane_broadcast(low, 31u32);
         }
         Decays { low, high }
+    }
+
+    /// From log decays to their running sums, in powers of two; a whole warp calls it.
+    pub(super) fn summed(&self, #[comptime] gated: bool) -> Decays {
+        if comptime!(gated) {
+            let low = plane_inclusive_sum(self.low * LOG2_E);
+            let high = plane_inclusive_sum(self.high * LOG2_E) + plane_broadcast(low, 31u32);
+            Decays { low, high }
+        } else {
+            Decays { low: self.low, high: self.high }
+        }
     }
 
     /// Writes the sums, their exponentials and the decays to the chunk's end, the last two zero after its last token.
@@ -122,43 +144,29 @@ pub(crate) fn pack_all(#[comptime] to: Frag, #[comptime] from: Acc) {
     }
 }
 
-/// The same, each column times its factor.
+/// Takes the factors of tokens from shared memory: those of the columns that a unit has of an accumulator, two for each tile
+/// of eight.
 #[cube]
-pub(super) fn pack_columns(
-    #[comptime] to: Frag,
-    #[comptime] from: Acc,
-    factors: &[f32],
-    at: usize,
-    lane: u32,
-    factor: f32,
-) {
+pub(super) fn load_factors(#[comptime] to: Acc, from: u32, lane: u32) {
     #[unroll]
     for j in 0..8usize {
-        let column = column_of(lane, comptime!(4 * j)) as usize;
-        let a = factors[at + column] * factor;
-        let b = factors[at + column + 1] * factor;
+        let pair = load_f32_pair(from + column_of(lane, comptime!(4 * j)) * 4u32);
+        write(to, comptime!(2 * j), pair.extract(0usize));
+        write(to, comptime!(2 * j + 1), pair.extract(1usize));
+    }
+}
+
+/// An accumulator, each column times its factor, as a left operand.
+#[cube]
+pub(super) fn pack_columns(#[comptime] to: Frag, #[comptime] from: Acc, #[comptime] factors: Acc, factor: f32) {
+    #[unroll]
+    for j in 0..8usize {
+        let a = read(factors, comptime!(2 * j)) * factor;
+        let b = read(factors, comptime!(2 * j + 1)) * factor;
         #[unroll]
         for rows in 0..2usize {
             let i = comptime!(4 * j + 2 * rows);
             pack(to, comptime!(2 * j + rows), read(from, i) * a, read(from, comptime!(i + 1)) * b);
-        }
-    }
-}
-
-/// Multiplies the columns of an accumulator.
-#[cube]
-pub(super) fn scale_columns(#[comptime] acc: Acc, factors: &[f32], at: usize, lane: u32, factor: f32) {
-    #[unroll]
-    for j in 0..8usize {
-        let column = column_of(lane, comptime!(4 * j)) as usize;
-        let a = factors[at + column] * factor;
-        let b = factors[at + column + 1] * factor;
-        #[unroll]
-        for rows in 0..2usize {
-            let i = comptime!(4 * j + 2 * rows);
-            write(acc, i, read(acc, i) * a);
-            let next = comptime!(i + 1);
-            write(acc, next, read(acc, next) * b);
         }
     }
 }
@@ -183,130 +191,100 @@ pub(crate) fn put_transposed(#[comptime] to: Frag, tile: u32, warp: u32, lane: u
     }
 }
 
-/// The same, each token times its factor.
+/// Multiplies each column of a left operand by its factor.
 #[cube]
-pub(super) fn pack_transposed(
-    #[comptime] to: Frag,
-    tile: u32,
-    factors: &[f32],
-    at: usize,
-    warp: u32,
-    lane: u32,
-    factor: f32,
-) {
+pub(super) fn scale_operand(#[comptime] operand: Frag, #[comptime] factors: Acc, factor: f32) {
     #[unroll]
-    for step in 0..4usize {
-        let found = transposed(tile, warp, lane, step);
+    for j in 0..8usize {
+        let a = read(factors, comptime!(2 * j)) * factor;
+        let b = read(factors, comptime!(2 * j + 1)) * factor;
         #[unroll]
-        for half in 0..2usize {
-            let column = column_of(lane, comptime!(4 * (2 * step + half))) as usize;
-            let a = factors[at + column] * factor;
-            let b = factors[at + column + 1] * factor;
-            #[unroll]
-            for rows in 0..2usize {
-                let n = comptime!(2 * half + rows);
-                let word = found.extract(n);
-                pack(to, comptime!(step * 4 + n), bf16_low(word) * a, bf16_high(word) * b);
-            }
+        for rows in 0..2usize {
+            let i = comptime!(2 * j + rows);
+            let found = word(operand, i);
+            pack(operand, i, bf16_low(found) * a, bf16_high(found) * b);
         }
     }
 }
 
-/// `vᵀ − e^G ∘ read`: what the state does not hold yet of the values, as a left operand.
+/// `held + sign · factors ∘ acc`, by columns, as a left operand.
 #[cube]
-pub(super) fn pack_missing(
+pub(super) fn pack_sum(
     #[comptime] to: Frag,
-    #[comptime] found_in_state: Acc,
-    tile: u32,
-    factors: &[f32],
-    at: usize,
-    warp: u32,
-    lane: u32,
+    #[comptime] held: Frag,
+    #[comptime] acc: Acc,
+    #[comptime] factors: Acc,
+    #[comptime] negative: bool,
 ) {
-    let mut words = Array::<u32>::new(16usize);
     #[unroll]
-    for step in 0..4usize {
-        let found = transposed(tile, warp, lane, step);
-        #[unroll]
-        for n in 0..4usize {
-            words[comptime!(4 * step + n)] = found.extract(n);
+    for j in 0..8usize {
+        let mut a = read(factors, comptime!(2 * j));
+        let mut b = read(factors, comptime!(2 * j + 1));
+        if comptime!(negative) {
+            a = -a;
+            b = -b;
         }
-    }
-    #[unroll]
-    for step in 0..4usize {
         #[unroll]
-        for half in 0..2usize {
-            let j = comptime!(2 * step + half);
-            let column = column_of(lane, comptime!(4 * j)) as usize;
-            let a = factors[at + column];
-            let b = factors[at + column + 1];
-            #[unroll]
-            for rows in 0..2usize {
-                let n = comptime!(2 * half + rows);
-                let word = words[comptime!(4 * step + n)];
-                let i = comptime!(4 * j + 2 * rows);
-                let low = bf16_low(word) - read(found_in_state, i) * a;
-                let high = bf16_high(word) - read(found_in_state, comptime!(i + 1)) * b;
-                pack(to, comptime!(step * 4 + n), low, high);
-            }
+        for rows in 0..2usize {
+            let i = comptime!(4 * j + 2 * rows);
+            let found = word(held, comptime!(2 * j + rows));
+            let low = bf16_low(found) + read(acc, i) * a;
+            let high = bf16_high(found) + read(acc, comptime!(i + 1)) * b;
+            pack(to, comptime!(2 * j + rows), low, high);
         }
     }
 }
 
-/// Writes the decayed, masked scores of a warpgroup, `scale e^{G_i − G_j} (q_i · k_j)` for `j ≤ i`, as columns of the tile at
-/// `tile`, from column `first` on.
+/// The scores, scaled and with the decay between their tokens, zero where a query stands before its key, as a left operand: queries in
+/// rows and keys in columns, against time the other way round.
 #[cube]
-pub(super) fn write_scores(
-    tile: u32,
-    g: &[f32],
-    at: usize,
-    first: u32,
-    row: u32,
-    lane: u32,
-    count: u32,
-    scale: f32,
-    #[comptime] plan: ChainPlan,
-) {
-    let scores = comptime!(plan.scores());
-    let groups = comptime!(plan.scores().columns() / 8);
-    // All loads before the first store: whatever waits for the one would wait for the other.
-    let mut factors = Array::<f32>::new(comptime!(plan.scores().len()));
-    let mut rows = (f32::new(0.0), f32::new(0.0));
+pub(super) fn pack_scores(g: u32, row: u32, lane: u32, count: u32, scale: f32, #[comptime] plan: ChainPlan) {
+    let mut low = f32::new(0.0);
+    let mut high = f32::new(0.0);
     if comptime!(plan.gated) {
-        rows = (g[at + row as usize], g[at + row as usize + 8]);
+        low = load_f32(g + row * 4u32);
+        high = load_f32(g + row * 4u32 + 32u32);
     }
     #[unroll]
-    for j in 0..groups {
-        let column = first + column_of(lane, comptime!(4 * j));
+    for j in 0..8usize {
+        let column = column_of(lane, comptime!(4 * j));
+        let mut of_columns = (f32::new(0.0), f32::new(0.0));
+        if comptime!(plan.gated) {
+            let pair = load_f32_pair(g + column * 4u32);
+            of_columns = (pair.extract(0usize), pair.extract(1usize));
+        }
         #[unroll]
-        for n in 0..2usize {
-            let source = column + comptime!(n as u32);
-            let mut low = scale + 0.0f32;
-            let mut high = scale + 0.0f32;
-            if comptime!(plan.gated) {
-                let of_source = g[at + source as usize];
-                low *= exp2(rows.0 - of_source);
-                high *= exp2(rows.1 - of_source);
-            }
-            let i = comptime!(4 * j + n);
-            factors[i] = select(source <= row && row < count, low, 0.0f32);
-            factors[comptime!(i + 2)] = select(source <= row + 8u32 && row + 8u32 < count, high, 0.0f32);
+        for rows in 0..2usize {
+            let i = comptime!(4 * j + 2 * rows);
+            let at = row + comptime!(8 * rows as u32);
+            let of_row = if comptime!(rows == 0) { low + 0.0f32 } else { high + 0.0f32 };
+            let a = decayed(read(SCORES, i) * scale, at, column, of_row, of_columns.0, count, plan);
+            let b =
+                decayed(read(SCORES, comptime!(i + 1)) * scale, at, column + 1u32, of_row, of_columns.1, count, plan);
+            pack(TOKENS, comptime!(2 * j + rows), a, b);
         }
     }
-    let base = swizzled(tile, row, (lane % 4u32) * 4u32) ^ (first * 2u32);
-    #[unroll]
-    for j in 0..groups {
-        #[unroll]
-        for half in 0..2usize {
-            let i = comptime!(4 * j + 2 * half);
-            let next = comptime!(i + 1);
-            // What is masked may be infinite, so it is selected, not multiplied.
-            let low = select(factors[i] == 0.0f32, 0.0f32, read(scores, i) * factors[i]);
-            let high = select(factors[next] == 0.0f32, 0.0f32, read(scores, next) * factors[next]);
-            let to = (base ^ comptime!((j * 16) as u32)) + comptime!((half * 1024) as u32);
-            store_u32(to, pack_word(low, high));
-        }
+}
+
+/// A score with its decay. What is masked may be infinite, so it is selected, not multiplied.
+#[cube]
+fn decayed(
+    score: f32,
+    row: u32,
+    column: u32,
+    of_row: f32,
+    of_column: f32,
+    count: u32,
+    #[comptime] plan: ChainPlan,
+) -> f32 {
+    let (query, key) =
+        if comptime!(plan.against_time()) { (column + 0u32, row + 0u32) } else { (row + 0u32, column + 0u32) };
+    let mut value = score * 1.0f32;
+    if comptime!(plan.gated) {
+        let exponent = if comptime!(plan.against_time()) { of_column - of_row } else { of_row - of_column };
+        value *= exp2(exponent);
     }
+    select(key <= query && query < count, value, 0.0f32)
 }
 
 /// Writes an accumulator `[channels, tokens]` as a panel `[tokens, channels]`.

@@ -17,6 +17,8 @@ pub(super) const GRADIENT_UNITS: u32 = 384;
 /// Value channels that a step of [`super::gradients`] takes.
 pub(crate) const SLICE: usize = 64;
 
+/// Slots of what warpgroups hand to each other or store: one is read while the next one is written.
+pub(super) const SLOTS: usize = 2;
 /// Numbers of a stage's decays: the running sums, their exponentials, and the decays to the chunk's end.
 pub(crate) const DECAYS: usize = 3 * CHUNK;
 
@@ -26,11 +28,16 @@ pub(crate) const SCORES: Acc = Acc::new("a", 64);
 pub(super) const READ: Acc = Acc::new("x", 64);
 /// What they write, against time.
 pub(super) const WRITTEN: Acc = Acc::new("y", 64);
-/// Outputs: value channels × tokens.
+/// Outputs, or against time what they contribute to the gradients of values: tokens × value channels.
 pub(super) const OUT: Acc = Acc::new("o", 64);
+/// The exponentials of the sums of decays, at the tokens of a unit's columns, and the decays to the chunk's end.
+pub(super) const FACTORS: Acc = Acc::new("e", 32);
+pub(super) const LEFT: Acc = Acc::new("l", 32);
 /// Left operands of 64 tokens.
 pub(crate) const TOKENS: Frag = Frag::new("r", 64);
 pub(crate) const DECAYED: Frag = Frag::new("d", 64);
+/// A transposed tile of values.
+pub(super) const HELD: Frag = Frag::new("h", 64);
 
 /// What a chain computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -62,10 +69,11 @@ pub(super) struct ChainPlan {
 }
 
 impl ChainPlan {
-    /// `narrow`: one warpgroup a cube, where that fills more of the device.
+    /// `narrow`: one walking warpgroup a cube, where that fills more of the device. Beside another warpgroup there is one.
     pub(super) fn new(task: Task, keys: usize, values: usize, gated: bool, narrow: bool) -> Self {
         let plan = Self { task, keys, values, gated, warpgroups: 1, stages: 0, initial: false };
-        let plan = Self { warpgroups: if narrow || plan.columns() <= 64 { 1 } else { 2 }, ..plan };
+        let plan =
+            Self { warpgroups: if narrow || plan.with_queries() || plan.columns() <= 64 { 1 } else { 2 }, ..plan };
         let stages = (SHARED - plan.fixed_bytes()) / (plan.stage_bytes() + 4 * DECAYS);
         Self { stages: stages.min(4), ..plan }
     }
@@ -112,13 +120,29 @@ impl ChainPlan {
         ((1 + self.with_queries() as usize) * self.panels() + self.warpgroups + 1) * PANEL
     }
 
-    fn fixed_bytes(&self) -> usize {
-        let borders = if self.with_borders() { self.panels() } else { 0 };
-        (2 * self.with_queries() as usize + self.warpgroups * (1 + borders)) * PANEL
+    /// Panels of the states that are handed on or stored.
+    pub(super) fn state_panels(&self) -> usize {
+        let some = self.with_borders() || self.task == Task::Outputs;
+        some as usize * SLOTS * self.warpgroups * self.panels()
     }
 
+    /// Panels that the walk and the warpgroup beside it hand to each other, without the states.
+    pub(super) fn handed_panels(&self) -> usize {
+        self.with_queries() as usize * SLOTS
+    }
+
+    /// Panels of what is stored for tokens.
+    pub(super) fn out_panels(&self) -> usize {
+        self.stores() as usize * SLOTS * self.warpgroups
+    }
+
+    fn fixed_bytes(&self) -> usize {
+        (self.state_panels() + self.handed_panels() + self.out_panels()) * PANEL
+    }
+
+    /// The walking warpgroups, the one beside them, the loader's.
     pub(super) fn units(&self) -> usize {
-        128 * (self.warpgroups + 1)
+        128 * (self.warpgroups + self.with_queries() as usize + 1)
     }
 
     /// The state, transposed: 64 value channels, all key channels.
@@ -129,11 +153,6 @@ impl ChainPlan {
     /// The state as a left operand.
     pub(super) fn operand(&self) -> Frag {
         Frag::new("f", 64 * self.panels())
-    }
-
-    /// The scores of one warpgroup: all warpgroups share the key tokens.
-    pub(super) fn scores(&self) -> Acc {
-        Acc::new("a", 64 / self.warpgroups)
     }
 }
 

@@ -30,8 +30,8 @@ pub(crate) struct Sums {
 
 #[cube]
 impl Sums {
-    pub(crate) fn of(team: u32, #[comptime] plan: GradientPlan) -> Sums {
-        let decays = team as usize * comptime!(plan.team_sums());
+    pub(crate) fn of(#[comptime] plan: GradientPlan) -> Sums {
+        let decays = 0usize.runtime();
         let all = comptime!(WARPS * plan.key.padded());
         let ends = decays + all;
         let inters = ends + all;
@@ -73,7 +73,11 @@ pub(crate) fn finish_panel(
     let tile = comptime!((panel * PANEL) as u32);
     let first = t.stage + 0u32;
     let second = first + comptime!(2 * PANEL as u32);
-    let third = second + comptime!(2 * PANEL as u32);
+    let third = if comptime!(plan.parks) {
+        t.inter + comptime!((2 * panel * PANEL) as u32)
+    } else {
+        second + comptime!(2 * PANEL as u32)
+    };
     let mut removal = Array::<u32>::new(BATCH);
     let mut rate = Array::<u32>::new(BATCH);
     if comptime!(key.form != Form::Free) {
@@ -86,7 +90,9 @@ pub(crate) fn finish_panel(
     if !reads {
         stage_panel(first, comptime!(plan.outer()), panel, row, lane);
         stage_panel(second, comptime!(plan.inner()), panel, row, lane);
-        stage_panel(third, comptime!(plan.inter()), panel, row, lane);
+        if comptime!(!plan.parks) {
+            stage_panel(third, comptime!(plan.inter()), panel, row, lane);
+        }
     }
     sync_warpgroup(id, comptime!(TEAM as u32));
     let mut terms = Array::<f32>::new(comptime!(2 * TOKENS_OF_WARP));

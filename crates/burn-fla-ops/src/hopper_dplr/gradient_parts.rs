@@ -3,14 +3,16 @@
 use cubecl::prelude::*;
 
 use super::gradients::TOKENS_OF_WARP;
-use super::parts::{mask, panel_of};
-use super::plan::{CHUNK, GradientPlan, KeyPlan, PANEL, READ, TOKENS};
-use super::products::{begin, commit, fence_shared, product, product_of, wait};
+use super::parts::{mask, staged};
+use super::plan::{CHUNK, GradientPlan, KeyPlan, PANEL, READ, TEAM, TOKENS};
+use super::products::{product, product_of};
 use super::tokens::{BATCH, Part, Two, added, load_words, logs_at, logs_read, reader, writer};
 use crate::hopper_delta::parts::pack_all;
-use crate::hopper_walk::parts::{load_tile, publish};
+use crate::hopper_walk::Cores;
+use crate::hopper_walk::parts::publish;
 use crate::tile::hopper::{
-    Acc, bf16_high, bf16_low, column_of, load_3d, load_u32, pack_word, read, store_u32, swizzled, sync_warpgroup, write,
+    Acc, bf16_high, bf16_low, column_of, load_f32_pair, load_u32, pack_word, read, store_f32_pair, store_u32, swizzled,
+    sync_warpgroup, write,
 };
 
 /// Half of the columns of dP.
@@ -46,6 +48,9 @@ pub(crate) struct Room {
     /// Room for running sums of decays, and for what units take over from accumulators at last.
     pub(crate) logs: u32,
     pub(crate) stage: u32,
+    /// Room for what units do not hold, where the plan has it: running sums of decays, and inter.
+    pub(crate) parked: u32,
+    pub(crate) inter: u32,
 }
 
 /// Writes the tiles of a panel of the tokens' vectors, with their decays from the chunk's middle, or where not all decays are
@@ -93,29 +98,6 @@ pub(crate) fn store_tokens(
     }
 }
 
-/// One unit loads a slice of 64 value channels.
-#[cube]
-pub(crate) fn load_slice(
-    t: &Room,
-    part: &Part,
-    slice: u32,
-    values: u64,
-    grad_o: u64,
-    states: u64,
-    grad_states: u64,
-    barrier: u32,
-    #[comptime] plan: GradientPlan,
-) {
-    let channel = slice * 64u32;
-    #[unroll]
-    for n in 0..comptime!(plan.key.panels()) {
-        load_3d(panel_of(t.z, n), grad_states, comptime!(64 * n as u32), channel, part.block, barrier);
-        load_3d(panel_of(t.s, n), states, comptime!(64 * n as u32), channel, part.block, barrier);
-    }
-    load_tile(t.o, grad_o, channel, part.head, part.start, barrier, 1usize);
-    load_tile(t.v, values, channel, part.head, part.start, barrier, 1usize);
-}
-
 /// Over a slice of values: what the warpgroup's operands are multiplied with in the states, and half of dP.
 #[cube]
 pub(crate) fn outer_products(t: &Room, slice: u32, reads: bool, warp: u32, lane: u32, #[comptime] plan: GradientPlan) {
@@ -126,28 +108,21 @@ pub(crate) fn outer_products(t: &Room, slice: u32, reads: bool, warp: u32, lane:
         (select(reads, t.second, t.first), select(reads, t.z, t.s), select(reads, t.s, t.z), select(reads, t.o, t.v));
     let half = t.v + select(reads, 0u32, comptime!(PANEL as u32 / 2));
     let grads = t.o + 0u32;
-    begin(comptime!(plan.key.cores));
     #[unroll]
     for n in 0..steps {
-        product(READ, x, held, n, comptime!(n as u32), false, false, warp, lane, comptime!(plan.key.cores));
+        product(READ, x, held, n, comptime!(n as u32), false, false, warp, lane, Cores::Mma);
     }
-    commit(comptime!(plan.key.cores));
     #[unroll]
     for n in 0..4usize {
         let keep = slice + comptime!(n as u32);
-        product(outer, tokens, other, n, keep, false, true, warp, lane, comptime!(plan.key.cores));
-        product(OUTER, grads, half, n, keep, false, false, warp, lane, comptime!(plan.key.cores));
+        product(outer, tokens, other, n, keep, false, true, warp, lane, Cores::Mma);
+        product(OUTER, grads, half, n, keep, false, false, warp, lane, Cores::Mma);
     }
-    commit(comptime!(plan.key.cores));
-    wait(1u32, comptime!(plan.key.cores));
     pack_all(TOKENS, READ);
-    begin(comptime!(plan.key.cores));
     #[unroll]
     for n in 0..4usize {
-        product_of(inner, TOKENS, other, n, slice + comptime!(n as u32), true, lane, comptime!(plan.key.cores));
+        product_of(inner, TOKENS, other, n, slice + comptime!(n as u32), true, lane, Cores::Mma);
     }
-    commit(comptime!(plan.key.cores));
-    wait(0u32, comptime!(plan.key.cores));
 }
 
 /// A unit's share of the products of both states, over the value channels of a slice.
@@ -205,26 +180,23 @@ pub(crate) fn answers(t: &Room, reads: bool, warp: u32, lane: u32, #[comptime] p
     let x = select(reads, t.s, t.second);
     let y = select(reads, t.first, t.z);
     let (dp, qb, h, s, z) = (t.v, t.qb, t.h, t.s, t.z);
-    begin(comptime!(plan.key.cores));
     #[unroll]
     for n in 0..comptime!(4 * plan.key.panels()) {
-        product(ACC, x, y, n, comptime!(n as u32), false, false, warp, lane, comptime!(plan.key.cores));
+        product(ACC, x, y, n, comptime!(n as u32), false, false, warp, lane, Cores::Mma);
     }
     if reads {
         #[unroll]
         for n in 0..4usize {
-            product(ACC, dp, h, n, 1u32, false, false, warp, lane, comptime!(plan.key.cores));
-            product(inner, qb, s, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
+            product(ACC, dp, h, n, 1u32, false, false, warp, lane, Cores::Mma);
+            product(inner, qb, s, n, 1u32, true, true, warp, lane, Cores::Mma);
         }
     } else {
         #[unroll]
         for n in 0..4usize {
-            product(ACC, qb, dp, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
-            product(inner, h, z, n, 1u32, false, true, warp, lane, comptime!(plan.key.cores));
+            product(ACC, qb, dp, n, 1u32, true, true, warp, lane, Cores::Mma);
+            product(inner, h, z, n, 1u32, false, true, warp, lane, Cores::Mma);
         }
     }
-    commit(comptime!(plan.key.cores));
-    wait(0u32, comptime!(plan.key.cores));
 }
 
 /// Hands dA_qb, dÃ and dH on; dã, in registers, and dA_ak.
@@ -238,30 +210,23 @@ pub(crate) fn solve(t: &Room, reads: bool, row: u32, warp: u32, lane: u32, id: u
     } else {
         publish(t.o, ACC, row, lane);
     }
-    fence_shared(comptime!(plan.key.cores));
     // The warpgroup itself: what it wrote it alone reads now.
     let own = 2u32 * id + 1u32 + select(reads, 0u32, 1u32);
     sync_warpgroup(own, 128u32);
-    begin(comptime!(plan.key.cores));
     let (n0, x, y) = (t.n, t.s, t.o);
     if reads {
         #[unroll]
         for n in 0..4usize {
-            product(inner, n0, x, n, comptime!(n as u32), true, true, warp, lane, comptime!(plan.key.cores));
+            product(inner, n0, x, n, comptime!(n as u32), true, true, warp, lane, Cores::Mma);
         }
-        commit(comptime!(plan.key.cores));
-        wait(0u32, comptime!(plan.key.cores));
     } else {
         #[unroll]
         for n in 0..4usize {
-            product(ACC, n0, y, n, comptime!(n as u32), true, true, warp, lane, comptime!(plan.key.cores));
+            product(ACC, n0, y, n, comptime!(n as u32), true, true, warp, lane, Cores::Mma);
         }
-        commit(comptime!(plan.key.cores));
-        wait(0u32, comptime!(plan.key.cores));
         mask(ACC, row, lane, true);
         sync_warpgroup(own, 128u32);
         publish(t.o, ACC, row, lane);
-        fence_shared(comptime!(plan.key.cores));
     }
 }
 
@@ -271,19 +236,38 @@ pub(crate) fn solve_again(t: &Room, row: u32, warp: u32, lane: u32, #[comptime] 
     let operand = comptime!(plan.operand());
     let (first, dak, h) = (t.first, t.o, t.h);
     pack_all(operand, comptime!(plan.inner()));
-    begin(comptime!(plan.key.cores));
     #[unroll]
     for n in 0..comptime!(4 * plan.key.panels()) {
-        product_of(ACC, operand, first, n, comptime!(n as u32), false, lane, comptime!(plan.key.cores));
+        product_of(ACC, operand, first, n, comptime!(n as u32), false, lane, Cores::Mma);
     }
     #[unroll]
     for n in 0..4usize {
-        product(ACC, dak, h, n, 1u32, false, false, warp, lane, comptime!(plan.key.cores));
+        product(ACC, dak, h, n, 1u32, false, false, warp, lane, Cores::Mma);
     }
-    commit(comptime!(plan.key.cores));
-    wait(0u32, comptime!(plan.key.cores));
     mask(ACC, row, lane, true);
     publish(t.z, ACC, row, lane);
+}
+
+/// Leaves a unit's running sums in shared memory.
+#[cube]
+pub(crate) fn park(room: u32, logs: &Array<f32>, unit: u32, #[comptime] panels: usize) {
+    let to = room + unit * 8u32;
+    #[unroll]
+    for n in 0..comptime!(TOKENS_OF_WARP * panels) {
+        store_f32_pair(to + comptime!((n * TEAM * 8) as u32), logs[comptime!(2 * n)], logs[comptime!(2 * n + 1)]);
+    }
+}
+
+/// Takes them up again.
+#[cube]
+pub(crate) fn take_back(room: u32, logs: &mut Array<f32>, unit: u32, #[comptime] panels: usize) {
+    let from = room + unit * 8u32;
+    #[unroll]
+    for n in 0..comptime!(TOKENS_OF_WARP * panels) {
+        let found = load_f32_pair(from + comptime!((n * TEAM * 8) as u32));
+        logs[comptime!(2 * n)] = found.extract(0usize);
+        logs[comptime!(2 * n + 1)] = found.extract(1usize);
+    }
 }
 
 /// The products of keys and writers with what the state after the chunk gives to their gradients.
@@ -293,6 +277,7 @@ pub(crate) fn inter_products(t: &Room, row: u32, lane: u32, #[comptime] plan: Gr
     let inner = comptime!(plan.inner());
     let inter = comptime!(plan.inter());
     let base = swizzled(0u32, row, (lane % 4u32) * 4u32);
+    let room = staged(t.inter, row, lane % 4u32);
     #[unroll]
     for j in 0..comptime!(inter.columns() / 8) {
         #[unroll]
@@ -302,8 +287,15 @@ pub(crate) fn inter_products(t: &Room, row: u32, lane: u32, #[comptime] plan: Gr
             let next = comptime!(4 * j + 2 * half + 1);
             let key = load_u32(t.k + at);
             let writer = load_u32(t.b + at);
-            write(inter, i, bf16_low(key) * read(outer, i) + bf16_low(writer) * read(inner, i));
-            write(inter, next, bf16_high(key) * read(outer, next) + bf16_high(writer) * read(inner, next));
+            let low = bf16_low(key) * read(outer, i) + bf16_low(writer) * read(inner, i);
+            let high = bf16_high(key) * read(outer, next) + bf16_high(writer) * read(inner, next);
+            if comptime!(plan.parks) {
+                let to = (room ^ comptime!((j % 8 * 32) as u32)) + comptime!((j / 8 * 2 * PANEL + half * 2048) as u32);
+                store_f32_pair(to, low, high);
+            } else {
+                write(inter, i, low);
+                write(inter, next, high);
+            }
         }
     }
 }
@@ -315,24 +307,21 @@ pub(crate) fn add_pairs(t: &Room, reads: bool, warp: u32, lane: u32, #[comptime]
     let inner = comptime!(plan.inner());
     let (dqb, dp, dak, dab) = (t.qb, t.v, t.o, t.z);
     let (q, k, a, b) = (t.q, t.k, t.a, t.b);
-    begin(comptime!(plan.key.cores));
     if reads {
         #[unroll]
         for n in 0..4usize {
-            product(outer, dqb, b, n, 1u32, false, true, warp, lane, comptime!(plan.key.cores));
-            product(outer, dp, k, n, 1u32, false, true, warp, lane, comptime!(plan.key.cores));
-            product(inner, dab, b, n, 1u32, false, true, warp, lane, comptime!(plan.key.cores));
-            product(inner, dak, k, n, 1u32, false, true, warp, lane, comptime!(plan.key.cores));
+            product(outer, dqb, b, n, 1u32, false, true, warp, lane, Cores::Mma);
+            product(outer, dp, k, n, 1u32, false, true, warp, lane, Cores::Mma);
+            product(inner, dab, b, n, 1u32, false, true, warp, lane, Cores::Mma);
+            product(inner, dak, k, n, 1u32, false, true, warp, lane, Cores::Mma);
         }
     } else {
         #[unroll]
         for n in 0..4usize {
-            product(outer, dp, q, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
-            product(outer, dak, a, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
-            product(inner, dqb, q, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
-            product(inner, dab, a, n, 1u32, true, true, warp, lane, comptime!(plan.key.cores));
+            product(outer, dp, q, n, 1u32, true, true, warp, lane, Cores::Mma);
+            product(outer, dak, a, n, 1u32, true, true, warp, lane, Cores::Mma);
+            product(inner, dqb, q, n, 1u32, true, true, warp, lane, Cores::Mma);
+            product(inner, dab, a, n, 1u32, true, true, warp, lane, Cores::Mma);
         }
     }
-    commit(comptime!(plan.key.cores));
-    wait(0u32, comptime!(plan.key.cores));
 }

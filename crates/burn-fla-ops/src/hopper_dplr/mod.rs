@@ -39,22 +39,26 @@
 //! Measured on an H200, milliseconds forward / both, outputs and gradients right to 5e-3 (gates 4e-3): `rwkv7`
 //! 8 × 2048 × 32 × 64 × 64 takes 0.70 / 2.60, 16 × 4096 × 16 × 64 × 64 takes 1.32 / 5.03, `dplr` the same within a tenth. At the
 //! latter shape [`prepare`] takes 0.98 (1.12 for backward, 1.4 TB/s), the chains 0.24, 0.26 and 0.17 (all at 4.0 TB/s), and
-//! [`gradients`] 2.15 (2.2 TB/s: 4.7 GB, where its tensors are 2.6). Since then the inverse's rows are padded
+//! the gradients' kernel of then 2.15 (2.2 TB/s: 4.7 GB, where its tensors are 2.6). Since then the inverse's rows are padded
 //! and a synchronisation was added. `benches/results/90-operators.json` has it as it is on an H100, long sequences of few heads
 //! and, of `dplr` and kda, the peer beside it. What is known to be left:
 //! - [`prepare`] took 1.39 ms (1.42 for backward) of 8 × 2048 × 32 × 128 × 128 on an H100, where its bytes take 0.48, with four
 //!   warps a chunk, 252 to 255 registers a unit and 8 warps a processor, whose units waited for their own instructions: a fifth of
-//!   an instruction a cycle and warp. All four products between tokens at once took 0.19 less at 64 key channels. Since then
-//!   a warpgroup has one panel of keys, cubes stay on their processor with 12 (K ≤ 64) or 16 warps of 168 or 128 registers,
-//!   rows move 16 bytes at a time instead of 4, a channel of a token takes two exponentials instead of six, and Q′ and K′ take what
-//!   they add from the tiles of products, which rounds it once more: outputs and states were off by 3.3e-3 and 2.2e-3 of
-//!   their size where they had been by 3.2e-3 and 1.4e-3. This is not timed yet.
+//!   an instruction a cycle and warp. Since then a warpgroup has one panel of keys, cubes stay on their processor with 12 (K ≤ 64)
+//!   or 16 warps of 168 or 128 registers, rows move 16 bytes at a time instead of 4, a channel of a token takes two
+//!   exponentials instead of six, and Q′ and K′ take what they add from the tiles of products, which rounds it once more: outputs
+//!   and states were off by 3.3e-3 and 2.2e-3 of their size where they had been by 3.2e-3 and 1.4e-3. In one run on an H100,
+//!   forward, before and after: rwkv7 1.799 and 1.279 ms at that shape, 1.310 and 1.097 at 16 × 4096 × 16 × 64 × 64; kda 1.684 and
+//!   1.143, 1.207 and 0.998.
 //! - Its registers, as counted: a load that is left out by a predicate, and an accumulator that a warpgroup does not write, count
 //!   as in use from chunk to chunk, and whatever follows from the unit's number is computed before the loop over chunks unless it is
-//!   asked for anew. Together they took 1.5 to 3.3 KB of spills a unit.
-//! - [`gradients`] with one panel of keys: 128 registers a unit for two teams a cube, and the compiler waits for every product
-//!   (C7512) and spills 750 bytes a unit, which do not fit beside 226 KiB of shared memory and go to device memory. Running
-//!   sums made again at the end, inter staged early, and sums set to zero before their first product left 730.
+//!   asked for anew. Together they took 1.5 to 3.3 KB of spills a unit, and with them the same forward passes took 1.1 and 0.65
+//!   ms more than before, not 0.52 and 0.21 less. What is left are 0.3 KB (K ≤ 64) and 1.7 KB.
+//! - [`gradients`] had warpgroups' products (wgmma) and the next chunk's copies in flight, with two teams a cube where one panel
+//!   holds the keys. The compiler waited for every product (C7512) and spilled 750 bytes a unit beside 226 KiB of shared memory:
+//!   on an H100 2.93 ms at 8 × 2048 × 32 × 128 × 128, where products of single warps and one chunk a cube take 2.25, and
+//!   1.56 at 16 × 4096 × 16 × 64 × 64, both in the same run; their bytes are 0.9. With sums of decays and inter in shared memory
+//!   units spill half as much, and kda at the first shape took 1.667 / 5.569 forward / both in the place of 1.704 / 6.685.
 //! - Pairs that are summed one by one, where decays are strong, were not timed.
 
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.

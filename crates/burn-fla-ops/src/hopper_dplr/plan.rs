@@ -10,7 +10,7 @@ pub(crate) const CHUNK: usize = 64;
 pub(crate) const PANEL: usize = 64 * 128;
 /// Shared memory a cube of a chain may use, less what barriers and alignment take.
 const SHARED: usize = 232_448 - 1_536;
-/// Units that compute the gradients of one chunk.
+/// Units that compute the gradients of a chunk.
 pub(crate) const TEAM: usize = 256;
 
 /// Powers of two by which a channel may decay over a chunk for its scores to be products of two factors: each is then
@@ -229,34 +229,46 @@ impl ChainPlan {
 }
 
 /// The gradients of a chunk, from the states at its borders.
+///
+/// First Ã, B̂, N and H have their tiles, where the tokens' vectors come later, then A_qb, values, the outputs' gradients, and
+/// both states, where running sums of decays, and at last what units take over from accumulators, come later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct GradientPlan {
     pub(crate) key: KeyPlan,
     pub(crate) values: usize,
+    /// Running sums of decays, and inter, have rooms of their own, so that units do not hold them through all products.
+    pub(crate) parks: bool,
 }
 
 impl GradientPlan {
+    /// The plan for cubes that may use `shared` bytes of shared memory.
+    pub(crate) fn new(key: KeyPlan, values: usize, shared: usize) -> Self {
+        let plan = Self { key, values, parks: true };
+        Self { parks: plan.shared_bytes() <= shared, ..plan }
+    }
+
     pub(crate) fn slices(&self) -> usize {
         self.values.div_ceil(64)
     }
 
-    /// Teams of a cube, each with a chunk of its own.
-    pub(crate) fn teams(&self) -> usize {
-        if self.key.panels() == 1 { 2 } else { 1 }
+    /// Where the second part of the tiles begins.
+    pub(crate) fn second_part(&self) -> u32 {
+        (4 * self.key.panels() * PANEL) as u32
     }
 
-    pub(crate) fn units(&self) -> usize {
-        TEAM * self.teams()
+    /// Both parts of the tiles: the four of values, three scores and a state are there beside the sums; the last steps need six.
+    pub(crate) fn tile_bytes(&self) -> usize {
+        let panels = self.key.panels();
+        (4 * panels + usize::max(6, 2 * panels + 4)) * PANEL
     }
 
-    /// Panels of a team: four operands of its tokens, the two of the state, three of the chunk, and a slice of values.
-    pub(crate) fn team_panels(&self) -> usize {
-        4 * self.key.panels() + 2 * self.key.panels() + 3 + self.slice_panels()
+    /// Numbers of either room of what units do not hold.
+    pub(crate) fn parked(&self) -> usize {
+        if self.parks { CHUNK * self.key.padded() } else { 32 }
     }
 
-    /// Panels of a slice of 64 value channels: values and the outputs' gradients, and both states.
-    pub(crate) fn slice_panels(&self) -> usize {
-        2 + 2 * self.key.panels()
+    pub(crate) fn shared_bytes(&self) -> usize {
+        self.tile_bytes() + 4 * (self.team_sums() + 2 * self.parked())
     }
 
     /// Numbers that warps sum up and exchange, see [`super::finish::Sums`].
@@ -281,11 +293,6 @@ impl GradientPlan {
     pub(crate) fn operand(&self) -> Frag {
         Frag::new("f", self.key.padded())
     }
-
-    #[cfg(test)]
-    fn bytes(&self) -> usize {
-        self.teams() * (self.team_panels() * PANEL + 4 * self.team_sums() + 8)
-    }
 }
 
 #[cfg(test)]
@@ -304,14 +311,11 @@ mod tests {
                         assert!(plan.stages >= 2, "{plan:?}");
                     }
                 }
-                let plan =
-                    GradientPlan { key: KeyPlan { form: Form::Free, keys, wide: true, cores: Cores::Hopper }, values };
-                assert!(plan.bytes() <= 232_448, "{plan:?}");
-                assert!(plan.key.prepare_bytes() <= 232_448, "{plan:?}");
+                let key = KeyPlan { form: Form::Free, keys, wide: true, cores: Cores::Hopper };
+                assert!(GradientPlan::new(key, values, SHARED).parks);
+                assert!(key.prepare_bytes() <= 232_448, "{key:?}");
                 // Where log decays are strong, sums of all channels stand where the triangle and its inverse do.
-                assert!(4 * CHUNK * (TRIANGLE_COLUMN + TRIANGLE_ROW) >= 4 * CHUNK * plan.key.padded(), "{plan:?}");
-                // At last three panels of f32 stand where all but the tokens' operands did.
-                assert!(plan.team_panels() - 4 * plan.key.panels() >= 6, "{plan:?}");
+                assert!(4 * CHUNK * (TRIANGLE_COLUMN + TRIANGLE_ROW) >= 4 * CHUNK * key.padded(), "{key:?}");
             }
         }
     }

@@ -17,6 +17,42 @@ pub(crate) enum Cores {
     Mma,
 }
 
+/// The most channels that decay, and that stand on the other side of the state, with which [`Cores::suits`] prefers the
+/// kernels of [`crate::mma_walk`].
+const NARROW: [usize; 2] = [64, 128];
+
+impl Cores {
+    /// The faster kernels on a Hopper GPU, where the caller asks for none.
+    ///
+    /// A cube of [`super::walk`] has a processor to itself, and where at most 64 channels decay it has one warpgroup there in
+    /// the walks whose outputs have these channels: a chunk is then a chain of products, sums and barriers with nothing
+    /// beside it. Cubes of [`crate::mma_walk`] need less shared memory, and two to four of them share a processor. Measured on
+    /// one H100, milliseconds forward and backward through the public function, in the order of batch, tokens, heads, K, V:
+    ///
+    /// | operator | shape | Hopper | mma |
+    /// |---|---|---|---|
+    /// | gla | 16 × 4096 × 16 × 64 × 64 | 2.443 | 2.063 |
+    /// | rwkv6 | the same | 3.139 | 2.807 |
+    /// | gsa, 64 slots | the same | 5.415 | 4.641 |
+    /// | abc, 64 slots | the same | 6.474 | 5.588 |
+    /// | gsa, 64 slots | 8 × 2048 × 32 × 128 × 128 | 3.159 | 2.934 |
+    /// | abc, 64 slots | the same | 3.651 | 3.374 |
+    /// | gla | the same | 2.142 | 2.221 |
+    ///
+    /// One decay for all channels leaves the other kernels ahead at all sizes (see [`crate::mma_walk`]). More than 128 channels
+    /// on the other side were not measured.
+    pub(crate) fn suits(axis: Axis, keys: usize, values: usize) -> Self {
+        let (decaying, others) = if axis == Axis::Value { (values, keys) } else { (keys, values) };
+        let narrow = decaying <= NARROW[0] && others <= NARROW[1];
+        if axis.by_channel() && narrow { Self::Mma } else { Self::Hopper }
+    }
+
+    /// Those of two passes that are one operator. Where they differ, the device is one that both kernels run on.
+    pub(crate) fn of_both(self, other: Self) -> Self {
+        if self == other { self } else { Self::Hopper }
+    }
+}
+
 /// The kernels that walk, and what they need to know of the device.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Engine {
@@ -77,6 +113,20 @@ impl Engine {
         match self.cores {
             Cores::Hopper => self.processors,
             Cores::Mma => self.processors * self.mma_plan(roles, keys, values, axis, exclusive).cubes(self.shared),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_decaying_channels_are_walked_by_single_warps() {
+        assert_eq!(Cores::suits(Axis::Key, 64, 64), Cores::Mma);
+        assert_eq!(Cores::suits(Axis::Value, 128, 64), Cores::Mma);
+        for (axis, keys, values) in [(Axis::Key, 80, 64), (Axis::Key, 64, 144), (Axis::Token, 64, 64)] {
+            assert_eq!(Cores::suits(axis, keys, values), Cores::Hopper);
         }
     }
 }

@@ -95,8 +95,8 @@ impl Terms {
     }
 }
 
-/// Tokens whose products are loaded before the first of them is used.
-const BATCH: usize = 8;
+/// Tokens whose products and scales are loaded before the first of them is used.
+const BATCH: usize = 16;
 
 /// The gradient of a log decay by key: `dg_t = X + Σ_{i ≥ t} (a_i − b_i)` inside a chunk, for each key channel; one cube a
 /// chunk and head, one unit two channels. By value it is the same with `a_i = do_i ∘ o_i` and `b_i = v_i ∘ dv_i`.
@@ -149,7 +149,7 @@ pub(super) fn channel_gate_gradient(
             low += ends[end];
             high += ends[end + 1];
         }
-        // Tokens that share a scale: 16, or as many as a span has.
+        // Tokens that share a scale: 16, or as many as a span has; a power of two.
         let group = u32::min(comptime!(CHUNK as u32) / levels[CUBE_POS_X as usize], 16u32);
         let scales = (CUBE_POS_X * comptime!(padded / share) + 2u32 * UNIT_POS / share) * comptime!(CHUNK as u32);
         let stride = heads * comptime!(keys / 2);
@@ -166,21 +166,25 @@ pub(super) fn channel_gate_gradient(
         while done < length {
             let mut a = Array::<u32>::new(BATCH);
             let mut b = Array::<u32>::new(BATCH);
+            let mut scales_a = Array::<f32>::new(BATCH);
+            let mut scales_b = Array::<f32>::new(BATCH);
             #[unroll]
             for i in 0..BATCH {
                 // Past the first token it again: it is not written.
-                let back = u32::min(done + comptime!(i as u32), length - 1u32);
-                let word = (first + later + (length - 1u32 - back) * stride) as usize;
+                let token = length - 1u32 - u32::min(done + comptime!(i as u32), length - 1u32);
+                let word = (first + later + token * stride) as usize;
                 a[i] = query_products[word];
                 b[i] = key_products[word];
+                let scale = (scales + token - (token & (group - 1u32))) as usize;
+                scales_a[i] = query_scales[scale];
+                scales_b[i] = key_scales[scale];
             }
             #[unroll]
             for i in 0..BATCH {
                 let back = done + comptime!(i as u32);
                 if back < length {
                     let token = length - 1u32 - back;
-                    let scale = (scales + token - token % group) as usize;
-                    let (of_query, of_key) = (query_scales[scale], key_scales[scale]);
+                    let (of_query, of_key) = (scales_a[i], scales_b[i]);
                     low += f16_low(a[i]) * of_query - f16_low(b[i]) * of_key;
                     high += f16_high(a[i]) * of_query - f16_high(b[i]) * of_key;
                     let word = (first + token * stride) as usize;

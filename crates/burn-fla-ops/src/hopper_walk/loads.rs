@@ -8,8 +8,9 @@ use super::key::factors_of_span;
 use super::parts::{
     chunk_at, decays_of_chunk, load_panels, load_tile, parts_of, place, place_beside, span_at, spans_of,
 };
-use super::plan::{CHUNK, PANEL, WalkPlan};
+use super::plan::{Borders, CHUNK, PANEL, WalkPlan};
 use super::shift::{Rows, token_at};
+use super::states::fetch_border;
 use crate::tile::hopper::{Ring, barrier_arrive, barrier_expect, next};
 
 /// Queries, keys and values of each span, to the tiles of a stage; `maps` are theirs. With `for_states`, keys and values
@@ -129,12 +130,14 @@ pub(super) fn load_decays(
     }
 }
 
-/// The factors of each span's outputs, and what they are multiplied with, to the tiles of a ring of one stage.
+/// The factors of each span's outputs, and what they are multiplied with, to the tiles of a ring of one stage. The states that
+/// a chunk's are multiplied with are fetched while the chunk before is walked.
 #[cube]
 pub(super) fn load_factors(
     ring: &Ring,
     tiles: (u32, u32),
     maps: (u64, u64),
+    borders: u64,
     table: &[i32],
     levels: &[u32],
     work: u32,
@@ -153,6 +156,13 @@ pub(super) fn load_factors(
             let chunk = chunk_at(i, p.chunks, plan);
             let parts = parts_of(levels, &p, chunk, heads, plan);
             let spans = spans_of(&p, chunk, parts, plan);
+            if comptime!(plan.roles.borders == Borders::Multiply) {
+                #[unroll]
+                for beside in 0..comptime!(plan.heads as u32) {
+                    let p = place_beside(index, beside, table, heads, plan);
+                    fetch_border(borders, &p, chunk, heads, plan);
+                }
+            }
             // Counted so that it is not unrolled.
             let mut n = 0u32;
             while n < spans {

@@ -29,6 +29,9 @@
 //!
 //! Heads may share queries and keys ([`groups`]), with a decay by head or token.
 //!
+//! Where at most 64 channels decay beside at most 128 others, the kernels of [`crate::mma_walk`] walk: [`Cores::suits`] has
+//! the numbers.
+//!
 //! Measured on an H100: `benches/results/61-hopper-simple-gla.json`, and beside flash-linear-attention
 //! `62-hopper-gla.json`. What is known to be left:
 //! - Restarting the gate's sum at every 512th token instead (a twentieth of the states) gave errors of 3e-2 in dg.
@@ -36,9 +39,14 @@
 //!   has at most 64 channels ([`both`]); with more, each warpgroup holds a part of the state, which the second output needs whole.
 //! - The decay's gradient from `o · do` and `v · dv`, which are the same sums, saves no pass: whichever walk makes them reads a
 //!   fourth tensor for them.
-//! - ptxas waits for the scores before the state goes to shared memory (C7517), and spills 4 to 15 words in the walks with
-//!   168 registers (by key up to 69, in the walk for dk).
+//! - ptxas waits for the scores before the state goes to shared memory (C7517). In gla's walks at K = V = 128 it spills 20 words
+//!   in that for dq and none in the others (1 to 23 in three of the four where addresses were made before the loop); with 256
+//!   inner channels, 32 in that for dq and 49 in that for dk (66 and 88).
 //! - With K = V = 64 one warpgroup walks alone on a processor, where heads are odd in number or no more than processors.
+//! - simple_gla at 16 × 4096 × 16 × 64 × 64 on an H100 takes 0.204 ms forward, 0.290 for dq with the states at the borders, 0.378 for
+//!   dk and dv with their products, 0.018 for the sums: its bytes at the speed of a copy are 0.185, 0.23 and 0.32. A processor has
+//!   two heads, each a chain of some 7,900 cycles a chunk, of which the products are a tenth. Outputs by a warpgroup beside the
+//!   walk, as [`crate::hopper_delta`] has it, would shorten it. Not built.
 //! - ptxas ignores `setmaxnreg` in all walks but those with K = V = 128 (C7508): CubeCL's kernels say no least number of cubes a
 //!   processor (`.minnctapersm 1` by hand in the PTX: it is accepted, and nothing is spilled).
 //! - A slot memory as two operators, with a softmax between them: 0.91 ms forward and 4.52 both at
@@ -52,8 +60,14 @@
 //!   configuration at 8 × 2048 tokens: 5 passes over 34 MB, 0.04 ms, where a layer's products take 1.9 and its recurrence
 //!   0.5. Not built.
 //! - By key, preparing is a fifth of the time (forward and backward): idle warps of the loader's warpgroup could do it
-//!   inside the walks. The walk for dk takes 1.5 times that for dq; why was not measured (it sums up what ends a chunk,
-//!   and spills most).
+//!   inside the walks. On an H100 at 8 × 2048 × 32 × 128 × 128 gla's walks for dq and dk took 0.443 and 0.483 ms, 9 tensors of
+//!   134 MB each at 2.6 TB/s: what is left there is bytes. At 8 × 2048 × 4 × 128 × 256 they took 0.147 and 0.204 ms for 218 MB:
+//!   one warpgroup with 64 × 256 of the state walks alone on a processor, 9 and 13 µs a chunk, of which its products are one by
+//!   count. Two warpgroups with half of the values each would share scores and outputs through shared memory. Not built.
+//! - Of what that for dk did more in a chunk, the sums at its end were 96 exchanges between units, half of them one after
+//!   the other (a division before them, with a subroutine, had the compiler check for each whether all units were there), and are
+//!   28; and the states at the border, loaded in four to six turns from device memory, are fetched to the L2 cache a chunk
+//!   before.
 //! - By key, products in bf16 (not f16 with scales), with the state taken after a chunk, left 1 to 8 % in dg: both were
 //!   changed at once. The product of the states at a border beside a product in flight: 2.86 ms forward and backward at
 //!   8 × 2048 × 32 × 128 × 128 on one H100, where another gave 2.64 without.
@@ -89,7 +103,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::CuSeqlens;
 use crate::bridge::{Planned, has_mma, is_hopper};
-use crate::recurrence::{Decay, Problem};
+use crate::recurrence::{Decay, Problem, no_decay};
 use crate::ssd::HeadGroups;
 use engine::Engine;
 pub(crate) use engine::{Cores, shared_memory};
@@ -112,6 +126,21 @@ pub(crate) fn takes(problem: &Problem) -> bool {
     takes_size(problem) && is_hopper(&problem.q.device())
 }
 
+/// Whether the kernels of [`crate::mma_walk`] are the faster ones for a problem that both engines take: see [`Cores::suits`].
+pub(crate) fn prefers_mma(problem: &Problem) -> bool {
+    let (keys, values) = (problem.q.dims()[3], problem.v.dims()[3]);
+    Cores::suits(axis_of(&problem.decay), keys, values) == Cores::Mma
+}
+
+fn axis_of(decay: &Decay) -> Axis {
+    match decay {
+        Decay::Key(_) => Axis::Key,
+        Decay::Token(_) => Axis::Token,
+        Decay::Head(_) | Decay::None => Axis::Head,
+        Decay::Value(_) => Axis::Value,
+    }
+}
+
 /// Whether the engine of [`crate::mma_walk`] takes a problem: sizes and dtypes as in [`takes_size`], where the device has
 /// the shared memory for them.
 pub(crate) fn takes_with_mma(problem: &Problem) -> bool {
@@ -119,16 +148,10 @@ pub(crate) fn takes_with_mma(problem: &Problem) -> bool {
     if !takes_size(problem) || !has_mma(&device) {
         return false;
     }
-    let axis = match problem.decay {
-        Decay::Key(_) => Axis::Key,
-        Decay::Token(_) => Axis::Token,
-        Decay::Head(_) | Decay::None => Axis::Head,
-        Decay::Value(_) => Axis::Value,
-    };
     let (keys, values) = (problem.q.dims()[3], problem.v.dims()[3]);
     // As `run` divides them.
     let values = if values <= MOST_CHANNELS { values } else { values.div_ceil(32) * 16 };
-    Engine::on(&device, Cores::Mma).takes(keys, values, axis, problem.bonus.is_some())
+    Engine::on(&device, Cores::Mma).takes(keys, values, axis_of(&problem.decay), problem.bonus.is_some())
 }
 
 /// bf16, chunks of the engine's own choice, key channels in multiples of 16 up to 256 and value channels up to 512 (256
@@ -234,7 +257,7 @@ fn plan_whole(problem: Problem, cores: Cores) -> Planned {
         Decay::Value(g) => (Axis::Value, g.into_dispatch()),
         Decay::Token(g) => (Axis::Token, g.into_dispatch()),
         Decay::Head(g) => (Axis::Head, g.detach().into_dispatch()),
-        Decay::None => (Axis::Head, Tensor::<1>::zeros([h], (&device, DType::F32)).into_dispatch()),
+        Decay::None => (Axis::Head, no_decay(h, &device).into_dispatch()),
     };
     let engine = Engine::on(&device, cores);
     let plan = engine.plan(FORWARD, dk, dv, axis, bonus.is_some());

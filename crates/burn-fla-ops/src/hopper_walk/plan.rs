@@ -308,6 +308,12 @@ impl WalkPlan {
         self.panels() == 4
     }
 
+    /// Registers of a unit that walks: 65,536 of a processor beside those of the loader's warpgroup, and at most what the cube's
+    /// units may have when they start.
+    pub(crate) fn registers(&self) -> u32 {
+        if self.warpgroups == 1 { 248 } else { 232 }
+    }
+
     /// Units of a cube: the walkers' and the loader's warpgroup.
     pub(crate) fn units(&self) -> usize {
         128 * (self.warpgroups + 1)

@@ -22,10 +22,10 @@
 
 use cubecl::prelude::*;
 
-use super::key::gate_at;
+use super::parts::LOG2_E;
 use super::plan::CHUNK;
 use super::table::{CHUNK_WORDS, FIRST, LAST};
-use crate::tile::hopper::{bf16_high, bf16_low, exp2, pack_word, reciprocal};
+use crate::tile::hopper::{address_of, bf16_high, bf16_low, exp2, load_global_pair, pack_word, reciprocal};
 
 /// Which factors `e^{G − M}` are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -124,7 +124,8 @@ pub(super) fn prepare(
                 #[unroll]
                 for i in 0..BATCH {
                     let token = t + comptime!(i as u32);
-                    let starts = token % size == 0u32;
+                    // A power of two.
+                    let starts = token & (size - 1u32) == 0u32;
                     let counts = token < length;
                     start_low = select(starts && counts, lows[i], start_low);
                     start_high = select(starts && counts, highs[i], start_high);
@@ -308,12 +309,23 @@ fn gate_pair(
     #[comptime] exclusive: bool,
 ) -> (f32, f32) {
     if comptime!(exclusive) {
-        let at = first + u32::max(row, lead) * stride - stride;
-        let (low, high) = (gate_at(gates, at, wide), gate_at(gates, at + 1u32, wide));
+        let (low, high) = gates_at(gates, first + u32::max(row, lead) * stride - stride, wide);
         (select(row < lead, 0.0f32, low), select(row < lead, 0.0f32, high))
     } else {
-        let at = first + row * stride;
-        (gate_at(gates, at, wide), gate_at(gates, at + 1u32, wide))
+        gates_at(gates, first + row * stride, wide)
+    }
+}
+
+/// [`super::key::gate_at`] at an even element and the next, in one load.
+#[cube]
+fn gates_at(gates: &[u32], at: u32, #[comptime] wide: bool) -> (f32, f32) {
+    if comptime!(wide) {
+        let pair = load_global_pair(address_of(gates) + u64::cast_from(at) * 4u64);
+        let (low, high) = (f32::reinterpret(pair.extract(0usize)), f32::reinterpret(pair.extract(1usize)));
+        (low * LOG2_E, high * LOG2_E)
+    } else {
+        let word = gates[(at / 2u32) as usize];
+        (bf16_low(word) * LOG2_E, bf16_high(word) * LOG2_E)
     }
 }
 

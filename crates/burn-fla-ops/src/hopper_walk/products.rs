@@ -4,11 +4,11 @@
 use cubecl::prelude::*;
 
 use super::parts::Place;
-use super::plan::{BORDER_WORDS, END_SUMS, WalkPlan};
-use super::states::border_at;
+use super::plan::{END_SUMS, WalkPlan};
+use super::states::{BORDER_STRIDE, border_at, border_words};
 use crate::tile::hopper::{
-    Acc, bf16_high, bf16_low, column_of, f16_high, f16_low, load_u32, pack_half_word, pack_word, read, reciprocal,
-    store_u32, swizzled, write,
+    Acc, address_of_mut, bf16_high, bf16_low, f16_high, f16_low, load_global, load_u32, pack_half_word, pack_word,
+    read, reciprocal, store_u32, swizzled, write,
 };
 
 /// Multiplies the outputs without their own tokens with the tile `x`, into the registers [`WalkPlan::products`], and
@@ -116,6 +116,7 @@ pub(super) fn sum_inter(
     let out = comptime!(plan.out());
     let base = swizzled(x, row, (lane % 4u32) * 4u32);
     let to = ends_at(place, chunk, panel, heads, plan) + (warp + 1u32) * 64u32;
+    let mut sums = Array::<f32>::new(16usize);
     #[unroll]
     for j in 0..8usize {
         let mut low = f32::new(0.0);
@@ -128,8 +129,10 @@ pub(super) fn sum_inter(
             low += select(inside, bf16_low(word) * read(out, i), 0.0f32);
             high += select(inside, bf16_high(word) * read(out, comptime!(i + 1)), 0.0f32);
         }
-        write_column_sums(ends, to, low, high, lane, j);
+        sums[comptime!(2 * j)] = low;
+        sums[comptime!(2 * j + 1)] = high;
     }
+    write_column_sums(ends, to, &mut sums, lane);
 }
 
 /// The sums over a span's tokens of what f16 leaves of the products in the registers, times `scale`, is more than they are.
@@ -149,8 +152,9 @@ pub(super) fn sum_rounding(
 ) {
     let products = comptime!(plan.products());
     let to = ends_at(place, chunk, panel, heads, plan) + (warp + 5u32) * 64u32;
-    // A power of two.
-    let back = 1.0f32 / scale;
+    // The inverse of a power of two.
+    let back = f32::reinterpret((254u32 << 23u32) - u32::reinterpret(scale));
+    let mut sums = Array::<f32>::new(16usize);
     #[unroll]
     for j in 0..8usize {
         let mut low = f32::new(0.0);
@@ -164,25 +168,32 @@ pub(super) fn sum_rounding(
             low += select(inside, f16_low(word) - a, 0.0f32);
             high += select(inside, f16_high(word) - b, 0.0f32);
         }
-        write_column_sums(ends, to, low * back, high * back, lane, j);
+        sums[comptime!(2 * j)] = low * back;
+        sums[comptime!(2 * j + 1)] = high * back;
     }
+    write_column_sums(ends, to, &mut sums, lane);
 }
 
-/// Sums up a warp's rows of the columns of block `j`, and writes the sums to `ends[to..]`.
+/// Sums up a warp's rows of 64 columns, of which each unit has those of its row in `sums`, two a block of 8, and writes the
+/// sums to `ends[to..]`. Units exchange halves of what they have, so that each ends with the sums of two columns: 14
+/// exchanges, where sums of each column by all units would be 48.
 #[cube]
-fn write_column_sums(ends: &mut [f32], to: u32, low: f32, high: f32, lane: u32, #[comptime] j: usize) {
-    let mut low = low + 0.0f32;
-    let mut high = high + 0.0f32;
+fn write_column_sums(ends: &mut [f32], to: u32, sums: &mut Array<f32>, lane: u32) {
     #[unroll]
-    for step in 2..5usize {
-        low += plane_shuffle_xor(low, comptime!(1u32 << step as u32));
-        high += plane_shuffle_xor(high, comptime!(1u32 << step as u32));
+    for step in 0..3usize {
+        let half = comptime!(8 >> step);
+        let distance = comptime!(16u32 >> step as u32);
+        let upper = lane & distance != 0u32;
+        #[unroll]
+        for i in 0..half {
+            let (low, high) = (sums[i], sums[comptime!(i + half)]);
+            let other = plane_shuffle_xor(select(upper, low, high), distance);
+            sums[i] = select(upper, high, low) + other;
+        }
     }
-    if lane < 4u32 {
-        let at = (to + column_of(lane, comptime!(4 * j))) as usize;
-        ends[at] = low;
-        ends[at + 1] = high;
-    }
+    let at = (to + 2u32 * lane) as usize;
+    ends[at] = sums[0];
+    ends[at + 1] = sums[1];
 }
 
 /// What reads the state is multiplied with the factor, what is written into it divided by it.
@@ -210,14 +221,13 @@ pub(crate) fn multiply_rows(
     #[comptime] state: Acc,
     #[comptime] plan: WalkPlan,
 ) {
-    let block = border_at(place, chunk, panel, heads, plan) as usize;
-    let words = comptime!(plan.panels() * BORDER_WORDS);
-    let borders = &borders[block * words + unit as usize..block * words + words];
+    let block = border_at(place, chunk, panel, heads, plan);
+    let from = border_words(address_of_mut(borders), block, unit, plan);
     let mut low = f32::new(0.0);
     let mut high = f32::new(0.0);
     #[unroll]
     for n in 0..comptime!(16 * plan.panels()) {
-        let word = borders[n * 128];
+        let word = load_global(from, comptime!(n * BORDER_STRIDE));
         let a = bf16_low(word) * read(state, comptime!(2 * n));
         let b = bf16_high(word) * read(state, comptime!(2 * n + 1));
         if comptime!(n % 2 == 0) {

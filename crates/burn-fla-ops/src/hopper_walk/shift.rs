@@ -20,7 +20,7 @@
 use cubecl::prelude::*;
 
 use super::parts::{Place, Span};
-use super::plan::WalkPlan;
+use super::plan::{CHUNK, WalkPlan};
 use super::table::{FIRST, LAST};
 
 /// Where the tensor of a walk's tile has a row.
@@ -121,4 +121,11 @@ pub(crate) fn kept_rows(place: &Place, span: &Span, #[comptime] plan: WalkPlan) 
     } else {
         (u32::new(0), span.count + 0u32)
     }
+}
+
+/// Whether all rows of a span of `count` are kept, and it is a whole chunk.
+#[cube]
+pub(super) fn whole(kept: (u32, u32), count: u32) -> bool {
+    let (first, end) = kept;
+    first == 0u32 && end == count && count == comptime!(CHUNK as u32)
 }

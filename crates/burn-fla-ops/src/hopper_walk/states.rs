@@ -5,7 +5,9 @@ use cubecl::prelude::*;
 use super::parts::Place;
 use super::plan::{BORDER_WORDS, WalkPlan};
 use super::table::{FIRST, LAST};
-use crate::tile::hopper::{Acc, bf16_high, bf16_low, column_of, pack_pair, read, write, zero};
+use crate::tile::hopper::{
+    Acc, address_of_mut, bf16_high, bf16_low, column_of, fetch, load_global, pack_pair, read, store_global, write, zero,
+};
 
 /// Whether the walk enters its sequence here.
 #[cube]
@@ -162,9 +164,32 @@ pub(crate) fn store_end(
     write_state(ends, place.item, place, panel, heads, row, lane, 1.0f32, state, plan);
 }
 
+/// Bytes between two words that a unit has of a state at a border.
+pub(super) const BORDER_STRIDE: usize = 512;
+
 #[cube]
 pub(super) fn border_at(place: &Place, chunk: u32, panel: u32, heads: u32, #[comptime] plan: WalkPlan) -> u32 {
     ((place.border + chunk) * heads + place.head) * comptime!(plan.outer_panels() as u32) + panel
+}
+
+/// Bytes of the state of one panel of outer channels at a border.
+fn border_bytes(plan: &WalkPlan) -> usize {
+    4 * plan.panels() * BORDER_WORDS
+}
+
+/// The address of a unit's words of the state at a border, [`BORDER_STRIDE`] bytes apart.
+#[cube]
+pub(super) fn border_words(borders: u64, block: u32, unit: u32, #[comptime] plan: WalkPlan) -> u64 {
+    borders + u64::cast_from(block) * comptime!(border_bytes(&plan) as u64) + u64::cast_from(4u32 * unit)
+}
+
+/// Starts bringing what a cube multiplies at the border of a chunk to the L2 cache. Loaded when they are needed, in as many
+/// turns as there are registers for, the states come from device memory while nothing else happens in the chunk.
+#[cube]
+pub(super) fn fetch_border(borders: u64, place: &Place, chunk: u32, heads: u32, #[comptime] plan: WalkPlan) {
+    let groups = comptime!(plan.groups());
+    let block = border_at(place, chunk, place.slice * comptime!(groups as u32), heads, plan);
+    fetch(border_words(borders, block, 0u32, plan), comptime!(groups * border_bytes(&plan)));
 }
 
 /// Keeps the state at a border of a chunk.
@@ -179,12 +204,11 @@ pub(crate) fn write_border(
     #[comptime] state: Acc,
     #[comptime] plan: WalkPlan,
 ) {
-    let block = border_at(place, chunk, panel, heads, plan) as usize;
-    let words = comptime!(plan.panels() * BORDER_WORDS);
-    let borders = &mut borders[block * words + unit as usize..block * words + words];
+    let block = border_at(place, chunk, panel, heads, plan);
+    let to = border_words(address_of_mut(borders), block, unit, plan);
     #[unroll]
     for n in 0..comptime!(16 * plan.panels()) {
-        borders[n * 128] = pack_pair(state, comptime!(2 * n));
+        store_global(to, comptime!(n * BORDER_STRIDE), pack_pair(state, comptime!(2 * n)));
     }
 }
 
@@ -204,13 +228,11 @@ pub(crate) fn multiply_border(
     #[comptime] plan: WalkPlan,
 ) {
     let block = border_at(place, chunk, panel, heads, plan);
-    let words = comptime!(plan.panels() * BORDER_WORDS);
-    let first = block as usize * words;
-    let borders = &borders[first + unit as usize..first + words];
+    let from = border_words(address_of_mut(borders), block, unit, plan);
     let mut sum = f32::new(0.0);
     #[unroll]
     for n in 0..comptime!(16 * plan.panels()) {
-        let word = borders[n * 128];
+        let word = load_global(from, comptime!(n * BORDER_STRIDE));
         sum += bf16_low(word) * read(state, comptime!(2 * n));
         sum += bf16_high(word) * read(state, comptime!(2 * n + 1));
     }

@@ -70,8 +70,9 @@ fn build_rows(sequences: &CuSeqlens, segment: usize, shifted: bool) -> Table {
 pub(crate) fn segment_tokens(longest: usize, sequences: usize, cubes: usize, processors: usize) -> usize {
     /// How much of the processors whole sequences must keep busy.
     const ENOUGH: f64 = 0.8;
-    /// The shortest segment: computing its state first must pay.
-    const SHORTEST: usize = 1024;
+    /// The shortest segment, eight chunks: computing its state first must pay. With twice as many, 8 sequences of 2,048 tokens
+    /// and 4 heads of one slice were 64 cubes for 132 processors, with a chunk's time that of one cube.
+    const SHORTEST: usize = 512;
     let busy = |count: usize| {
         let all = sequences * cubes * count;
         all as f64 / (processors * all.div_ceil(processors)) as f64
@@ -121,6 +122,8 @@ mod tests {
     fn few_heads_are_cut() {
         assert_eq!(segment_tokens(2048, 8, 32, 132), 2048);
         assert_eq!(segment_tokens(16384, 1, 32, 132), 4096);
+        assert_eq!(segment_tokens(2048, 8, 8, 132), 1024);
+        assert_eq!(segment_tokens(2048, 8, 4, 132), 512);
         assert_eq!(segment_tokens(100, 1, 1, 132), 100);
     }
 }

@@ -14,6 +14,9 @@
 //! With a decay by channel the tensors come prepared, and a chunk is walked in spans, whole but where decays are strong: see
 //! [`super::prepare`] and [`super::key`].
 //!
+//! A unit's number is read anew in each part of a chunk, so that addresses are made where they are used: made before the loop
+//! they were spilled.
+//!
 //! One warp loads q, k, v by tensor memory copies, one the decays, one what the outputs are multiplied with; each of the
 //! other warpgroups keeps 64 rows of the transposed state. Where a head has no more than these, two warpgroups take a head
 //! each, side by side (`plan.heads`).
@@ -32,12 +35,12 @@ use super::parts::{
 };
 use super::plan::{Borders, CHUNK, DECAYED, OUT, PANEL, SCORES, VALUES, WalkPlan};
 use super::products::{multiply_rows, products_of_span, sum_inter, sum_rounding, write_factored};
-use super::shift::{Rows, kept_rows, token_at};
+use super::shift::{Rows, kept_rows, token_at, whole};
 use super::states::{border_at, load_state, multiply_border, store_state, write_border};
 use crate::tile::hopper::{
-    Ring, barrier_fence, commit, commit_stores, declare, declare_fragment, exp2, fence, fence_shared, give_registers,
-    k_major, mma_registers, mma_shared, mn_major, row_of, scale_rows, store_3d, sync_warpgroup, take_registers, wait,
-    wait_stores_read, warpgroup,
+    Ring, address_of_mut, barrier_fence, commit, commit_stores, declare, declare_fragment, exp2, fence, fence_shared,
+    give_registers, k_major, mma_registers, mma_shared, mn_major, next, row_of, scale_rows, store_3d, sync_warpgroup,
+    take_registers, unit_again, wait, wait_stores_read, warpgroup,
 };
 
 #[cube(launch_unchecked)]
@@ -139,16 +142,16 @@ pub(super) fn walk(
             if comptime!(plan.extra_panels() > 0) {
                 if lane == 0u32 {
                     let maps = (tensor_map_address(factors), tensor_map_address(x));
-                    load_factors(&ring_x, (tiles_f, tiles_x), maps, table, levels, work, heads, plan);
+                    let borders = address_of_mut(borders);
+                    load_factors(&ring_x, (tiles_f, tiles_x), maps, borders, table, levels, work, heads, plan);
                 }
             }
         }
     } else {
-        take_registers(232u32);
+        take_registers(comptime!(plan.registers()));
         let map_o = tensor_map_address(o);
         let map_both = tensor_map_address(o_both);
         let elected = UNIT_POS % 128u32 == 0u32;
-        let unit = UNIT_POS % 128u32;
         let row = row_of(warp, lane, 0usize);
         let s0 = tiles_s + warpgroup * tile;
         let o0 = tiles_o + warpgroup * comptime!(PANEL as u32);
@@ -173,6 +176,9 @@ pub(super) fn walk(
                     let span = span_at(&p, chunk, n, parts, spans, plan);
                     let count = span.count;
                     ring.wait_full(step);
+                    let unit = unit_again() % 128u32;
+                    let (warp, lane) = (unit / 32u32, unit % 32u32);
+                    let row = row_of(warp, lane, 0usize);
                     let stage = ring.stage(step);
                     let q0 = tiles_q + stage * wide + beside * tile;
                     let k0 = tiles_k + stage * wide + beside * tile;
@@ -220,6 +226,8 @@ pub(super) fn walk(
                         }
                         scale_state(&shared_g, g0, panel, row, lane, plan);
                     }
+                    // Where registers are few, descriptors of the state's tile are made here, not before the loop.
+                    let s0 = if comptime!(plan.shares_registers()) { next(s0 - 1u32) } else { s0 + 0u32 };
                     publish(s0, state, row, lane);
                     if elected {
                         wait_stores_read(0u32);
@@ -285,6 +293,9 @@ pub(super) fn walk(
                         let e_high = exp2(row_high) * out_scale;
                         scale_rows(out, e_low, e_high);
                     }
+                    let unit = unit_again() % 128u32;
+                    let (warp, lane) = (unit / 32u32, unit % 32u32);
+                    let row = row_of(warp, lane, 0usize);
                     // Where the first row's output stands, and its products by channel.
                     let token = token_at(p.start + span.start, &p, plan.out_rows(), plan);
                     let prepared = token_at(p.start + span.start, &p, Rows::Prepared, plan);
@@ -336,6 +347,9 @@ pub(super) fn walk(
                             }
                         }
                     }
+                    let unit = unit_again() % 128u32;
+                    let (warp, lane) = (unit / 32u32, unit % 32u32);
+                    let row = row_of(warp, lane, 0usize);
                     if comptime!(plan.factors()) {
                         write_factored(o0, p0, products_scale, f0, v0, own, row, lane, plan);
                     } else {
@@ -383,8 +397,10 @@ pub(super) fn walk(
                     }
                     wait(0u32);
                     if comptime!(plan.by_channel()) {
+                        let unit = unit_again() % 128u32;
+                        let row = row_of(unit / 32u32, unit % 32u32, 0usize);
                         let after = g0 + comptime!(plan.decay_channels());
-                        scale_state(&shared_g, after, panel, row, lane, plan);
+                        scale_state(&shared_g, after, panel, row, unit % 32u32, plan);
                         // The factors are read by all.
                         sync_warpgroup(id, 128u32);
                     }
@@ -401,11 +417,4 @@ pub(super) fn walk(
             wait_stores_read(0u32);
         }
     }
-}
-
-/// Whether all rows of a span of `count` are kept, and it is a whole chunk.
-#[cube]
-fn whole(kept: (u32, u32), count: u32) -> bool {
-    let (first, end) = kept;
-    first == 0u32 && end == count && count == comptime!(CHUNK as u32)
 }

@@ -44,7 +44,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::bridge::Planned;
 use crate::one_step;
-use crate::recurrence::{Decay, Problem};
+use crate::recurrence::{Decay, Problem, no_decay};
 use crate::ssd::HeadGroups;
 use launch::LinearWalk;
 use plan::DecayKind;
@@ -61,7 +61,7 @@ pub(crate) fn planned(problem: Problem, tracked: bool) -> Planned {
     let dv = v.dims()[3];
     let device = q.device().inner();
     let (kind, g) = match decay {
-        Decay::None => (DecayKind::Head, Tensor::<1>::zeros([h], (&device, DType::F32)).into_dispatch()),
+        Decay::None => (DecayKind::Head, no_decay(h, &device).into_dispatch()),
         Decay::Head(g) => (DecayKind::Head, g.detach().into_dispatch()),
         Decay::Token(g) => (DecayKind::Token, g.into_dispatch()),
         Decay::Key(g) => (DecayKind::Key, g.into_dispatch()),

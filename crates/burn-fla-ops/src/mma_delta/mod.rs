@@ -14,13 +14,13 @@
 //! more, it loads ahead. While backward runs, workspaces hold `2 V + 256 + 4 K V / 64` bytes a token and head, W, M, P and the
 //! states at the chunks' borders.
 //!
-//! Measured beside the engine for Hopper on one H200, in the first state below: `benches/results/69-mma-delta.json`. In
+//! Measured beside the engine for Hopper on an H100: `benches/results/69-mma-operators.json`. On one H200, in
 //! milliseconds at 8 × 2048 × 32 × 128 × 128 with a gate, forward and with backward, where that engine took 0.425 and 1.465:
 //! - 0.524 and 2.224 at first, of which (by ncu) M and P took 0.233 twice, the chain with time 0.278, that for W and S 0.269,
 //!   against time 0.344, and the other gradients 0.747: eight warps a processor, and nothing is loaded while they multiply.
 //! - 0.523 and 2.143 with outputs in quarters of a chunk beside a gate, where states of 32 channels are 128 registers.
-//! - Not timed since: M with triangles joined on the tensor cores, and gradients that leave out what no token reads.
-//!   Gradients by as many cubes as processors, each of which loads its next chunk ahead, have not run: the launch would ask
+//! - With M's triangles joined on the tensor cores, and gradients that leave out what no token reads, 0.487 and 2.324 on an H100,
+//!   where the engine for Hopper took 0.394 and 1.680. Gradients by as many cubes as processors, each of which loads its next chunk ahead, have not run: the launch would ask
 //!   for fewer cubes.
 //!
 //! What is known to be left:

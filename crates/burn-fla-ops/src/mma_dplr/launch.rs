@@ -3,12 +3,12 @@
 use burn::tensor::DType;
 use cubecl::prelude::{CubeCount, CubeDim};
 
-use super::plan::{ChainPlan, GradientRoom};
-use super::{chain, gradients};
+use super::chain;
+use super::plan::ChainPlan;
 use crate::bridge::{CubeTensor, alloc};
-use crate::hopper_dplr::operands::{Gradients, Inputs, Operands};
+use crate::hopper_dplr::operands::Operands;
 use crate::hopper_dplr::operator::HopperDplr;
-use crate::hopper_dplr::plan::{GradientPlan, TEAM, Task};
+use crate::hopper_dplr::plan::Task;
 use crate::mma_walk::plan::MmaPlan;
 use crate::tile::hopper::words;
 
@@ -66,56 +66,5 @@ impl HopperDplr {
             );
         }
         [out, last, borders]
-    }
-
-    /// The gradients of all but the values and the state.
-    pub(crate) fn mma_gradients(
-        &self,
-        x: &Inputs,
-        operands: &Operands,
-        [grad_o, states, grad_states]: [&CubeTensor; 3],
-        to: &Gradients,
-        shape: GradientPlan,
-    ) {
-        let [q, k, a, b] = &x.qkab;
-        let [inverse, answers, passed] = &operands.extras;
-        let rows = |x: &CubeTensor| x.meta.shape().dims::<3>()[1] as u32;
-        // SAFETY: as in `mma_chain`.
-        unsafe {
-            gradients::gradients::launch_unchecked(
-                &x.v.client,
-                CubeCount::new_1d((self.chunks * self.heads) as u32),
-                CubeDim::new_1d(TEAM as u32),
-                words(&operands.first),
-                words(&operands.second),
-                words(inverse),
-                words(answers),
-                words(passed),
-                words(&x.v),
-                words(grad_o),
-                words(states),
-                words(grad_states),
-                words(q),
-                words(k),
-                words(a),
-                words(b),
-                words(&x.g),
-                x.strengths.clone().into_buffer_arg(),
-                x.table.clone().into_buffer_arg(),
-                words(&to.dq),
-                words(&to.dk),
-                words(&to.da),
-                words(&to.db),
-                words(&to.dg),
-                to.dbeta.clone().into_buffer_arg(),
-                self.heads as u32,
-                self.groups as u32,
-                rows(states),
-                rows(grad_states),
-                self.chunks_at(),
-                self.scale,
-                GradientRoom { shape },
-            );
-        }
     }
 }

@@ -125,42 +125,13 @@ impl ChainPlan {
     }
 }
 
-/// Where the gradients of a chunk have their tiles, in panels: first Ã, B̂, N and H, where the tokens' vectors come later,
-/// then A_qb, values, the outputs' gradients, and both states, where running sums of decays, and at last what units take
-/// over from accumulators, come later.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct GradientRoom {
-    pub(super) shape: GradientPlan,
-}
-
-impl GradientRoom {
-    fn panels(&self) -> usize {
-        self.shape.key.panels()
-    }
-
-    /// Where the second part begins.
-    pub(super) fn second_part(&self) -> u32 {
-        (4 * self.panels() * PANEL) as u32
-    }
-
-    /// Panels of both parts: the four of values, three scores and a state are there beside the sums; the last steps need six.
-    pub(super) fn tile_bytes(&self) -> usize {
-        let panels = self.panels();
-        (4 * panels + usize::max(6, 2 * panels + 4)) * PANEL
-    }
-
-    pub(super) fn shared_bytes(&self) -> usize {
-        self.tile_bytes() + 4 * self.shape.team_sums()
-    }
-}
-
 /// Whether every kernel, forward and backward, has room where a cube may use so much shared memory.
 pub(crate) fn fits(keys: usize, values: usize, shared: usize) -> bool {
     let chain = |task| ChainPlan::new(task, [keys, values], 1, 1, shared).is_some();
     let key = KeyPlan { form: Form::Free, keys, wide: true, cores: Cores::Mma };
-    let room = GradientRoom { shape: GradientPlan { key, values } };
+    let gradients = GradientPlan::new(key, values, shared);
     [Task::Outputs, Task::Borders, Task::Gradients].into_iter().all(chain)
-        && room.shared_bytes() <= shared
+        && gradients.shared_bytes() <= shared
         && key.prepare_bytes() <= shared
 }
 

@@ -15,7 +15,9 @@
 //! token's own value is added to its output in f32, from the tile of values read one row later, against time one row before:
 //! one row beside the tile, and one `ldmatrix` for every 16 × 16 outputs more.
 //!
-//! Measured beside the engine for Hopper: `benches/results/69-mma-simple-gla.json`. On one H200, in milliseconds at
+//! Where few channels decay this engine is the faster one on Hopper too, and is chosen: [`crate::hopper_walk::Cores::suits`].
+//!
+//! Measured beside the engine for Hopper: `benches/results/69-mma-operators.json`. On one H200, in milliseconds at
 //! 8 × 2048 × 32 × 128 × 128 with a decay by token, forward and with backward, where that engine took 0.17 and 0.92:
 //! - 0.319 and 1.441 at first. 0.247 and 1.328 with the outputs of a chunk in two halves (the states of 32 channels are 128
 //!   of a unit's 255 registers), all words of the scores before the first is stored, and stores without branches.
@@ -27,11 +29,12 @@
 //!   on a processor one loads while the other computes; so a plan with room for two cubes comes first.
 //!
 //! What is known to be left:
+//! - `ssd` gives these kernels a copy of queries and keys for each head (`hopper_walk::planned`), although they can read those of a
+//!   group where they are: forward it takes 2.6 and 3.5 times Hopper's time for it (results 69-mma-operators).
 //! - Scores above the diagonal are computed and selected away: 24 of a warp's 64 products for them.
 //! - At K = V = 128 the walks against and with time spill 0 to 60 bytes a unit, by key 20 to 124.
 //! - Segments load nothing ahead of the step at hand, and compute their states anew for each of the four walks.
-//! - It has run on Hopper GPUs alone; its instructions assemble for compute capability 8.0, 8.6, 8.9 and 12.0. What it does
-//!   with decays by value, states that are read before the token and shared heads has not run on a GPU.
+//! - It has run on Hopper GPUs alone; its instructions assemble for compute capability 8.0, 8.6, 8.9 and 12.0.
 
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.
 #![allow(clippy::identity_op)]

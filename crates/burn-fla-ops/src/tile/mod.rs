@@ -8,6 +8,7 @@
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.
 #![allow(clippy::identity_op)]
 
+mod global;
 pub mod hopper;
 mod layout;
 pub mod mma;

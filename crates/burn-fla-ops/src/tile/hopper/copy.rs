@@ -59,6 +59,15 @@ pub fn load_3d(to: u32, map: u64, x: u32, y: u32, z: u32, barrier: u32) {
     );
 }
 
+/// Starts bringing `bytes` bytes, a multiple of 16 at such an address, to the L2 cache: plain loads find them there later.
+#[cube]
+pub fn fetch(from: u64, #[comptime] bytes: usize) {
+    gpu_asm!(
+        "cp.async.bulk.prefetch.L2.global [{s}], {n};",
+        s = in(_) from + 0u64, n = in(_) u32::new(comptime!(bytes as i64))
+    );
+}
+
 /// Starts a store of the box at `from`. What units wrote there must have been made visible by [`fence_shared`] and a
 /// synchronisation of them.
 #[cube]

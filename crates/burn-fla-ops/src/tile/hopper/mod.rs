@@ -22,16 +22,17 @@ mod roles;
 mod triangle;
 mod wgmma;
 
+pub use super::global::{address_of, address_of_mut, load_global, load_global_pair, store_global, unit_again};
 pub use super::layout::{
     bf16_high, bf16_low, exp2, f16_high, f16_low, load_f32, load_f32_four, load_f32_pair, load_transposed, load_u32,
     load_u32_four, reciprocal, store_f32, store_f32_pair, store_transposed, store_u32, store_u32_four, swizzled,
 };
 pub use super::registers::{
     Acc, Frag, column_of, declare, declare_fragment, next, pack, pack_half_word, pack_pair, pack_word, put, read,
-    row_of, scale, scale_columns, scale_rows, store_columns, write, zero,
+    row_of, scale, scale_columns, scale_rows, store_columns, word, write, zero,
 };
 pub use copy::{
-    add_3d, commit_stores, fence_shared, load_2d, load_3d, panel_map, readable, store_3d, wait_stores,
+    add_3d, commit_stores, fence_shared, fetch, load_2d, load_3d, panel_map, readable, store_3d, wait_stores,
     wait_stores_read, words,
 };
 pub use ring::{Ring, barrier_arrive, barrier_expect, barrier_fence, barrier_init, barrier_wait};

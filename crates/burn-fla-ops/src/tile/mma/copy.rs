@@ -1,32 +1,6 @@
-//! Copies from device memory to shared memory, plain stores to device memory, and who one is.
+//! Copies from device memory to shared memory, and plain stores to device memory.
 
 use cubecl::prelude::*;
-
-/// The address of a tensor's first number.
-#[cube]
-pub fn address_of(x: &[u32]) -> u64 {
-    let pointer = x.as_ptr();
-    let out: u64;
-    gpu_asm!("cvta.to.global.u64 {d}, {p};", d = out(_) out, p = in(_) pointer, options(nomem));
-    out + 0u64
-}
-
-/// The address of a tensor's first number, computed anew in each call: it is not kept in registers from one to the next.
-#[cube]
-pub fn address_again<T: CubePrimitive>(x: *const T) -> u64 {
-    let out: u64;
-    gpu_asm!("cvta.to.global.u64 {d}, {p};", d = out(_) out, p = in(_) x);
-    out + 0u64
-}
-
-/// The address of the first number of a tensor that is written.
-#[cube]
-pub fn address_of_mut(x: &mut [u32]) -> u64 {
-    let pointer = x.as_mut_ptr();
-    let out: u64;
-    gpu_asm!("cvta.to.global.u64 {d}, {p};", d = out(_) out, p = in(_) pointer, options(nomem));
-    out + 0u64
-}
 
 /// Starts a copy of 16 bytes to `offset` bytes after `to`; the first `bytes` of them come from `from`, the others are
 /// zero. All addresses are multiples of 16.
@@ -50,29 +24,6 @@ pub fn wait_copies(#[comptime] pending: u32) {
     gpu_asm!("cp.async.wait_group {pending};");
 }
 
-/// Loads four words from device memory, at a multiple of 16 bytes. Nobody may write them while the kernel runs.
-#[cube]
-pub fn load_global_four(from: u64) -> Vector<u32, Const<4>> {
-    let out: Vector<u32, Const<4>>;
-    gpu_asm!("ld.global.nc.v4.b32 {d}, [{s}];", d = out(_) out, s = in(_) from + 0u64);
-    out
-}
-
-/// Asks for the line at an address of device memory to be brought nearer: what loads it soon waits less.
-#[cube]
-pub fn prefetch(from: u64) {
-    gpu_asm!("prefetch.global.L2 [{s}];", s = in(_) from + 0u64);
-}
-
-/// Stores four words to device memory, at a multiple of 16 bytes, `offset` bytes after `to`.
-#[cube]
-pub fn store_global_four(to: u64, #[comptime] offset: usize, first: u32, second: u32, third: u32, fourth: u32) {
-    gpu_asm!(
-        "st.global.v4.b32 [{d} + {offset}], {{{w}, {x}, {y}, {z}}};",
-        d = in(_) to + 0u64, w = in(_) first + 0u32, x = in(_) second + 0u32, y = in(_) third + 0u32, z = in(_) fourth + 0u32
-    );
-}
-
 /// Stores two words to device memory, at a multiple of 8 bytes, if `there`.
 #[cube]
 pub fn store_global_pair(to: u64, first: u32, second: u32, there: bool) {
@@ -80,13 +31,4 @@ pub fn store_global_pair(to: u64, first: u32, second: u32, there: bool) {
         "{{ .reg .pred p; setp.ne.b32 p, {w}, 0; @p st.global.v2.b32 [{d}], {{{x}, {y}}}; }}",
         d = in(_) to + 0u64, x = in(_) first + 0u32, y = in(_) second + 0u32, w = in(_) select(there, 1u32, 0u32)
     );
-}
-
-/// The unit's number in a cube of one dimension, read anew: what is computed from it is not kept in registers from one call
-/// to the next, where a kernel needs them for other things.
-#[cube]
-pub fn unit_again() -> u32 {
-    let out: u32;
-    gpu_asm!("mov.u32 {d}, %%tid.x;", d = out(_) out);
-    out + 0u32
 }

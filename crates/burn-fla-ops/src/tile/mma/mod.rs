@@ -20,15 +20,15 @@ mod copy;
 mod product;
 mod store;
 
+pub use super::global::{
+    address_again, address_of, address_of_mut, load_global_four, prefetch, store_global_four, unit_again,
+};
 pub use super::layout::{bf16_high, bf16_low, exp2, f16_high, f16_low, load_u32, store_u32, swizzled};
 pub use super::registers::{
     Acc, Frag, column_of, declare, declare_fragment, pack, pack_half_word, pack_pair, pack_step, pack_word, read,
     row_of, scale, word, write, zero,
 };
-pub use copy::{
-    address_again, address_of, address_of_mut, commit_copies, copy_16, load_global_four, prefetch, store_global_four,
-    store_global_pair, unit_again, wait_copies,
-};
+pub use copy::{commit_copies, copy_16, store_global_pair, wait_copies};
 pub use product::{across_first, down_first, load, multiply, multiply_split, split, transpose};
 pub use store::{RowPair, store_rows, store_rows_f32};
 
