@@ -70,8 +70,7 @@ pub(crate) enum Decay {
     Value(Tensor<4>),
 }
 
-/// The log decays of heads that do not decay. Uploaded: made by an operation, `linear_attn` forward took 0.417 ms at
-/// 8 × 2048 × 32 × 128 × 128 on an H100, where its kernel takes 0.19, and takes 0.232 so.
+/// The log decays of heads that do not decay.
 #[cfg(feature = "cube")]
 pub(crate) fn no_decay(heads: usize, device: &Device) -> Tensor<1> {
     Tensor::from_data(TensorData::zeros::<f32, _>([heads]), (device, DType::F32))

@@ -18,7 +18,7 @@ pub(crate) const SCAN_UNITS: usize = 256;
 /// Whether the gradients of narrow keys and values are one walk: see [`super::both`].
 const BOTH: bool = true;
 
-/// A linear recurrence. Inputs: q, k, v, g, with `has_state` the initial state and with `has_bonus` the bonus, `[H, K]`.
+/// A linear recurrence. Inputs: q, k, v, g (without decay, anything), with `has_state` the initial state and with `has_bonus` the bonus, `[H, K]`.
 #[derive(Debug)]
 pub(crate) struct HopperWalk {
     pub(crate) name: &'static str,
@@ -124,8 +124,11 @@ impl HopperWalk {
     ) -> (Option<CubeTensor>, CubeTensor, Decays) {
         let table = contiguous(table.clone());
         if !self.axis.by_channel() {
-            let g = contiguous(burn_cubecl::kernel::cast(decay.clone(), DType::F32));
-            let unused = alloc(&g, [32], DType::F32);
+            let unused = alloc(decay, [32], DType::F32);
+            let g = match self.axis {
+                Axis::None => unused.clone(),
+                _ => contiguous(burn_cubecl::kernel::cast(decay.clone(), DType::F32)),
+            };
             let [factors, vectors, levels, weights] = [(); 4].map(|()| unused.clone());
             return (reading, writing, Decays { g, factors, vectors, levels, weights, table });
         }

@@ -61,7 +61,7 @@ impl Operator for HopperWalk {
         let by_value = self.axis == Axis::Value;
         let bonus = self.bonus(&inputs);
         let own = bonus.is_some() && (wanted[0] || wanted[1] || wanted[4 + usize::from(self.has_state)]);
-        let gate = wanted[3] && self.axis != Axis::Head;
+        let gate = wanted[3] && !matches!(self.axis, Axis::None | Axis::Head);
         let state = self.has_state && wanted[4];
         let (dq, dk, dv) = (wanted[0], wanted[1], wanted[2]);
         let wanted = if by_value {

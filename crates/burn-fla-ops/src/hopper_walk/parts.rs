@@ -172,12 +172,14 @@ pub(super) fn decays_of_chunk(
 #[cube]
 pub(crate) fn decay_at(g: &[f32], place: &Place, token: u32, heads: u32, #[comptime] plan: WalkPlan) -> f32 {
     let mut value = f32::new(0.0);
-    if token < place.length {
-        value = if comptime!(plan.axis == Axis::Head) {
-            g[place.head as usize]
-        } else {
-            g[((place.start + token) * heads + place.head) as usize]
-        };
+    if comptime!(plan.axis != Axis::None) {
+        if token < place.length {
+            value = if comptime!(plan.axis == Axis::Head) {
+                g[place.head as usize]
+            } else {
+                g[((place.start + token) * heads + place.head) as usize]
+            };
+        }
     }
     value * LOG2_E
 }

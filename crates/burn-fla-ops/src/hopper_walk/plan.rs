@@ -32,6 +32,8 @@ pub(crate) const VALUES: Frag = Frag::new("u", 64);
 /// What the log decay depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Axis {
+    /// Nothing: there is none.
+    None,
     /// The head alone.
     Head,
     /// The token: one number for all channels.

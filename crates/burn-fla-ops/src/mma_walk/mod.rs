@@ -29,8 +29,6 @@
 //!   on a processor one loads while the other computes; so a plan with room for two cubes comes first.
 //!
 //! What is known to be left:
-//! - `ssd` gives these kernels a copy of queries and keys for each head (`hopper_walk::planned`), although they can read those of a
-//!   group where they are: forward it takes 2.6 and 3.5 times Hopper's time for it (results 69-mma-operators).
 //! - Scores above the diagonal are computed and selected away: 24 of a warp's 64 products for them.
 //! - At K = V = 128 the walks against and with time spill 0 to 60 bytes a unit, by key 20 to 124.
 //! - Segments load nothing ahead of the step at hand, and compute their states anew for each of the four walks.
