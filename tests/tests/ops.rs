@@ -320,6 +320,33 @@ fn the_bridge_hands_out_every_gradient() {
     }
 }
 
+/// Also where the decay itself requires gradients: it gets none, and those of the others are what they are without.
+#[test]
+fn a_constant_decay_takes_no_gradient() {
+    let [b, t, h, d] = [1, 70, 2, 16];
+    let mut devices = kernel_devices();
+    devices.push(("flex", reference_device()));
+    for (name, device) in devices {
+        let device = device.autodiff();
+        for dtype in [DType::F32, DType::BF16] {
+            if dtype == DType::BF16 && name != "cuda" {
+                continue;
+            }
+            let run = |tracked: bool| {
+                let draw = |seed| tensor::<4>(&uniform(seed, b * t * h * d, (-1.0, 1.0)), [b, t, h, d], &device, dtype);
+                let [q, k, v] = [1, 2, 3].map(|seed| draw(seed).require_grad());
+                let decay = tensor::<1>(&[-0.1, -0.5], [h], &device, DType::F32).set_require_grad(tracked);
+                let given = ScalarDecay::PerHead(decay.clone());
+                let (o, _) = simple_gla(q.clone(), k.clone(), v.clone(), given, SequenceOptions::default()).unwrap();
+                let gradients = o.powi_scalar(2).sum().backward();
+                assert!(decay.grad(&gradients).is_none(), "{name}");
+                [q, k, v].map(|x| numbers(x.grad(&gradients).expect("a gradient")))
+            };
+            assert_eq!(run(true), run(false), "{name}");
+        }
+    }
+}
+
 /// A sequence in one go, and token by token through the step kernel.
 #[test]
 fn steps_equal_the_sequence() {

@@ -60,7 +60,7 @@ impl Implementation {
 #[derive(Clone, Debug)]
 pub(crate) enum Decay {
     None,
-    /// `[H]`, constant, without gradient.
+    /// `[H]`, constant, without autodiff.
     Head(Tensor<1>),
     /// `[B, T, H]`.
     Token(Tensor<3>),

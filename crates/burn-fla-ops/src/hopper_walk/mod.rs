@@ -257,11 +257,11 @@ fn plan_whole(problem: Problem, cores: Cores) -> Planned {
         Decay::Key(g) => (Axis::Key, g.into_dispatch()),
         Decay::Value(g) => (Axis::Value, g.into_dispatch()),
         Decay::Token(g) => (Axis::Token, g.into_dispatch()),
-        Decay::Head(g) => (Axis::Head, g.detach().into_dispatch()),
+        Decay::Head(g) => (Axis::Head, g.into_dispatch()),
         // Nobody reads it. Zeros made by an operation, `linear_attn` forward took 0.417 ms at 8 × 2048 × 32 × 128 × 128 on
         // an H100, where its kernel takes 0.19; uploaded, 0.227 there and 0.202 at 8 × 2048 × 4 × 128 × 256, where a decay
         // that is given takes 0.097.
-        Decay::None => (Axis::None, v.clone().detach().into_dispatch()),
+        Decay::None => (Axis::None, v.clone().without_autodiff().into_dispatch()),
     };
     let engine = Engine::on(&device, cores);
     let plan = engine.plan(FORWARD, dk, dv, axis, bonus.is_some());

@@ -62,7 +62,7 @@ pub(crate) fn planned(problem: Problem, tracked: bool) -> Planned {
     let device = q.device().inner();
     let (kind, g) = match decay {
         Decay::None => (DecayKind::Head, no_decay(h, &device).into_dispatch()),
-        Decay::Head(g) => (DecayKind::Head, g.detach().into_dispatch()),
+        Decay::Head(g) => (DecayKind::Head, g.into_dispatch()),
         Decay::Token(g) => (DecayKind::Token, g.into_dispatch()),
         Decay::Key(g) => (DecayKind::Key, g.into_dispatch()),
         Decay::Value(g) => (DecayKind::Value, g.into_dispatch()),
@@ -118,7 +118,7 @@ fn step(problem: Problem) -> Planned {
         b: bonus.map(Tensor::into_dispatch),
         gate: match decay {
             Decay::None => (one_step::Gate::None, None),
-            Decay::Head(g) => (one_step::Gate::Head, Some(g.detach().into_dispatch())),
+            Decay::Head(g) => (one_step::Gate::Head, Some(g.into_dispatch())),
             Decay::Token(g) => (one_step::Gate::Token, Some(g.into_dispatch())),
             Decay::Key(g) => (one_step::Gate::Key, Some(g.into_dispatch())),
             Decay::Value(g) => (one_step::Gate::Value, Some(g.into_dispatch())),

@@ -73,7 +73,7 @@ pub fn rotary(
     if b * t * h * d == 0 {
         return Ok(x);
     }
-    let (cos, sin) = (cos.detach(), sin.detach());
+    let (cos, sin) = (cos.without_autodiff(), sin.without_autodiff());
     #[cfg(feature = "cube")]
     if on_kernels(&x, engine) {
         let table = |table: Tensor<2>| table.cast(DType::F32).into_dispatch();

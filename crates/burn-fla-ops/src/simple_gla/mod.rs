@@ -49,7 +49,8 @@ pub fn simple_gla(
 ) -> Result<(Tensor<4>, Tensor<4>), OpError> {
     let decay = match decay {
         ScalarDecay::None => Decay::None,
-        ScalarDecay::PerHead(decay) => Decay::Head(decay),
+        // A detached tensor that requires gradients would still require them.
+        ScalarDecay::PerHead(decay) => Decay::Head(decay.without_autodiff()),
         ScalarDecay::PerToken(decay) => Decay::Token(decay),
     };
     Problem::new("simple_gla", q, k, v, decay, options)?.run()
