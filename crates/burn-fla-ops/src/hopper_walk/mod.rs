@@ -44,9 +44,14 @@
 //!   inner channels, 32 in that for dq and 49 in that for dk (66 and 88).
 //! - With K = V = 64 one warpgroup walks alone on a processor, where heads are odd in number or no more than processors.
 //! - simple_gla at 16 × 4096 × 16 × 64 × 64 on an H100 takes 0.204 ms forward, 0.290 for dq with the states at the borders, 0.378 for
-//!   dk and dv with their products, 0.018 for the sums: its bytes at the speed of a copy are 0.185, 0.23 and 0.32. A processor has
-//!   two heads, each a chain of some 7,900 cycles a chunk, of which the products are a tenth. Outputs by a warpgroup beside the
-//!   walk, as [`crate::hopper_delta`] has it, would shorten it. Not built.
+//!   dk and dv with their products, 0.018 for the sums: 0.89 in all, where twice the peer's speed is 0.81. Of 134 MB each it
+//!   moves 4, 6 and 7 (a state at a border is as large as a chunk of a tensor), 0.185, 0.276 and 0.322 ms at the speed of a copy,
+//!   so that all passes at 95 % of it would be 0.84: fewer bytes are needed, not faster kernels. dk, dv and dq in one walk from
+//!   states that another one only writes would move 15 of them in the place of 17. Not built.
+//! - One state kept for four chunks, the others' products derived from it by what queries read and keys write between two borders
+//!   ([`gate`]), would save 1.5 of these 17, and 3 of 22 with 128 channels. In an emulation dg was off by 4e-3 to 1.2e-2 with
+//!   decays from 0 to −0.02 … −0.3 where it is off by 2e-3 so: the error of one border, 1e-3 of its product, stands in all
+//!   tokens of a chunk.
 //! - ptxas ignores `setmaxnreg` in all walks but those with K = V = 128 (C7508): CubeCL's kernels say no least number of cubes a
 //!   processor (`.minnctapersm 1` by hand in the PTX: it is accepted, and nothing is spilled).
 //! - A slot memory as two operators, with a softmax between them: 0.91 ms forward and 4.52 both at
