@@ -76,6 +76,7 @@ pub(crate) mod operator;
 pub(crate) mod parts;
 pub(crate) mod plan;
 mod prepare;
+mod prepare_steps;
 pub(crate) mod products;
 pub(crate) mod tokens;
 

@@ -1,10 +1,15 @@
 //! The gradient of the log decay, from what the walks already produced.
 
+use burn::tensor::DType;
 use cubecl::prelude::*;
 
-use super::plan::{CHUNK, END_SUMS};
+use super::engine::Cores;
+use super::launch::{Decays, Gate, HopperWalk};
+use super::plan::{Axis, Borders, CHUNK, END_SUMS, Roles};
 use super::table::{CHUNK_WORDS, FIRST};
-use crate::tile::hopper::{bf16_high, bf16_low, f16_high, f16_low, pack_word};
+use super::{KEYS, VALUES};
+use crate::bridge::{CubeTensor, alloc};
+use crate::tile::hopper::{bf16_high, bf16_low, f16_high, f16_low, pack_word, words};
 
 /// Warps a cube.
 pub(super) const WARPS: usize = 8;
@@ -210,5 +215,94 @@ pub(super) fn channel_gate_gradient(
             }
             done += comptime!(BATCH as u32);
         }
+    }
+}
+
+impl HopperWalk {
+    /// The gradient of the log decay; by channel it is added to `sum`, where there is one.
+    pub(crate) fn gate_gradient(
+        &self,
+        reading: &Gate<'_>,
+        writing: &Gate<'_>,
+        decays: &Decays,
+        like: &CubeTensor,
+        sum: Option<CubeTensor>,
+    ) -> CubeTensor {
+        let table = &decays.table;
+        if self.axis.by_channel() {
+            return self.channel_gate_gradient(reading, writing, decays, like, sum);
+        }
+        let dg = alloc(like, like.meta.shape().dims::<3>(), DType::F32);
+        let warps = self.chunks * self.heads;
+        let parts = reading.products.meta.shape().dims::<3>()[0];
+        let ends = writing.ends.meta.shape().dims::<3>()[2];
+        gate_gradient::launch(
+            &like.client,
+            CubeCount::new_1d(warps.div_ceil(WARPS) as u32),
+            CubeDim::new_1d(32 * WARPS as u32),
+            reading.products.clone().into_buffer_arg(),
+            writing.products.clone().into_buffer_arg(),
+            writing.ends.clone().into_buffer_arg(),
+            table.clone().into_buffer_arg(),
+            dg.clone().into_buffer_arg(),
+            self.heads as u32,
+            self.chunks as u32,
+            self.chunks_at(),
+            self.tokens as u32,
+            parts as u32,
+            ends as u32,
+        );
+        burn_cubecl::kernel::cast(dg, like.dtype)
+    }
+
+    fn channel_gate_gradient(
+        &self,
+        reading: &Gate<'_>,
+        writing: &Gate<'_>,
+        decays: &Decays,
+        like: &CubeTensor,
+        sum: Option<CubeTensor>,
+    ) -> CubeTensor {
+        let Decays { table, levels, .. } = decays;
+        let wide = like.dtype != DType::BF16;
+        let add = sum.is_some();
+        let dtype = if wide { DType::F32 } else { DType::BF16 };
+        let dg = sum.unwrap_or_else(|| alloc(like, like.meta.shape().dims::<4>(), dtype));
+        let padded = writing.ends.meta.shape().dims::<3>()[2] / END_SUMS;
+        let share = padded / writing.scales.meta.shape().dims::<4>()[2];
+        let writes = if self.axis == Axis::Value { VALUES } else { KEYS };
+        let roles = Roles { borders: Borders::Multiply, ..writes };
+        let sums = match self.engine.cores {
+            Cores::Hopper => END_SUMS,
+            Cores::Mma => self.engine.mma_plan(roles, self.keys, self.values, self.axis, self.has_bonus).end_sums(),
+        };
+        if self.chunks > 0 {
+            // SAFETY: the table has `chunks` chunks of tokens inside of the tensors.
+            unsafe {
+                channel_gate_gradient::launch_unchecked(
+                    &like.client,
+                    CubeCount::new_1d((self.chunks * self.heads) as u32),
+                    CubeDim::new_1d((self.decaying() / 2).next_multiple_of(32) as u32),
+                    words(&reading.products),
+                    words(&writing.products),
+                    reading.scales.clone().into_buffer_arg(),
+                    writing.scales.clone().into_buffer_arg(),
+                    levels.clone().into_buffer_arg(),
+                    writing.ends.clone().into_buffer_arg(),
+                    table.clone().into_buffer_arg(),
+                    words(&dg),
+                    self.heads as u32,
+                    self.chunks_at(),
+                    self.decaying() as u32,
+                    padded as u32,
+                    share as u32,
+                    sums,
+                    wide,
+                    self.has_bonus,
+                    add,
+                );
+            }
+        }
+        burn_cubecl::kernel::cast(dg, like.dtype)
     }
 }

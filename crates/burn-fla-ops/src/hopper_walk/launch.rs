@@ -5,10 +5,10 @@ use burn::tensor::{DType, Device};
 use cubecl::prelude::{CubeCount, CubeDim, TensorMapArg, Tiled};
 
 use super::engine::{Cores, Engine};
-use super::plan::{Axis, Borders, CHUNK, END_SUMS, KeyHeads, Roles, WalkPlan};
+use super::plan::{Axis, Borders, CHUNK, KeyHeads, Roles, WalkPlan};
 pub(crate) use super::prepare::Factors;
 use super::table::{ITEM_WORDS, SEQUENCE_WORDS};
-use super::{KEYS, VALUES, gate, prepare, segments, walk};
+use super::{prepare, segments, walk};
 use crate::bridge::{CubeTensor, alloc, contiguous};
 use crate::tile::hopper::{panel_map, readable, words};
 
@@ -107,7 +107,7 @@ impl HopperWalk {
     }
 
     /// The channels that decay, where it is by channel.
-    fn decaying(&self) -> usize {
+    pub(super) fn decaying(&self) -> usize {
         if self.axis == Axis::Value { self.values } else { self.keys }
     }
 
@@ -367,92 +367,5 @@ impl HopperWalk {
             plan,
         );
         ends
-    }
-
-    /// The gradient of the log decay; by channel it is added to `sum`, where there is one.
-    pub(crate) fn gate_gradient(
-        &self,
-        reading: &Gate<'_>,
-        writing: &Gate<'_>,
-        decays: &Decays,
-        like: &CubeTensor,
-        sum: Option<CubeTensor>,
-    ) -> CubeTensor {
-        let table = &decays.table;
-        if self.axis.by_channel() {
-            return self.channel_gate_gradient(reading, writing, decays, like, sum);
-        }
-        let dg = alloc(like, like.meta.shape().dims::<3>(), DType::F32);
-        let warps = self.chunks * self.heads;
-        let parts = reading.products.meta.shape().dims::<3>()[0];
-        let ends = writing.ends.meta.shape().dims::<3>()[2];
-        gate::gate_gradient::launch(
-            &like.client,
-            CubeCount::new_1d(warps.div_ceil(gate::WARPS) as u32),
-            CubeDim::new_1d(32 * gate::WARPS as u32),
-            reading.products.clone().into_buffer_arg(),
-            writing.products.clone().into_buffer_arg(),
-            writing.ends.clone().into_buffer_arg(),
-            table.clone().into_buffer_arg(),
-            dg.clone().into_buffer_arg(),
-            self.heads as u32,
-            self.chunks as u32,
-            self.chunks_at(),
-            self.tokens as u32,
-            parts as u32,
-            ends as u32,
-        );
-        burn_cubecl::kernel::cast(dg, like.dtype)
-    }
-
-    fn channel_gate_gradient(
-        &self,
-        reading: &Gate<'_>,
-        writing: &Gate<'_>,
-        decays: &Decays,
-        like: &CubeTensor,
-        sum: Option<CubeTensor>,
-    ) -> CubeTensor {
-        let Decays { table, levels, .. } = decays;
-        let wide = like.dtype != DType::BF16;
-        let add = sum.is_some();
-        let dtype = if wide { DType::F32 } else { DType::BF16 };
-        let dg = sum.unwrap_or_else(|| alloc(like, like.meta.shape().dims::<4>(), dtype));
-        let padded = writing.ends.meta.shape().dims::<3>()[2] / END_SUMS;
-        let share = padded / writing.scales.meta.shape().dims::<4>()[2];
-        let writes = if self.axis == Axis::Value { VALUES } else { KEYS };
-        let roles = Roles { borders: Borders::Multiply, ..writes };
-        let sums = match self.engine.cores {
-            Cores::Hopper => END_SUMS,
-            Cores::Mma => self.engine.mma_plan(roles, self.keys, self.values, self.axis, self.has_bonus).end_sums(),
-        };
-        if self.chunks > 0 {
-            // SAFETY: the table has `chunks` chunks of tokens inside of the tensors.
-            unsafe {
-                gate::channel_gate_gradient::launch_unchecked(
-                    &like.client,
-                    CubeCount::new_1d((self.chunks * self.heads) as u32),
-                    CubeDim::new_1d((self.decaying() / 2).next_multiple_of(32) as u32),
-                    words(&reading.products),
-                    words(&writing.products),
-                    reading.scales.clone().into_buffer_arg(),
-                    writing.scales.clone().into_buffer_arg(),
-                    levels.clone().into_buffer_arg(),
-                    writing.ends.clone().into_buffer_arg(),
-                    table.clone().into_buffer_arg(),
-                    words(&dg),
-                    self.heads as u32,
-                    self.chunks_at(),
-                    self.decaying() as u32,
-                    padded as u32,
-                    share as u32,
-                    sums,
-                    wide,
-                    self.has_bonus,
-                    add,
-                );
-            }
-        }
-        burn_cubecl::kernel::cast(dg, like.dtype)
     }
 }
