@@ -137,14 +137,10 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
     let device = v.device().inner();
     let longest = sequences.lengths().max().unwrap_or(0);
     let count = sequences.num_sequences();
-    let segment = match cores {
-        // Each cube walks 64 value channels.
-        Cores::Hopper => {
-            let cubes = heads * values.div_ceil(64);
-            segments::segment_tokens(longest, count, cubes, crate::hopper_walk::launch::processors(&device))
-        }
-        Cores::Mma => longest.max(1),
-    };
+    // Each cube walks 64 value channels, or more where there are enough of them.
+    let cubes = heads * values.div_ceil(64);
+    let processors = crate::hopper_walk::launch::processors(&device);
+    let segment = segments::segment_tokens(longest, count, cubes, processors);
     let table = table::build(&sequences, segment);
     let operator = HopperDelta {
         name: op,

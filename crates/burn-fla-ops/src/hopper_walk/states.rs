@@ -149,6 +149,36 @@ pub(crate) fn store_state(
     }
 }
 
+/// Sets the state from which a segment is walked, where `starts` has one for each.
+#[cube]
+pub(crate) fn load_start(
+    starts: &[f32],
+    place: &Place,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    #[comptime] state: Acc,
+    #[comptime] plan: WalkPlan,
+) {
+    zero(state);
+    if comptime!(plan.initial) {
+        read_state(starts, place.item, place, panel, heads, row, lane, 1.0f32, state, plan);
+    }
+}
+
+/// Sets the outer channels of a state from `first` on to unit vectors, one of each inner channel.
+#[cube]
+pub(crate) fn set_unit_vectors(panel: u32, row: u32, lane: u32, #[comptime] first: usize, #[comptime] state: Acc) {
+    #[unroll]
+    for n in 0..comptime!(state.len()) {
+        let outer = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
+        if outer == column_of(lane, n) + comptime!(first as u32) {
+            write(state, n, f32::new(1.0));
+        }
+    }
+}
+
 /// Writes the state at the end of a segment.
 #[cube]
 pub(crate) fn store_end(

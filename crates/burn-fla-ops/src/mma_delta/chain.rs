@@ -1,4 +1,4 @@
-//! The chain: one cube takes one sequence of one head and 64 or 128 value channels from chunk to chunk; each of its four
+//! The chain: one cube takes one segment of one head and 64 or 128 value channels from chunk to chunk; each of its four
 //! warps has 16 or 32 rows of the transposed state in registers.
 //!
 //! The equations are those of [`crate::hopper_delta::chain`]. All products are of transposed outputs, so what one leaves in
@@ -14,9 +14,10 @@ use super::parts::{
 };
 use super::plan::ChainPlan;
 use crate::hopper_delta::plan::Task;
+use crate::hopper_delta::segments;
 use crate::hopper_walk::parts::{Place, chunk_at, decay_at, place};
 use crate::hopper_walk::plan::CHUNK;
-use crate::hopper_walk::states::{load_state, store_state};
+use crate::hopper_walk::states::{load_start, set_unit_vectors, store_end};
 use crate::mma_walk::loads::{load_tile, tokens_from};
 use crate::mma_walk::outputs::write_outputs;
 use crate::mma_walk::parts::{band_at, outputs_of_state, write_decays};
@@ -63,7 +64,10 @@ pub(super) fn chain(
     for band in 0..bands {
         let at = band_at(&p, warp, lane, band, plan.mma);
         let state = comptime!(plan.mma.state(band));
-        load_state(initial, initial, &p, at.panel, heads, at.row, lane, 1.0f32, state, walk);
+        load_start(initial, &p, at.panel, heads, at.row, lane, state, walk);
+        if comptime!(plan.task == Task::SegmentStates) {
+            set_unit_vectors(at.panel, at.row, lane, comptime!(segments::transition(plan.values)), state);
+        }
     }
     if p.chunks > 0u32 {
         let chunk = chunk_at(0u32, p.chunks, walk);
@@ -177,13 +181,15 @@ pub(super) fn chain(
             write_decays(&mut decays, g1, next_low + 0.0f32, next_high + 0.0f32, lane, 1.0f32, plan.mma);
         }
     }
-    let unit = unit_again();
-    let (warp, lane) = (unit / 32u32, unit % 32u32);
-    #[unroll]
-    for band in 0..bands {
-        let at = band_at(&p, warp, lane, band, plan.mma);
-        let state = comptime!(plan.mma.state(band));
-        store_state(last, &p, at.panel, heads, at.row, lane, 1.0f32, state, walk);
+    if comptime!(walk.last) {
+        let unit = unit_again();
+        let (warp, lane) = (unit / 32u32, unit % 32u32);
+        #[unroll]
+        for band in 0..bands {
+            let at = band_at(&p, warp, lane, band, plan.mma);
+            let state = comptime!(plan.mma.state(band));
+            store_end(last, &p, at.panel, heads, at.row, lane, state, walk);
+        }
     }
 }
 
@@ -211,7 +217,8 @@ fn load_early(
     let channel = p.slice * comptime!(64 * walk.warpgroups as u32);
     load_tile(to, address_of(k), 0u32, token, key_head, key_heads, count, walk.inner, walk.panels(), units);
     let values = to + comptime!(plan.values_at());
-    load_tile(values, address_of(v), channel, token, p.head, heads, count, walk.outer, walk.warpgroups, units);
+    // Columns of a transition have no values.
+    load_tile(values, address_of(v), channel, token, p.head, heads, count, plan.values, walk.warpgroups, units);
     let at = to + comptime!(plan.inverse_at());
     load_tile(at, address_of(inverse), 0u32, token, p.head, heads, count, CHUNK, 1usize, units);
     if comptime!(plan.against_time()) {

@@ -51,15 +51,16 @@ impl HopperDelta {
         v: &CubeTensor,
         initial: Option<&CubeTensor>,
     ) -> [CubeTensor; 3] {
-        let heads = self.sequences * self.heads;
+        let heads = self.items * self.heads;
         let plan = ChainPlan::new(task, [self.keys, self.values], self.gated, heads, self.processors(v), shared(v))
             .expect("the engine was chosen by the size");
         let mut walk = plan.mma.walk;
         walk.initial = initial.is_some();
         let plan = ChainPlan { mma: MmaPlan { walk, ..plan.mma }, ..plan };
         let unused = alloc(&x.g, [32], DType::F32);
-        let out = alloc(v, v.meta.shape().dims::<4>(), DType::BF16);
-        let last = if walk.last { alloc(&x.g, self.state_shape(), DType::F32) } else { unused.clone() };
+        let out = if plan.stores() { alloc(v, v.meta.shape().dims::<4>(), DType::BF16) } else { unused.clone() };
+        let states = [self.items, self.heads, self.keys, walk.outer];
+        let last = if walk.last { alloc(&x.g, states, DType::F32) } else { unused.clone() };
         let border = [self.chunks * self.heads, self.values, self.keys];
         let borders = if plan.with_borders() { alloc(v, border, DType::BF16) } else { unused.clone() };
         // SAFETY: as in `mma_prepare`.

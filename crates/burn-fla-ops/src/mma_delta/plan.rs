@@ -1,6 +1,7 @@
 //! What the kernels are specialised on, and how that is chosen.
 
 use crate::hopper_delta::plan::{GradientPlan, Task};
+use crate::hopper_delta::segments;
 use crate::hopper_walk::plan::{Axis, Borders, CHUNK, KeyHeads, PANEL, Roles, WalkPlan};
 use crate::mma_walk::plan::{DECAYS, MmaPlan};
 use crate::tile::mma::Frag;
@@ -15,12 +16,15 @@ pub(super) const GRADIENT_UNITS: usize = 256;
 pub(crate) struct ChainPlan {
     pub(super) task: Task,
     pub(super) gated: bool,
-    /// Its state and its units. The outer channels are values; every stage has a buffer of each operand.
+    /// Value channels.
+    pub(super) values: usize,
+    /// Its state and its units. The outer channels are values, and behind them where the task has it the columns of a
+    /// segment's transition; every stage has a buffer of each operand.
     pub(super) mma: MmaPlan,
 }
 
 impl ChainPlan {
-    /// The plan for `heads` heads of all sequences together, on a device with so many processors and so much shared memory
+    /// The plan for `heads` heads of all segments together, on a device with so many processors and so much shared memory
     /// a cube, where there is one.
     ///
     /// Few heads have cubes of 64 value channels, so that more processors walk.
@@ -33,11 +37,12 @@ impl ChainPlan {
         shared: usize,
     ) -> Option<Self> {
         let plan = |panels: usize, stages: usize| {
-            let roles = Roles { outer_is_value: true, against_time: task == Task::Gradients, borders: Borders::None };
+            let against_time = matches!(task, Task::Gradients | Task::SegmentGradients);
+            let roles = Roles { outer_is_value: true, against_time, borders: Borders::None };
             let walk = WalkPlan {
                 roles,
                 inner: keys,
-                outer: values,
+                outer: if task == Task::SegmentStates { segments::columns(keys, values) } else { values },
                 warpgroups: panels,
                 heads: 1,
                 both: false,
@@ -53,10 +58,12 @@ impl ChainPlan {
             Self {
                 task,
                 gated,
+                values,
                 mma: MmaPlan { walk, bands: panels, value_stages: stages, quarters: gated && panels == 2 },
             }
         };
-        let narrow = values <= 64 || heads * plan(1, 1).mma.walk.slices() <= processors;
+        let slices = plan(1, 1).mma.walk.slices();
+        let narrow = slices == 1 || heads * slices <= processors;
         let panels = if narrow { 1 } else { 2 };
         let fits = |plan: &Self| plan.shared_bytes() <= shared;
         let (twice, once) = (plan(panels, 2), plan(panels, 1));
@@ -70,15 +77,20 @@ impl ChainPlan {
     }
 
     pub(super) fn with_queries(&self) -> bool {
-        self.task != Task::Values
+        !matches!(self.task, Task::Values | Task::SegmentStates)
     }
 
     pub(super) fn with_borders(&self) -> bool {
-        self.task != Task::Outputs
+        matches!(self.task, Task::Values | Task::Gradients)
     }
 
     pub(super) fn against_time(&self) -> bool {
-        self.task == Task::Gradients
+        self.mma.walk.roles.against_time
+    }
+
+    /// Whether chunks leave something in memory; else only the state at the end counts.
+    pub(super) fn stores(&self) -> bool {
+        self.with_borders() || self.task == Task::Outputs
     }
 
     /// What tokens read and then what they write, transposed: value channels × tokens, 64 columns a band.
@@ -161,7 +173,8 @@ impl GradientChunk {
 pub(crate) fn fits(keys: usize, values: usize, shared: usize) -> bool {
     let chain = |task| ChainPlan::new(task, [keys, values], true, 1, 1, shared).is_some();
     let shape = GradientPlan { keys, values, gated: true, cores: crate::hopper_walk::Cores::Mma };
-    [Task::Outputs, Task::Values, Task::Gradients].into_iter().all(chain) && GradientChunk::new(shape, shared).is_some()
+    let tasks = [Task::Outputs, Task::Values, Task::Gradients, Task::SegmentStates, Task::SegmentGradients];
+    tasks.into_iter().all(chain) && GradientChunk::new(shape, shared).is_some()
 }
 
 #[cfg(test)]

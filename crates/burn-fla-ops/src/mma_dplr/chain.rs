@@ -1,4 +1,4 @@
-//! The chain: one cube takes one sequence of one head and 64 or 128 value channels from chunk to chunk; each of its four
+//! The chain: one cube takes one segment of one head and 64 or 128 value channels from chunk to chunk; each of its four
 //! warps has 16 or 32 rows of the transposed state in registers.
 //!
 //! The equations are those of [`crate::hopper_dplr::chain`]. All products are of transposed outputs, so the state is the left
@@ -8,9 +8,11 @@ use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::generic_to_shared;
 
 use super::plan::ChainPlan;
+use crate::hopper_delta::segments;
+use crate::hopper_dplr::plan::Task;
 use crate::hopper_walk::parts::{Place, chunk_at, place};
 use crate::hopper_walk::plan::{CHUNK, PANEL};
-use crate::hopper_walk::states::{load_state, store_state};
+use crate::hopper_walk::states::{load_start, set_unit_vectors, store_end};
 use crate::mma_walk::key::scale_states;
 use crate::mma_walk::loads::{load_tile, tokens_from};
 use crate::mma_walk::outputs::write_outputs;
@@ -62,7 +64,10 @@ pub(super) fn chain(
     for band in 0..bands {
         let at = band_at(&p, warp, lane, band, plan.mma);
         let state = comptime!(plan.mma.state(band));
-        load_state(initial, initial, &p, at.panel, heads, at.row, lane, 1.0f32, state, walk);
+        load_start(initial, &p, at.panel, heads, at.row, lane, state, walk);
+        if comptime!(plan.task == Task::SegmentStates) {
+            set_unit_vectors(at.panel, at.row, lane, comptime!(segments::transition(plan.values)), state);
+        }
     }
     if comptime!(stages > 1) {
         if p.chunks > 0u32 {
@@ -136,13 +141,15 @@ pub(super) fn chain(
         update_state(t + comptime!(plan.added_at()), v0, &factors, g0, warp, lane, plan.mma);
         write_read(t + comptime!(plan.second_at()), lane, plan);
     }
-    let unit = unit_again();
-    let (warp, lane) = (unit / 32u32, unit % 32u32);
-    #[unroll]
-    for band in 0..bands {
-        let at = band_at(&p, warp, lane, band, plan.mma);
-        let state = comptime!(plan.mma.state(band));
-        store_state(last, &p, at.panel, heads, at.row, lane, 1.0f32, state, walk);
+    if comptime!(walk.last) {
+        let unit = unit_again();
+        let (warp, lane) = (unit / 32u32, unit % 32u32);
+        #[unroll]
+        for band in 0..bands {
+            let at = band_at(&p, warp, lane, band, plan.mma);
+            let state = comptime!(plan.mma.state(band));
+            store_end(last, &p, at.panel, heads, at.row, lane, state, walk);
+        }
     }
 }
 
@@ -180,7 +187,8 @@ fn load_chunk(
     let at = to + comptime!(plan.values_at());
     let channel = p.slice * comptime!(64 * walk.warpgroups as u32);
     let token = p.start + start;
-    load_tile(at, address_of(values), channel, token, p.head, heads, count, walk.outer, walk.warpgroups, units);
+    // Columns of a transition have no values.
+    load_tile(at, address_of(values), channel, token, p.head, heads, count, plan.values, walk.warpgroups, units);
     if comptime!(plan.with_outputs()) {
         let at = to + comptime!(plan.out_at());
         load_tile(at, address_of(out), 0u32, row, 0u32, 1u32, rows, padded, panels, units);

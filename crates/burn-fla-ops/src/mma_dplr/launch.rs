@@ -13,7 +13,7 @@ use crate::mma_walk::plan::MmaPlan;
 use crate::tile::hopper::words;
 
 impl HopperDplr {
-    /// Walks every sequence: the output, the state that it arrives at, and the states at the chunks' borders.
+    /// Walks every segment: the output, the state that it arrives at, and the states at the chunks' borders.
     pub(crate) fn mma_chain(
         &self,
         task: Task,
@@ -24,7 +24,7 @@ impl HopperDplr {
     ) -> [CubeTensor; 3] {
         let hardware = &values.client.properties().hardware;
         let processors = hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
-        let heads = self.sequences * self.heads;
+        let heads = self.items * self.heads;
         let sizes = [self.keys, self.values];
         let plan = ChainPlan::new(task, sizes, heads, processors, hardware.max_shared_memory_size)
             .expect("the engine was chosen by the size");
@@ -37,7 +37,7 @@ impl HopperDplr {
             false => unused.clone(),
         };
         let last = match walk.last {
-            true => alloc(values, [self.sequences, self.heads, self.keys, self.values], DType::F32),
+            true => alloc(values, [self.items, self.heads, self.keys, walk.outer], DType::F32),
             false => unused.clone(),
         };
         let blocks = if plan.with_borders() { self.chunks * self.heads } else { 1 };

@@ -1,5 +1,6 @@
 //! What the kernels are specialised on, and how that is chosen.
 
+use crate::hopper_delta::segments;
 use crate::hopper_dplr::plan::{Form, GradientPlan, KeyPlan, Task};
 use crate::hopper_walk::Cores;
 use crate::hopper_walk::plan::{Axis, Borders, CHUNK, KeyHeads, PANEL, Roles, WalkPlan};
@@ -10,12 +11,15 @@ use crate::tile::mma::Frag;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct ChainPlan {
     pub(super) task: Task,
-    /// Its state and its units. The outer channels are values; every stage has a buffer of each operand.
+    /// Value channels.
+    pub(super) values: usize,
+    /// Its state and its units. The outer channels are values, and behind them where the task has it the columns of a
+    /// segment's transition; every stage has a buffer of each operand.
     pub(super) mma: MmaPlan,
 }
 
 impl ChainPlan {
-    /// The plan for `heads` heads of all sequences together, on a device with so many processors and so much shared memory
+    /// The plan for `heads` heads of all segments together, on a device with so many processors and so much shared memory
     /// a cube, where there is one.
     ///
     /// Few heads have cubes of 64 value channels, so that more processors walk.
@@ -27,11 +31,12 @@ impl ChainPlan {
         shared: usize,
     ) -> Option<Self> {
         let plan = |panels: usize, stages: usize| {
-            let roles = Roles { outer_is_value: true, against_time: task == Task::Gradients, borders: Borders::None };
+            let against_time = matches!(task, Task::Gradients | Task::SegmentGradients);
+            let roles = Roles { outer_is_value: true, against_time, borders: Borders::None };
             let walk = WalkPlan {
                 roles,
                 inner: keys,
-                outer: values,
+                outer: if task == Task::SegmentStates { segments::columns(keys, values) } else { values },
                 warpgroups: panels,
                 stages,
                 axis: Axis::Key,
@@ -44,9 +49,10 @@ impl ChainPlan {
                 segmented: false,
                 last: task != Task::Borders,
             };
-            Self { task, mma: MmaPlan { walk, bands: panels, value_stages: stages, quarters: false } }
+            Self { task, values, mma: MmaPlan { walk, bands: panels, value_stages: stages, quarters: false } }
         };
-        let narrow = values <= 64 || heads * plan(1, 1).mma.walk.slices() <= processors;
+        let slices = plan(1, 1).mma.walk.slices();
+        let narrow = slices == 1 || heads * slices <= processors;
         let panels = if narrow { 1 } else { 2 };
         let (twice, once) = (plan(panels, 2), plan(panels, 1));
         // A second cube on a processor hides more than a second stage.
@@ -60,15 +66,15 @@ impl ChainPlan {
     }
 
     pub(super) fn with_outputs(&self) -> bool {
-        self.task != Task::Borders
+        matches!(self.task, Task::Outputs | Task::Gradients)
     }
 
     pub(super) fn with_borders(&self) -> bool {
-        self.task != Task::Outputs
+        matches!(self.task, Task::Borders | Task::Gradients)
     }
 
     pub(super) fn against_time(&self) -> bool {
-        self.task == Task::Gradients
+        self.mma.walk.roles.against_time
     }
 
     /// Key channels in whole panels.
@@ -130,9 +136,8 @@ pub(crate) fn fits(keys: usize, values: usize, shared: usize) -> bool {
     let chain = |task| ChainPlan::new(task, [keys, values], 1, 1, shared).is_some();
     let key = KeyPlan { form: Form::Free, keys, wide: true, cores: Cores::Mma };
     let gradients = GradientPlan::new(key, values, shared);
-    [Task::Outputs, Task::Borders, Task::Gradients].into_iter().all(chain)
-        && gradients.shared_bytes() <= shared
-        && key.prepare_bytes() <= shared
+    let tasks = [Task::Outputs, Task::Borders, Task::Gradients, Task::SegmentStates, Task::SegmentGradients];
+    tasks.into_iter().all(chain) && gradients.shared_bytes() <= shared && key.prepare_bytes() <= shared
 }
 
 #[cfg(test)]
