@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::plan::{CHUNK, ChainPlan, SCORES, TOKENS, Task};
 use crate::hopper_walk::parts::LOG2_E;
+use crate::hopper_walk::states::set_unit_vectors;
 use crate::hopper_walk::table::ITEM_WORDS;
 use crate::tile::hopper::{
     Acc, Frag, bf16_high, bf16_low, column_of, exp2, load_f32, load_f32_pair, load_transposed, load_u32, pack,
@@ -369,13 +370,7 @@ pub(super) fn load_state(
         }
     }
     if comptime!(plan.task == Task::SegmentStates) {
-        #[unroll]
-        for n in 0..comptime!(state.len()) {
-            let value = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
-            if value == column_of(lane, n) + comptime!(plan.transition() as u32) {
-                write(state, n, f32::new(1.0));
-            }
-        }
+        set_unit_vectors(panel, row, lane, comptime!(plan.transition()), state);
     }
 }
 

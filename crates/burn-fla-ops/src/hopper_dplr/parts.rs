@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 use super::plan::{ChainPlan, PANEL, Task};
 use super::tokens::Two;
 use crate::hopper_delta::segments::transition;
+use crate::hopper_walk::states::set_unit_vectors;
 use crate::hopper_walk::table::ITEM_WORDS;
 use crate::tile::hopper::{Acc, column_of, load_f32_pair, read, scale, store_f32_pair, write, zero};
 
@@ -140,13 +141,7 @@ pub(crate) fn load_state(
         }
     }
     if comptime!(plan.task == Task::SegmentStates) {
-        #[unroll]
-        for n in 0..comptime!(state.len()) {
-            let value = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
-            if value == column_of(lane, n) + comptime!(transition(plan.values) as u32) {
-                write(state, n, f32::new(1.0));
-            }
-        }
+        set_unit_vectors(panel, row, lane, comptime!(transition(plan.values)), state);
     }
 }
 

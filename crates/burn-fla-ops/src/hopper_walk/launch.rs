@@ -18,7 +18,8 @@ pub(crate) const SCAN_UNITS: usize = 256;
 /// Whether the gradients of narrow keys and values are one walk: see [`super::both`].
 const BOTH: bool = true;
 
-/// A linear recurrence. Inputs: q, k, v, g (without decay, anything), with `has_state` the initial state and with `has_bonus` the bonus, `[H, K]`.
+/// A linear recurrence. Inputs: q, k, v, g (without decay, anything), with `has_state` the initial state and with `has_bonus`
+/// the bonus, `[H, K]`.
 #[derive(Debug)]
 pub(crate) struct HopperWalk {
     pub(crate) name: &'static str,

@@ -26,7 +26,8 @@
 //! What is known to be left:
 //! - At K = V = 128 the chains with 32 channels a warp spill 48 to 280 bytes a unit, of the states: the compiler keeps their
 //!   rounded halves in registers. The gradients spill 90 to 130.
-//! - Long sequences of few heads are cut into segments as on Hopper ([`crate::hopper_delta::segments`]); not timed on a GPU.
+//! - Long sequences of few heads are cut into segments as on Hopper ([`crate::hopper_delta::segments`]): these kernels
+//!   have not run on a GPU since.
 //! - It has run on Hopper GPUs alone; its kernels assemble for compute capability 8.0, 8.6, 8.9 and 12.0.
 
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.
