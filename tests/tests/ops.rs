@@ -348,6 +348,30 @@ fn a_constant_decay_takes_no_gradient() {
 }
 
 /// A sequence in one go, and token by token through the step kernel.
+/// More ways of packing than a device keeps tables of, then the same again from another thread: each finds its own.
+#[test]
+fn packings_are_not_taken_for_each_other() {
+    let [t, h, d] = [75, 1, 16];
+    let run = |device: &Device, cut: usize, engine: Engine| {
+        let x = |seed| tensor(&uniform(seed, t * h * d, (-1.0, 1.0)), [1, t, h, d], device, DType::F32);
+        let g = tensor(&uniform(4, t * h, (-0.1, 0.0)), [1, t, h], device, DType::F32);
+        let cu_seqlens = Some(CuSeqlens::new(vec![0, cut, t]).unwrap());
+        let options = SequenceOptions { cu_seqlens, engine, ..Default::default() };
+        numbers(simple_gla(x(1), x(2), x(3), ScalarDecay::PerToken(g), options).unwrap().0)
+    };
+    let expected: Vec<_> = (1..=70).map(|cut| run(&reference_device(), cut, Engine::Reference)).collect();
+    for (name, device) in kernel_devices() {
+        let check = |cut: usize| {
+            let found = run(&device, cut, Engine::Auto);
+            assert_close(&format!("{name}, cut at {cut}"), &found, &expected[cut - 1], 1e-5);
+        };
+        (1..=70).for_each(check);
+        std::thread::scope(|threads| {
+            threads.spawn(|| (1..=70).rev().for_each(check));
+        });
+    }
+}
+
 #[test]
 fn steps_equal_the_sequence() {
     let mut devices = kernel_devices();

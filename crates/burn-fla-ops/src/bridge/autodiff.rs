@@ -69,6 +69,7 @@ impl<B: KernelBackend, const N: usize> Backward<B, N> for Root {
         let call = Call {
             operator: call.operator,
             stage: Stage::Backward { inputs: N, present: found.iter().map(|g| g.is_some()).collect(), wanted },
+            tables: call.tables,
         };
         bundle.floats.extend(saved);
         bundle.floats.extend(found.into_iter().flatten());
@@ -89,7 +90,7 @@ fn tracked<B: KernelBackend, C: CheckpointStrategy, const N: usize>(
     let inputs = Bundle::<B> { floats, ints: bundle.ints };
     let floats = match Backward::<B, N>::prepare::<C>(Root, guards).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
-            let saving = Call { operator: call.operator.clone(), stage: Stage::Forward { save: true } };
+            let saving = Call { stage: Stage::Forward { save: true }, ..call.clone() };
             // A mailbox needs a node of its own, but no buffer: it borrows one that is saved anyway.
             let mailbox = inputs.floats[0].clone();
             let mut outputs = B::launch(inputs.clone(), saving).floats;

@@ -15,6 +15,8 @@ use burn_cubecl::tensor::CubeTensor;
 
 pub use burn::backend::fusion::custom::TensorSpec;
 
+use super::tables::Table;
+
 /// An operator with kernels and a handwritten gradient.
 ///
 /// `outputs` must say exactly what `forward` returns: Fusion lays out what follows by it. The bridge checks it at every
@@ -53,6 +55,8 @@ pub trait Operator: core::fmt::Debug + Send + Sync + 'static {
 pub struct Call {
     pub(super) operator: Arc<dyn Operator>,
     pub(super) stage: Stage,
+    /// What the operator's integer tensors end with.
+    pub(super) tables: Vec<Table>,
 }
 
 #[derive(Clone, Debug)]
@@ -170,7 +174,9 @@ impl KernelBackend for CubeBackend {
     fn launch(bundle: Bundle<Self>, call: Call) -> Bundle<Self> {
         let specs: Vec<_> = bundle.floats.iter().map(spec).collect();
         let expected = call.outputs(&specs);
-        let floats = call.launch(bundle.floats, bundle.ints);
+        let mut ints = bundle.ints;
+        ints.extend(call.tables.iter().map(|table| super::tables::on_device(table, &bundle.floats[0])));
+        let floats = call.launch(bundle.floats, ints);
         let same = |(found, expected): (&CubeTensor, &TensorSpec)| {
             found.meta.shape() == &expected.shape && found.dtype == expected.dtype
         };
@@ -229,12 +235,14 @@ pub(crate) struct Planned {
     pub(crate) operator: Arc<dyn Operator>,
     pub(crate) floats: Vec<DispatchTensor>,
     pub(crate) ints: Vec<DispatchTensor>,
+    /// What the integer tensors end with.
+    pub(crate) tables: Vec<Table>,
 }
 
 impl Planned {
     /// Runs it: its differentiable outputs, tracked where an input is.
     pub(crate) fn run(self) -> Vec<DispatchTensor> {
-        let call = Call { operator: self.operator, stage: Stage::Forward { save: false } };
+        let call = Call { operator: self.operator, stage: Stage::Forward { save: false }, tables: self.tables };
         Dispatch::launch(Bundle { floats: self.floats, ints: self.ints }, call).floats
     }
 
@@ -248,5 +256,14 @@ impl Planned {
 
 /// Runs an operator: its differentiable outputs, tracked where an input is.
 pub fn apply(operator: impl Operator, floats: Vec<DispatchTensor>, ints: Vec<DispatchTensor>) -> Vec<DispatchTensor> {
-    Planned { operator: Arc::new(operator), floats, ints }.run()
+    Planned { operator: Arc::new(operator), floats, ints, tables: Vec::new() }.run()
+}
+
+/// The same for an operator whose integer inputs are lists.
+pub(crate) fn apply_with(
+    operator: impl Operator,
+    floats: Vec<DispatchTensor>,
+    tables: Vec<Table>,
+) -> Vec<DispatchTensor> {
+    Planned { operator: Arc::new(operator), floats, ints: Vec::new(), tables }.run()
 }

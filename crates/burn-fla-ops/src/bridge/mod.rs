@@ -5,7 +5,8 @@
 //!
 //! - several differentiable outputs (Burn's autodiff knows one output an operation: each output becomes a small node of
 //!   its own whose gradient is handed to the operator's node, see [`autodiff`]);
-//! - integer inputs (chunk tables, positions), which carry no gradient;
+//! - integer inputs (positions, labels), which carry no gradient, and lists of integers (where chunks lie), which are
+//!   brought to the device once and kept there, see [`tables`];
 //! - optional inputs: the operator says in its fields which are there, and the lists are as long as that;
 //! - inputs that are not tracked, outputs that the loss does not use, the same tensor given twice.
 //!
@@ -20,17 +21,21 @@ mod backend;
 mod memory;
 #[cfg(any(feature = "cube", feature = "flex"))]
 pub(crate) mod own_gradient;
+#[cfg(feature = "cube")]
+mod tables;
 
 #[cfg(feature = "cube")]
-pub(crate) use backend::Planned;
-#[cfg(feature = "cube")]
 pub use backend::{Call, Operator, TensorSpec, apply};
+#[cfg(feature = "cube")]
+pub(crate) use backend::{Planned, apply_with};
 #[cfg(feature = "cube")]
 pub use burn_cubecl::tensor::CubeTensor;
 #[cfg(feature = "cube")]
 pub use memory::{alloc, contiguous, most_bytes, owned, poison_outputs, storage, zeros};
 #[cfg(any(feature = "cube", feature = "flex"))]
 pub use own_gradient::{pull, takes_own_gradients};
+#[cfg(feature = "cube")]
+pub(crate) use tables::Table;
 
 /// Whether a device of this build can begin a backward pass with [`pull`].
 #[cfg(not(any(feature = "cube", feature = "flex")))]

@@ -60,10 +60,10 @@ mod parts;
 mod plan;
 mod rows;
 
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Tensor};
 
 use crate::CuSeqlens;
-use crate::bridge::{Planned, apply, has_kernels};
+use crate::bridge::{Planned, apply_with, has_kernels};
 use crate::linear_walk::table;
 use crate::one_step;
 use crate::options::Engine;
@@ -138,7 +138,6 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
     let Problem { op, form, qkv: [q, k, v], a, strength, b, decay, scale, state, sequences, chunk } = problem;
     let [batch, tokens, key_heads, keys] = q.dims();
     let [.., heads, values] = v.dims();
-    let device = q.device().inner();
     let longest = sequences.lengths().max().unwrap_or(0);
     let table = table::build(&sequences, chunk.unwrap_or(plan::CHUNK).min(longest.next_power_of_two()));
     let operator = DeltaWalk {
@@ -159,8 +158,6 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
         chunks: table.chunks,
         sequences: sequences.num_sequences(),
     };
-    let size = table.entries.len();
-    let table = Tensor::<1, Int>::from_data(TensorData::new(table.entries, [size]), &device);
     let mut floats = vec![q.into_dispatch(), k.into_dispatch(), v.into_dispatch()];
     floats.extend(a.map(Tensor::into_dispatch));
     floats.extend(strength.map(Tensor::into_dispatch));
@@ -170,7 +167,7 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
         crate::delta::Gate::Key(g) => g.into_dispatch(),
     }));
     floats.extend(state.map(|state| state.cast(DType::F32).into_dispatch()));
-    let mut outputs = apply(operator, floats, vec![table.into_dispatch()]).into_iter();
+    let mut outputs = apply_with(operator, floats, vec![table.entries.into()]).into_iter();
     let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and a state"));
     (next(), next())
 }

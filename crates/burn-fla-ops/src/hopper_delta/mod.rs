@@ -72,9 +72,9 @@ pub(crate) mod segments;
 mod store;
 mod walk;
 
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Tensor};
 
-use crate::bridge::{apply, has_mma, is_hopper};
+use crate::bridge::{apply_with, has_mma, is_hopper};
 use crate::hopper_walk::table;
 use crate::hopper_walk::{Cores, shared_memory};
 use crate::{CuSeqlens, Engine};
@@ -157,12 +157,10 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
         chunks: table.chunks,
         cores,
     };
-    let size = table.entries.len();
-    let table = Tensor::<1, Int>::from_data(TensorData::new(table.entries, [size]), &device);
     let mut floats = vec![q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), beta.into_dispatch()];
     floats.extend(decay.map(Tensor::into_dispatch));
     floats.extend(state.map(|state| state.cast(DType::F32).into_dispatch()));
-    let mut outputs = apply(operator, floats, vec![table.into_dispatch()]).into_iter();
+    let mut outputs = apply_with(operator, floats, vec![table.entries.into()]).into_iter();
     let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and a state"));
     (next(), next())
 }

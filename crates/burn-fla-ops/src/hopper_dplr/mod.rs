@@ -80,9 +80,9 @@ mod prepare_steps;
 pub(crate) mod products;
 pub(crate) mod tokens;
 
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Tensor};
 
-use crate::bridge::{apply, has_mma, is_hopper};
+use crate::bridge::{apply_with, has_mma, is_hopper};
 use crate::hopper_delta::segments;
 use crate::hopper_walk::{Cores, shared_memory, table};
 use crate::{CuSeqlens, Engine};
@@ -180,8 +180,6 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
         items: table.items,
         chunks: table.chunks,
     };
-    let size = table.entries.len();
-    let table = Tensor::<1, Int>::from_data(TensorData::new(table.entries, [size]), &device);
     let mut floats = vec![q.into_dispatch(), k.into_dispatch()];
     let strengths = match vectors {
         Vectors::Free(a, b) | Vectors::Removal(a, b) => {
@@ -193,7 +191,7 @@ pub(crate) fn run(problem: Problem) -> (Tensor<4>, Tensor<4>) {
     floats.extend([v.into_dispatch(), log_decay.into_dispatch()]);
     floats.extend(strengths.map(Tensor::into_dispatch));
     floats.extend(state.map(|state| state.cast(DType::F32).into_dispatch()));
-    let mut outputs = apply(operator, floats, vec![table.into_dispatch()]).into_iter();
+    let mut outputs = apply_with(operator, floats, vec![table.entries.into()]).into_iter();
     let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and a state"));
     (next(), next())
 }

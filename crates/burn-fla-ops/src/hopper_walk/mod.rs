@@ -104,7 +104,7 @@ mod walk;
 
 use std::sync::Arc;
 
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Tensor};
 
 use crate::CuSeqlens;
 use crate::bridge::{Planned, has_mma, is_hopper};
@@ -288,8 +288,6 @@ fn plan_whole(problem: Problem, cores: Cores) -> Planned {
         items: table.items,
         chunks: table.chunks,
     };
-    let size = table.entries.len();
-    let table = Tensor::<1, Int>::from_data(TensorData::new(table.entries, [size]), &device);
     let mut floats = vec![q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), g];
     if let Some(state) = state {
         floats.push(state.cast(DType::F32).into_dispatch());
@@ -297,5 +295,5 @@ fn plan_whole(problem: Problem, cores: Cores) -> Planned {
     if let Some(bonus) = bonus {
         floats.push(bonus.cast(DType::F32).into_dispatch());
     }
-    Planned { operator: Arc::new(operator), floats, ints: vec![table.into_dispatch()] }
+    Planned { operator: Arc::new(operator), floats, ints: Vec::new(), tables: vec![table.entries.into()] }
 }

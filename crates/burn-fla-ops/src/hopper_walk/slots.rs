@@ -1,7 +1,7 @@
 //! The two passes of a slot memory as one operator: what is made of the slots and their decays before a walk is made once,
 //! and the probabilities between the passes come prepared for the second. See [`crate::gsa`].
 
-use burn::tensor::{DType, Int, Shape, Tensor, TensorData};
+use burn::tensor::{DType, Shape, Tensor};
 use cubecl::prelude::{CubeCount, CubeDim};
 
 use super::engine::{Cores, Engine};
@@ -10,7 +10,7 @@ use super::launch::{Decays, Factors, HopperWalk, Walk};
 use super::plan::{Axis, KeyHeads};
 use super::probabilities::{LANES, UNITS, add_words, probabilities};
 use super::{FORWARD, cut};
-use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous, zeros};
+use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply_with, contiguous, zeros};
 use crate::recurrence::{Decay, Problem};
 use crate::running_softmax::launch::{Grads, RunningSums};
 use crate::tile::hopper::{readable, words};
@@ -169,8 +169,6 @@ pub(crate) fn run(
         running,
         has_normaliser: normaliser.is_some(),
     };
-    let size = table.entries.len();
-    let table = Tensor::<1, Int>::from_data(TensorData::new(table.entries, [size]), &device);
     let mut floats = [q, k, v, slots].map(Tensor::into_dispatch).to_vec();
     if !is_running {
         floats.push(g.into_dispatch());
@@ -178,8 +176,8 @@ pub(crate) fn run(
     // Both are there, or neither.
     floats.extend(keys.into_iter().chain(values).map(|state| state.cast(DType::F32).into_dispatch()));
     floats.extend(normaliser.map(Tensor::into_dispatch));
-    let ints = [Some(table), sums_table].into_iter().flatten().map(Tensor::into_dispatch).collect();
-    let mut outputs = apply(operator, floats, ints).into_iter();
+    let tables = [Some(table.entries.into()), sums_table].into_iter().flatten().collect();
+    let mut outputs = apply_with(operator, floats, tables).into_iter();
     let mut next = || Tensor::from_dispatch(outputs.next().expect("an output and two states"));
     let found = (next(), next(), next());
     let normaliser = is_running.then(|| Tensor::from_dispatch(outputs.next().expect("the last normaliser")));

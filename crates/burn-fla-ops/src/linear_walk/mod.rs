@@ -40,7 +40,7 @@ mod walk;
 
 use std::sync::Arc;
 
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Tensor};
 
 use crate::bridge::Planned;
 use crate::one_step;
@@ -83,8 +83,6 @@ pub(crate) fn planned(problem: Problem, tracked: bool) -> Planned {
         chunks: table.chunks,
         sequences: sequences.num_sequences(),
     };
-    let size = table.entries.len();
-    let table = Tensor::<1, Int>::from_data(TensorData::new(table.entries, [size]), &device);
     let mut floats = vec![q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), g];
     if let Some(state) = state {
         floats.push(state.cast(DType::F32).into_dispatch());
@@ -92,7 +90,7 @@ pub(crate) fn planned(problem: Problem, tracked: bool) -> Planned {
     if let Some(bonus) = bonus {
         floats.push(bonus.cast(DType::F32).into_dispatch());
     }
-    Planned { operator: Arc::new(operator), floats, ints: vec![table.into_dispatch()] }
+    Planned { operator: Arc::new(operator), floats, ints: Vec::new(), tables: vec![table.entries.into()] }
 }
 
 fn is_tracked(problem: &Problem) -> bool {

@@ -72,7 +72,7 @@ pub(crate) fn planned(problem: Problem) -> Planned {
     floats.extend(b);
     floats.extend(g);
     floats.extend(state.map(|state| state.cast(DType::F32).into_dispatch()));
-    Planned { operator: Arc::new(operator), floats, ints: Vec::new() }
+    Planned { operator: Arc::new(operator), floats, ints: Vec::new(), tables: Vec::new() }
 }
 
 /// Inputs: q, k, v; a, b, the log decay and the state where they are there.

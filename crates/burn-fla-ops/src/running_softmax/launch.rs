@@ -1,13 +1,13 @@
 //! The launches over a problem: how sequences are cut, and the buffers.
 
 use burn::backend::DispatchDevice;
-use burn::tensor::{DType, Device, Int, Shape, Tensor, TensorData};
+use burn::tensor::{DType, Device, Shape};
 use cubecl::prelude::{AddressType, CubeCount, CubeDim};
 
 use super::backward::{backward, pass_gradients};
 use super::kernels::{ITEM_WORDS, LANES, PARTS, Plan, STEP, forward, pass_sums};
 use crate::CuSeqlens;
-use crate::bridge::{CubeTensor, alloc, storage};
+use crate::bridge::{CubeTensor, Table, alloc, storage};
 use crate::rows::{MAX_CUBES, unused};
 
 /// Cubes that should run at a time on each processor: fewer, and sequences are cut.
@@ -91,18 +91,11 @@ pub(crate) struct Grads<'a> {
 
 impl RunningSums {
     /// The sums over `channels` channels, and the table that the kernels read. There is a token at least.
-    pub(crate) fn new(
-        sequences: &CuSeqlens,
-        channels: usize,
-        normaliser: bool,
-        device: &Device,
-    ) -> (Self, Tensor<1, Int>) {
+    pub(crate) fn new(sequences: &CuSeqlens, channels: usize, normaliser: bool, device: &Device) -> (Self, Table) {
         let groups = (channels / vector(channels)).div_ceil(LANES);
         let (entries, items, steps) = build_table(sequences, segment_tokens(sequences, groups, processors(device)));
         let (tokens, count) = (sequences.total(), sequences.num_sequences());
-        let size = entries.len();
-        let table = Tensor::from_data(TensorData::new(entries, [size]), &device.clone().inner());
-        (Self { normaliser, tokens, channels, sequences: count, items, steps }, table)
+        (Self { normaliser, tokens, channels, sequences: count, items, steps }, entries.into())
     }
 
     pub(crate) fn end_shape(&self) -> Shape {

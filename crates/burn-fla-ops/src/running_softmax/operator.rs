@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Tensor};
 
 use super::launch::{Grads, Running, RunningSums};
-use crate::bridge::{CubeTensor, Operator, TensorSpec, apply, contiguous};
+use crate::bridge::{CubeTensor, Operator, TensorSpec, apply_with, contiguous};
 use crate::scan::Scan;
 
 /// Inputs: the scores `[B, T, D]` and, with `has_state`, the initial normaliser. Outputs: weights, log decays and the last
@@ -89,7 +89,7 @@ pub(crate) fn run(
     let operator = RunningOperator { name, sums, weights, has_state: initial.is_some() };
     let mut floats = vec![scores.into_dispatch()];
     floats.extend(initial.map(Tensor::into_dispatch));
-    let mut outputs = apply(operator, floats, vec![table.into_dispatch()]).into_iter();
+    let mut outputs = apply_with(operator, floats, vec![table]).into_iter();
     let mut next = || outputs.next().expect("the outputs of the operator");
     let found = (!normaliser).then(|| Tensor::from_dispatch(next()));
     (found, Tensor::from_dispatch(next()), Tensor::from_dispatch(next()))

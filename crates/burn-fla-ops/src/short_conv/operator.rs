@@ -6,7 +6,7 @@ use cubecl::prelude::{CubeCount, CubeDim};
 use super::kernels::{self, ConvPlan, RUN_WORDS};
 use super::step::Step;
 use crate::CuSeqlens;
-use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, contiguous, storage, zeros};
+use crate::bridge::{CubeTensor, Operator, TensorSpec, alloc, apply, apply_with, contiguous, storage, zeros};
 use crate::rows::{MAX_CUBES, UNITS, address, approximates, grid, resident, sum_rows, unused, vector_size};
 
 type Tensor2 = burn::tensor::Tensor<2>;
@@ -209,7 +209,7 @@ pub(super) fn run(
         let operator = Step { silu, bias: bias.is_some() };
         let mut inputs = vec![x.reshape([b, d]).into_dispatch(), weight.into_dispatch(), history.into_dispatch()];
         inputs.extend(bias.map(Tensor::into_dispatch));
-        let mut outputs = apply(operator, inputs, vec![]).into_iter();
+        let mut outputs = apply(operator, inputs, Vec::new()).into_iter();
         let y = Tensor2::from_dispatch(outputs.next().expect("two outputs"));
         let cache = Tensor::from_dispatch(outputs.next().expect("two outputs"));
         return (y.reshape([b, 1, d]), cache);
@@ -286,17 +286,16 @@ fn from_zero(
         run,
         tokens: t,
     };
-    let mut ints = Vec::new();
+    let mut tables = Vec::new();
     if let Some(packed) = packed {
         let (table, runs) = runs_of(packed, run);
         operator.sequences = packed.num_sequences();
         operator.runs = runs;
-        let data = TensorData::new(table, [runs * RUN_WORDS]);
-        ints.push(Tensor::<1, Int>::from_data(data, &x.device().inner()).into_dispatch());
+        tables.push(table.into());
     }
     let mut inputs = vec![x.reshape([b * t, d]).into_dispatch(), weight.into_dispatch()];
     inputs.extend(bias.map(Tensor::into_dispatch));
-    let mut outputs = apply(operator, inputs, ints).into_iter();
+    let mut outputs = apply_with(operator, inputs, tables).into_iter();
     let y = Tensor2::from_dispatch(outputs.next().expect("two outputs"));
     let cache = Tensor::<3>::from_dispatch(outputs.next().expect("two outputs"));
     (y.reshape([b, t, d]), cache.swap_dims(1, 2))

@@ -47,7 +47,7 @@ pub(super) fn planned(
     a: DispatchTensor,
     skip: Option<(DispatchTensor, usize)>,
 ) -> Planned {
-    let Planned { operator, mut floats, ints } = recurrence;
+    let Planned { operator, mut floats, ints, tables } = recurrence;
     let by = match &skip {
         None => Skip::None,
         Some((_, size)) if *size == heads => Skip::Head,
@@ -56,7 +56,7 @@ pub(super) fn planned(
     let operator = Ssd { recurrence: operator, inputs: floats.len(), skip: by };
     floats.push(a);
     floats.extend(skip.map(|(skip, _)| skip));
-    Planned { operator: Arc::new(operator), floats, ints }
+    Planned { operator: Arc::new(operator), floats, ints, tables }
 }
 
 impl Operator for Ssd {
