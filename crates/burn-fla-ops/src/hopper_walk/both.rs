@@ -5,10 +5,10 @@
 //! dv_i = scale (e^{G_last − G_i} Z k_i  + Σ_{j ≥ i} e^{G_j − G_i} (k_i · q_j) do_j)        Z: [K, V], the gradient of the state
 //! ```
 //!
-//! Both go from the same states, with the same decays, over the same q, k, v and do: as two walks they read 7 tensors (8 with
-//! the decay's gradient, which needs `k · dk`) and carry Z twice, here 4 are read once. The state in shared memory is an operand
-//! along its rows for one and along its columns for the other. Counted with K = V = 64 and in tensors of `B·T·H·K` bf16: a
-//! backward pass without the decay's gradient is 10 in the place of 12, with it 13 in the place of 16.
+//! Both go from the same states, with the same decays, over the same q, k, v and do: as two walks they read 7 tensors and carry
+//! Z twice, here 4 are read once. The state in shared memory is an operand along its rows for one and along its columns for
+//! the other. Counted with K = V = 64 and in tensors of `B·T·H·K` bf16, a backward pass is 10 in the place of 12. Where the decay
+//! has a gradient, one walk makes them all: see [`super::all`].
 
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.
 #![allow(clippy::identity_op)]
@@ -74,7 +74,7 @@ pub(super) fn values_of_chunk(
     }
     commit();
     wait(1u32);
-    decayed_scores(g, g0, row, lane, target.count, out_scale, plan);
+    decayed_scores(DECAYED, g, g0, row, lane, target.count, out_scale, plan);
     let g_last = g[g0 + 63];
     let e_low = exp2(g_last - g[g0 + row as usize]) * out_scale;
     let e_high = exp2(g_last - g[g0 + row as usize + 8]) * out_scale;

@@ -48,29 +48,34 @@ pub(super) fn gate_gradient(
         }
         let low = Terms::at(query_dots, key_dots, start, lane, length, head, heads, tokens, parts);
         let high = Terms::at(query_dots, key_dots, start, lane + 32u32, length, head, heads, tokens, parts);
-        let sum_low = plane_inclusive_sum(low.after);
-        let sum_high = plane_inclusive_sum(high.after) + plane_broadcast(sum_low, 31u32);
-        let inter_low = plane_inclusive_sum(low.inter);
-        let inter_high = plane_inclusive_sum(high.inter) + plane_broadcast(inter_low, 31u32);
-        let total = plane_broadcast(sum_high, 31u32);
+        let (value_low, value_high) = sum_chunk(&low, &high);
         if lane < length {
-            let value = total - sum_low + low.after + inter_low - low.inter;
-            dg[((start + lane) * heads + head) as usize] = across + value;
+            dg[((start + lane) * heads + head) as usize] = across + value_low;
         }
         if lane + 32u32 < length {
-            let value = total - sum_high + high.after + inter_high - high.inter;
-            dg[((start + lane + 32u32) * heads + head) as usize] = across + value;
+            dg[((start + lane + 32u32) * heads + head) as usize] = across + value_high;
         }
     }
 }
 
 /// What one token adds to the sums.
 #[derive(CubeType, Clone, Copy)]
-struct Terms {
+pub(super) struct Terms {
     /// To the tokens up to it.
-    after: f32,
+    pub(super) after: f32,
     /// To the tokens after it.
-    inter: f32,
+    pub(super) inter: f32,
+}
+
+/// A chunk's sums at each token, by a warp: those of token `lane` and of 32 tokens later.
+#[cube]
+pub(super) fn sum_chunk(low: &Terms, high: &Terms) -> (f32, f32) {
+    let sum_low = plane_inclusive_sum(low.after);
+    let sum_high = plane_inclusive_sum(high.after) + plane_broadcast(sum_low, 31u32);
+    let inter_low = plane_inclusive_sum(low.inter);
+    let inter_high = plane_inclusive_sum(high.inter) + plane_broadcast(inter_low, 31u32);
+    let total = plane_broadcast(sum_high, 31u32);
+    (total - sum_low + low.after + inter_low - low.inter, total - sum_high + high.after + inter_high - high.inter)
 }
 
 #[cube]

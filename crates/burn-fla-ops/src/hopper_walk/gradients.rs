@@ -62,6 +62,9 @@ impl HopperWalk {
         let [initial, grad_state] = states;
         let (by_channel, by_value) = (self.axis.by_channel(), self.axis == Axis::Value);
         let with_gate = wanted.gate;
+        if with_gate && self.takes_all_gradients() {
+            return self.all_gradients(sides, decays, states, wanted, gate);
+        }
         let with_reading = wanted.reading || with_gate;
         let with_writing = wanted.writing || with_gate;
         let with_other_writing = wanted.other_writing || (wanted.state && !with_writing);
@@ -118,7 +121,7 @@ impl HopperWalk {
         let writing_walk = |last| against(roles, other_writing, other_reading, reading, last, between.as_ref());
         let (d_writing, d_other_writing) = if with_writing && with_other_writing && self.takes_both_gradients() {
             let w = writing_walk(wanted.state);
-            let [d_writing, d_other_writing, last] = self.walk_both(&w, writing, decays, of_writing.as_ref());
+            let [d_writing, d_other_writing, last] = self.walk_both(&w, writing, decays);
             (Some([d_writing, last.clone()]), Some([d_other_writing, last]))
         } else {
             let d_writing = with_writing.then(|| {

@@ -182,7 +182,7 @@ impl HopperWalk {
     }
 
     /// A map of `[B, T, H, channels]` in boxes of 64 tokens of one head.
-    fn map(&self, x: &CubeTensor) -> TensorMapArg<Tiled> {
+    pub(super) fn map(&self, x: &CubeTensor) -> TensorMapArg<Tiled> {
         self.map_of(x, CHUNK)
     }
 
@@ -207,14 +207,8 @@ impl HopperWalk {
 
     /// Runs the walk for the gradient of the keys, `keys`, and that for the values' beside it: both, and the state that they
     /// arrive at.
-    pub(crate) fn walk_both(
-        &self,
-        w: &Walk<'_>,
-        keys: &CubeTensor,
-        decays: &Decays,
-        gate: Option<&Gate<'_>>,
-    ) -> [CubeTensor; 3] {
-        self.walk_with(w, decays, gate, Some(keys))
+    pub(crate) fn walk_both(&self, w: &Walk<'_>, keys: &CubeTensor, decays: &Decays) -> [CubeTensor; 3] {
+        self.walk_with(w, decays, None, Some(keys))
     }
 
     fn walk_with(

@@ -34,8 +34,9 @@ pub(super) fn load_tensors(
     let value_panel = comptime!(if for_states { PANEL } else { plan.value_panel() });
     let before = comptime!(if for_states { 0 } else { plan.rows_before() as u32 });
     let narrow = comptime!((plan.warpgroups * value_panel) as u32);
-    let bytes =
-        comptime!((if for_states { (plan.panels() + plan.warpgroups) * PANEL } else { plan.stage_bytes() }) as u32);
+    let bytes = comptime!(
+        (if for_states { (plan.heads * plan.panels() + plan.warpgroups) * PANEL } else { plan.stage_bytes() }) as u32
+    );
     let (tiles_q, tiles_k, tiles_v) = tiles;
     let (map_q, map_k, map_v) = maps;
     let mut step = 0u32;

@@ -36,20 +36,21 @@
 //! `62-hopper-gla.json`. What is known to be left:
 //! - Restarting the gate's sum at every 512th token instead (a twentieth of the states) gave errors of 3e-2 in dg.
 //! - Writing and reading these states is a fifth of the backward pass's traffic. The walks for dk and dv are one where a head
-//!   has at most 64 channels ([`both`]); with more, each warpgroup holds a part of the state, which the second output needs whole.
+//!   has at most 64 channels ([`both`], and with that for dq and the gate's sums, [`all`]); with more, each warpgroup holds a part
+//!   of the state, which the second output needs whole.
 //! - The decay's gradient from `o · do` and `v · dv`, which are the same sums, saves no pass: whichever walk makes them reads a
 //!   fourth tensor for them.
 //! - ptxas waits for the scores before the state goes to shared memory (C7517). In gla's walks at K = V = 128 it spills 20 words
 //!   in that for dq and none in the others (1 to 23 in three of the four where addresses were made before the loop); with 256
 //!   inner channels, 32 in that for dq and 49 in that for dk (66 and 88).
 //! - With K = V = 64 one warpgroup walks alone on a processor, where heads are odd in number or no more than processors.
-//! - simple_gla at 16 × 4096 × 16 × 64 × 64 on an H100 takes 0.204 ms forward, 0.290 for dq with the states at the borders, 0.378 for
-//!   dk and dv with their products, 0.018 for the sums: 0.89 in all, where twice the peer's speed is 0.81. Of 134 MB each it
-//!   moves 4, 6 and 7 (a state at a border is as large as a chunk of a tensor), 0.185, 0.276 and 0.322 ms at the speed of a copy,
-//!   so that all passes at 95 % of it would be 0.84: fewer bytes are needed, not faster kernels. dk, dv and dq in one walk from
-//!   states that another one only writes would move 15 of them in the place of 17. Not built.
+//! - simple_gla at 16 × 4096 × 16 × 64 × 64 on an H100 takes 0.195 ms forward, 0.156 for the states at the borders and 0.398 for all
+//!   gradients ([`all`]). Of 134 MB each these move 4, 3 and 8 (a state at a border is as large as a chunk of a tensor), at 2.72,
+//!   2.59 and 2.68 TB/s, where a copy moves 2.85. With a walk for dq that kept the states, one for dk and dv, and a kernel for the
+//!   gate's sums it was 0.290, 0.378 and 0.018 backward, for 6 and 7 tensors. States at every second border only, the others
+//!   made anew from the chunk before, would save one of these 15: for two heads side by side there is no shared memory for that.
 //! - One state kept for four chunks, the others' products derived from it by what queries read and keys write between two borders
-//!   ([`gate`]), would save 1.5 of these 17, and 3 of 22 with 128 channels. In an emulation dg was off by 4e-3 to 1.2e-2 with
+//!   ([`gate`]), would save 3 of 22 tensors with 128 channels. In an emulation dg was off by 4e-3 to 1.2e-2 with
 //!   decays from 0 to −0.02 … −0.3 where it is off by 2e-3 so: the error of one border, 1e-3 of its product, stands in all
 //!   tokens of a chunk.
 //! - ptxas ignores `setmaxnreg` in all walks but those with K = V = 128 (C7508): CubeCL's kernels say no least number of cubes a
@@ -80,6 +81,7 @@
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.
 #![allow(clippy::identity_op)]
 
+mod all;
 pub(crate) mod bonus;
 mod both;
 mod engine;

@@ -2,11 +2,11 @@
 
 use cubecl::prelude::*;
 
-use super::plan::{Axis, CHUNK, DECAYED, KeyHeads, PANEL, SCORES, VALUES, WalkPlan};
+use super::plan::{Axis, CHUNK, KeyHeads, PANEL, SCORES, VALUES, WalkPlan};
 use super::table::ITEM_WORDS;
 use crate::tile::hopper::{
-    Acc, bf16_high, bf16_low, column_of, exp2, load_3d, load_transposed, load_u32, next, pack, read, store_columns,
-    swizzled,
+    Acc, Frag, bf16_high, bf16_low, column_of, exp2, load_3d, load_transposed, load_u32, next, pack, read,
+    store_columns, swizzled,
 };
 
 /// `1 / ln 2`: decays are kept as powers of two.
@@ -195,9 +195,10 @@ pub(crate) fn factor(row: u32, column: u32, g_row: f32, g_column: f32, count: u3
     }
 }
 
-/// The scores with the decay between their tokens, as the left operand of their product with the values.
+/// The scores with the decay between their tokens, as the left operand `to` of their product with the values.
 #[cube]
 pub(super) fn decayed_scores(
+    #[comptime] to: Frag,
     g: &[f32],
     g0: usize,
     row: u32,
@@ -220,9 +221,9 @@ pub(super) fn decayed_scores(
         let f10 = factor(row + 8u32, column, g_high, g_a, count, plan) * out_scale;
         let f11 = factor(row + 8u32, column + 1u32, g_high, g_b, count, plan) * out_scale;
         let low = comptime!(j / 2 * 4 + j % 2 * 2);
-        pack(DECAYED, low, read(SCORES, i0) * f00, read(SCORES, comptime!(i0 + 1)) * f01);
+        pack(to, low, read(SCORES, i0) * f00, read(SCORES, comptime!(i0 + 1)) * f01);
         let next = comptime!(low + 1);
-        pack(DECAYED, next, read(SCORES, comptime!(i0 + 2)) * f10, read(SCORES, comptime!(i0 + 3)) * f11);
+        pack(to, next, read(SCORES, comptime!(i0 + 2)) * f10, read(SCORES, comptime!(i0 + 3)) * f11);
     }
 }
 
@@ -299,6 +300,22 @@ pub(super) fn copy_rows(
     }
 }
 
+/// The product of a row of `acc` with the same row of the tile at `tile`: of a unit's upper row, or (`half` 1) its lower one.
+#[cube]
+pub(super) fn row_sum(tile: u32, #[comptime] acc: Acc, row: u32, lane: u32, #[comptime] half: usize) -> f32 {
+    let base = swizzled(tile, row, (lane % 4u32) * 4u32);
+    let mut sum = f32::new(0.0);
+    #[unroll]
+    for j in 0..8usize {
+        let word = load_u32((base ^ comptime!((j * 16) as u32)) + comptime!((half * 1024) as u32));
+        let i = comptime!(4 * j + 2 * half);
+        sum += bf16_low(word) * read(acc, i) + bf16_high(word) * read(acc, comptime!(i + 1));
+    }
+    sum += plane_shuffle_xor(sum, 1u32);
+    sum += plane_shuffle_xor(sum, 2u32);
+    sum
+}
+
 /// The products of each output row with the same row of the tile at `tile`, over this warpgroup's channels.
 #[cube]
 pub(super) fn row_products(
@@ -312,19 +329,9 @@ pub(super) fn row_products(
     count: u32,
     #[comptime] plan: WalkPlan,
 ) {
-    let out = comptime!(plan.out());
-    let base = swizzled(tile, row, (lane % 4u32) * 4u32);
     #[unroll]
     for half in 0..2usize {
-        let mut sum = f32::new(0.0);
-        #[unroll]
-        for j in 0..8usize {
-            let word = load_u32((base ^ comptime!((j * 16) as u32)) + comptime!((half * 1024) as u32));
-            let i = comptime!(4 * j + 2 * half);
-            sum += bf16_low(word) * read(out, i) + bf16_high(word) * read(out, comptime!(i + 1));
-        }
-        sum += plane_shuffle_xor(sum, 1u32);
-        sum += plane_shuffle_xor(sum, 2u32);
+        let sum = row_sum(tile, comptime!(plan.out()), row, lane, half);
         let at = row + comptime!(8 * half as u32);
         if lane % 4u32 == 0u32 && at < count {
             dots[((token + at) * heads + head) as usize] = sum;

@@ -14,6 +14,10 @@ pub(crate) const BORDER_WORDS: usize = 16 * 128;
 /// Rows of values that are loaded beside a chunk's: a multiple of 8, as the swizzle repeats.
 pub(crate) const BESIDE: usize = 8;
 
+/// Tiles that a walk for all gradients has of each head, in each of its stages and beside them: see [`super::all`].
+pub(crate) const ALL_TILES: usize = 5;
+const ALL_FIXED: usize = 3;
+
 /// Whether two narrow heads are walked side by side: see [`WalkPlan::paired`].
 const PAIRS: bool = true;
 
@@ -95,7 +99,7 @@ pub(crate) struct WalkPlan {
     pub(crate) warpgroups: usize,
     /// Heads that they walk side by side.
     pub(crate) heads: usize,
-    /// The gradient of the values comes with that of the keys: see [`super::both`].
+    /// The gradient of the values comes with that of the keys, without the gate's: see [`super::both`].
     pub(crate) both: bool,
     pub(crate) stages: usize,
     pub(crate) axis: Axis,
@@ -166,6 +170,12 @@ impl WalkPlan {
     pub(crate) fn with_both(self) -> Self {
         let plan = Self { both: true, ..self };
         Self { stages: plan.most_stages().min(4), ..plan }
+    }
+
+    /// The same for all gradients in one walk, whose stages have other tiles: see [`super::all`].
+    pub(crate) fn with_all(self) -> Self {
+        let fixed = self.heads * ALL_FIXED * PANEL;
+        Self { stages: ((SHARED - fixed) / (self.heads * ALL_TILES * PANEL)).min(4), ..self }
     }
 
     /// The plan of a walk whose outputs are of this one's inner channels.

@@ -263,7 +263,7 @@ pub(super) fn walk(
                         let at = g0 + comptime!(2 * plan.decay_channels());
                         own = masked_scores(&shared_g, at, row, lane, count, out_scale, plan);
                     } else {
-                        decayed_scores(&shared_g, g0, row, lane, count, out_scale, plan);
+                        decayed_scores(DECAYED, &shared_g, g0, row, lane, count, out_scale, plan);
                     }
                     if comptime!(plan.shares_registers()) {
                         fence();

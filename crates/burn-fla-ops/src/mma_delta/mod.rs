@@ -20,14 +20,15 @@
 //!   against time 0.344, and the other gradients 0.747: eight warps a processor, and nothing is loaded while they multiply.
 //! - 0.523 and 2.143 with outputs in quarters of a chunk beside a gate, where states of 32 channels are 128 registers.
 //! - With M's triangles joined on the tensor cores, and gradients that leave out what no token reads, 0.487 and 2.324 on an H100,
-//!   where the engine for Hopper took 0.394 and 1.680. Gradients by as many cubes as processors, each of which loads its next chunk ahead, have not run: the launch would ask
-//!   for fewer cubes.
+//!   where the engine for Hopper took 0.394 and 1.680. Gradients by as many cubes as processors, each of which loads its next chunk
+//!   ahead, were not built: the launch would ask for fewer cubes.
 //!
 //! What is known to be left:
 //! - At K = V = 128 the chains with 32 channels a warp spill 48 to 280 bytes a unit, of the states: the compiler keeps their
 //!   rounded halves in registers. The gradients spill 90 to 130.
-//! - Long sequences of few heads are cut into segments as on Hopper ([`crate::hopper_delta::segments`]): these kernels
-//!   have not run on a GPU since.
+//! - With few heads, where long sequences are cut into segments as on Hopper ([`crate::hopper_delta::segments`]), it takes 1.8 times
+//!   that engine's time forward and 1.6 times both at 1 × 65536 × 16 × 128 × 128 with a gate, 1.3 and 1.2 times without
+//!   (`benches/results/69-mma-operators-since.json`).
 //! - It has run on Hopper GPUs alone; its kernels assemble for compute capability 8.0, 8.6, 8.9 and 12.0.
 
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.
