@@ -18,6 +18,8 @@ one() {
     [ $code -eq 0 ] || { echo "$suite $test ($code)" >>"$3/failed"; }
 }
 gpus=$(nvidia-smi -L | wc -l)
+# Where the suites find what cargo would tell them.
+export CARGO_MANIFEST_DIR=$PWD/tests
 export -f one
 export folder gpus
 for suite in "$@"; do

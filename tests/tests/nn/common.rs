@@ -12,7 +12,9 @@ use burn_fla_tests::{numbers, tensor, uniform};
 
 /// The folder of an expected case.
 pub fn golden(case: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/golden").join(case)
+    // Where the suite runs, which may be another machine than the one it was built on.
+    let folder = std::env::var("CARGO_MANIFEST_DIR").unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").into());
+    PathBuf::from(folder).join("fixtures/golden").join(case)
 }
 
 /// The folders of all expected cases.
