@@ -345,6 +345,10 @@ mod tests {
                 let pair = one.paired(16, 16, 132);
                 assert_eq!((pair.heads, pair.warpgroups, pair.slices(), pair.outer_panels()), (2, 2, 1, 1));
                 assert!(pair.stages >= 3 && pair.fixed_bytes() + pair.stages * pair.stage_bytes() <= SHARED);
+                for all in [one.with_all(), pair.with_all()] {
+                    let tiles = all.heads * (ALL_FIXED + all.stages * ALL_TILES);
+                    assert!(all.stages >= 2 && tiles * PANEL <= SHARED);
+                }
                 // An odd number of heads, and as many heads as there are processors.
                 assert_eq!((one.paired(15, 16, 132), one.paired(132, 1, 132)), (one, one));
             }
