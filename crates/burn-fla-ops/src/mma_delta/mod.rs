@@ -28,7 +28,8 @@
 //!   rounded halves in registers. The gradients spill 90 to 130.
 //! - With few heads, where long sequences are cut into segments as on Hopper ([`crate::hopper_delta::segments`]), it takes 1.8 times
 //!   that engine's time forward and 1.6 times both at 1 × 65536 × 16 × 128 × 128 with a gate, 1.3 and 1.2 times without
-//!   (`benches/results/69-mma-operators-since.json`).
+//!   (`benches/results/69-mma-operators-since.json`). Eight segments of 16 heads are 128 cubes of 128 channels there, one a
+//!   processor, and beside a gate their outputs come in quarters. Twice as many cubes of 64 channels were not tried.
 //! - It has run on Hopper GPUs alone; its kernels assemble for compute capability 8.0, 8.6, 8.9 and 12.0.
 
 // `x + 0u32` copies a variable: a block of PTX takes one that is mutable by its address.

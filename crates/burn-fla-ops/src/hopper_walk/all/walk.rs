@@ -17,10 +17,29 @@ use crate::hopper_walk::parts::{
 use crate::hopper_walk::plan::{ALL_TILES, CHUNK, DECAYED, OUT, PANEL, SCORES, VALUES, WalkPlan};
 use crate::hopper_walk::states::{load_state, store_state};
 use crate::tile::hopper::{
-    Ring, barrier_arrive, barrier_fence, bf16_high, bf16_low, commit, commit_stores, declare, declare_fragment, exp2,
-    fence, fence_shared, give_registers, k_major, load_u32, mma_registers, mma_shared, mn_major, read, row_of,
-    scale_rows, store_3d, swizzled, sync_warpgroup, take_registers, unit_again, wait, wait_stores_read, warpgroup,
+    Acc, Frag, Ring, barrier_arrive, barrier_fence, bf16_high, bf16_low, commit, commit_stores, declare,
+    declare_fragment, exp2, fence, fence_shared, give_registers, k_major, load_u32, mma_registers, mma_shared,
+    mn_major, read, row_of, scale_rows, store_3d, swizzled, sync_warpgroup, take_registers, unit_again, wait,
+    wait_stores_read, warpgroup,
 };
+
+/// Starts the product of two tiles, rows with rows.
+#[cube]
+fn multiply(#[comptime] to: Acc, a: u32, b: u32) {
+    #[unroll]
+    for n in 0..4usize {
+        mma_shared(to, k_major(a, CHUNK, n), k_major(b, CHUNK, n), comptime!(n as u32), false, false);
+    }
+}
+
+/// Starts adding that of a left operand in registers with a tile, columns with rows.
+#[cube]
+fn add_product(#[comptime] to: Acc, #[comptime] a: Frag, b: u32) {
+    #[unroll]
+    for n in 0..4usize {
+        mma_registers(to, a, n, mn_major(b, CHUNK, n), 1u32, true);
+    }
+}
 
 /// The product of the state in the tile with that in the registers: one sum a warp.
 #[cube]
@@ -175,11 +194,7 @@ pub(super) fn walk_all(
                 let g0 = (stage * comptime!(CHUNK as u32)) as usize;
                 // v · do, while the state's gradient goes to shared memory as an operand.
                 fence();
-                #[unroll]
-                for n in 0..4usize {
-                    let keep = comptime!(n as u32);
-                    mma_shared(SCORES, k_major(v0, CHUNK, n), k_major(d0, CHUNK, n), keep, false, false);
-                }
+                multiply(SCORES, v0, d0);
                 commit();
                 publish(z0, state, row, lane);
                 let g_last = shared_g[g0 + 63];
@@ -191,21 +206,13 @@ pub(super) fn walk_all(
                 fence_shared();
                 sync_warpgroup(id, 128u32);
                 fence();
-                #[unroll]
-                for n in 0..4usize {
-                    let keep = comptime!(n as u32);
-                    mma_shared(OUT, k_major(v0, CHUNK, n), k_major(z0, 64usize, n), keep, false, false);
-                }
+                multiply(OUT, v0, z0);
                 commit();
                 wait(1u32);
                 decayed_scores(DECAYED, &shared_g, g0, row, lane, count, out_scale, plan);
                 // k · q
                 fence();
-                #[unroll]
-                for n in 0..4usize {
-                    let keep = comptime!(n as u32);
-                    mma_shared(SCORES, k_major(k0, CHUNK, n), k_major(q0, CHUNK, n), keep, false, false);
-                }
+                multiply(SCORES, k0, q0);
                 commit();
                 decayed_values(q0, &shared_g, g0, g_last, count, warp, lane, plan);
                 scale_rows(state, decay, decay);
@@ -219,15 +226,9 @@ pub(super) fn walk_all(
                 let inter_low = row_sum(k0, OUT, row, lane, 0usize);
                 let inter_high = row_sum(k0, OUT, row, lane, 1usize);
                 fence();
-                #[unroll]
-                for n in 0..4usize {
-                    mma_registers(OUT, DECAYED, n, mn_major(q0, CHUNK, n), 1u32, true);
-                }
+                add_product(OUT, DECAYED, q0);
                 commit();
-                #[unroll]
-                for n in 0..4usize {
-                    mma_registers(state, VALUES, n, mn_major(d0, CHUNK, n), 1u32, true);
-                }
+                add_product(state, VALUES, d0);
                 commit();
                 wait(1u32);
                 // dk, and k · q with its decays.
@@ -237,11 +238,7 @@ pub(super) fn walk_all(
                 decayed_scores(DECAYED, &shared_g, g0, row, lane, count, out_scale, plan);
                 // do · v
                 fence();
-                #[unroll]
-                for n in 0..4usize {
-                    let keep = comptime!(n as u32);
-                    mma_shared(SCORES, k_major(d0, CHUNK, n), k_major(v0, CHUNK, n), keep, false, false);
-                }
+                multiply(SCORES, d0, v0);
                 #[unroll]
                 for n in 0..4usize {
                     let keep = comptime!(n as u32);
@@ -254,21 +251,14 @@ pub(super) fn walk_all(
                 wait(0u32);
                 scale_rows(OUT, e_low, e_high);
                 fence();
-                #[unroll]
-                for n in 0..4usize {
-                    mma_registers(OUT, DECAYED, n, mn_major(d0, CHUNK, n), 1u32, true);
-                }
+                add_product(OUT, DECAYED, d0);
                 commit();
                 decayed_scores(VALUES, &shared_g, g0, row, lane, count, out_scale, with_time);
                 wait(0u32);
                 // dv
                 publish(o1, OUT, row, lane);
                 fence();
-                #[unroll]
-                for n in 0..4usize {
-                    let keep = comptime!(n as u32);
-                    mma_shared(OUT, k_major(d0, CHUNK, n), k_major(s0, 64usize, n), keep, false, false);
-                }
+                multiply(OUT, d0, s0);
                 commit();
                 if elected {
                     // dk has left the tile that dq goes to.
@@ -282,10 +272,7 @@ pub(super) fn walk_all(
                 wait(0u32);
                 scale_rows(OUT, e_low, e_high);
                 fence();
-                #[unroll]
-                for n in 0..4usize {
-                    mma_registers(OUT, VALUES, n, mn_major(k0, CHUNK, n), 1u32, true);
-                }
+                add_product(OUT, VALUES, k0);
                 commit();
                 wait(0u32);
                 // dq
