@@ -69,6 +69,7 @@ pub(crate) mod parts;
 pub(crate) mod plan;
 pub(crate) mod prepare;
 pub(crate) mod segments;
+pub(crate) mod states;
 mod store;
 mod walk;
 
@@ -108,6 +109,17 @@ pub(crate) struct Problem {
 /// The kernels that take such values with so many key channels, these or those of [`crate::mma_delta`]: bf16 on a GPU that
 /// has them, channels in multiples of 16, and some sequence of more than one token.
 pub(crate) fn takes(v: &Tensor<4>, keys: usize, sequences: &CuSeqlens, engine: Engine) -> Option<Cores> {
+    takes_where(v, keys, sequences, engine, crate::mma_delta::plan::fits)
+}
+
+/// The same, where those since Ampere `fit` key channels, value channels and so much shared memory a cube.
+pub(crate) fn takes_where(
+    v: &Tensor<4>,
+    keys: usize,
+    sequences: &CuSeqlens,
+    engine: Engine,
+    fit: impl Fn(usize, usize, usize) -> bool,
+) -> Option<Cores> {
     let values = v.dims()[3];
     let device = v.device();
     let taken = v.dtype() == DType::BF16
@@ -119,7 +131,7 @@ pub(crate) fn takes(v: &Tensor<4>, keys: usize, sequences: &CuSeqlens, engine: E
     if !taken {
         return None;
     }
-    let mma = || has_mma(&device) && crate::mma_delta::plan::fits(keys, values, shared_memory(&device));
+    let mma = || has_mma(&device) && fit(keys, values, shared_memory(&device));
     if engine == Engine::Mma && mma() {
         return Some(Cores::Mma);
     }

@@ -2,13 +2,12 @@
 
 use cubecl::prelude::*;
 
-use super::plan::{CHUNK, ChainPlan, SCORES, TOKENS, Task};
+use super::plan::{CHUNK, ChainPlan, SCORES, TOKENS};
 use crate::hopper_walk::parts::LOG2_E;
-use crate::hopper_walk::states::set_unit_vectors;
 use crate::hopper_walk::table::ITEM_WORDS;
 use crate::tile::hopper::{
     Acc, Frag, bf16_high, bf16_low, column_of, exp2, load_f32, load_f32_pair, load_transposed, load_u32, pack,
-    pack_pair, put, read, store_transposed, swizzled, word, write, zero,
+    pack_pair, put, read, store_transposed, swizzled, word, write,
 };
 
 /// The least writing strength in size: one of zero counts as this much, which is nothing beside what it writes to, and lets
@@ -326,71 +325,5 @@ pub(crate) fn copy_rows(
             to[(first + row * stride + channel / 2u32 + pair) as usize] = word;
         }
         row += 4u32;
-    }
-}
-
-/// Where register `n` of a unit stands in a state `[segments, HV, K, columns]`, and whether it is inside.
-#[cube]
-fn state_at(
-    place: &Place,
-    panel: u32,
-    heads: u32,
-    row: u32,
-    lane: u32,
-    #[comptime] n: usize,
-    #[comptime] plan: ChainPlan,
-) -> (bool, usize) {
-    let value = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
-    let key = column_of(lane, n);
-    let base = (place.item * heads + place.head) * comptime!((plan.keys * plan.columns()) as u32);
-    let at = base + key * comptime!(plan.columns() as u32) + value;
-    (value < comptime!(plan.columns() as u32) && key < comptime!(plan.keys as u32), at as usize)
-}
-
-/// Sets the state where the walk enters a segment.
-#[cube]
-pub(super) fn load_state(
-    initial: &[f32],
-    place: &Place,
-    panel: u32,
-    heads: u32,
-    row: u32,
-    lane: u32,
-    #[comptime] plan: ChainPlan,
-) {
-    let state = comptime!(plan.state());
-    zero(state);
-    if comptime!(plan.initial) {
-        #[unroll]
-        for n in 0..comptime!(state.len()) {
-            let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
-            if inside {
-                write(state, n, initial[at]);
-            }
-        }
-    }
-    if comptime!(plan.task == Task::SegmentStates) {
-        set_unit_vectors(panel, row, lane, comptime!(plan.transition()), state);
-    }
-}
-
-/// Writes the state where the walk leaves a sequence.
-#[cube]
-pub(super) fn store_state(
-    last: &mut [f32],
-    place: &Place,
-    panel: u32,
-    heads: u32,
-    row: u32,
-    lane: u32,
-    #[comptime] plan: ChainPlan,
-) {
-    let state = comptime!(plan.state());
-    #[unroll]
-    for n in 0..comptime!(state.len()) {
-        let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
-        if inside {
-            last[at] = read(state, n);
-        }
     }
 }

@@ -1,6 +1,7 @@
 //! What the kernels are specialised on, and how that is chosen.
 
 use super::segments;
+use super::states::StatePlan;
 use crate::hopper_walk::Cores;
 use crate::tile::hopper::{Acc, Frag};
 
@@ -110,11 +111,6 @@ impl ChainPlan {
         if self.task == Task::SegmentStates { segments::columns(self.keys, self.values) } else { self.values }
     }
 
-    /// The first column of a segment's transition.
-    pub(super) fn transition(&self) -> usize {
-        segments::transition(self.values)
-    }
-
     /// Bytes that copies bring to a stage.
     pub(super) fn stage_bytes(&self) -> usize {
         ((1 + self.with_queries() as usize) * self.panels() + self.warpgroups + 1) * PANEL
@@ -148,6 +144,12 @@ impl ChainPlan {
     /// The state, transposed: 64 value channels, all key channels.
     pub(super) fn state(&self) -> Acc {
         Acc::new("s", 64 * self.panels())
+    }
+
+    /// Its state where a segment begins and ends.
+    pub(super) fn segment_state(&self) -> StatePlan {
+        let Self { keys, values, initial, task, .. } = *self;
+        StatePlan { registers: self.state(), keys, values, initial, transition: task == Task::SegmentStates }
     }
 
     /// The state as a left operand.

@@ -15,9 +15,10 @@ use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
 use half::bf16;
 
-use super::parts::{Place, chunk_at, load_state, panel_of, place, scale_by, store_state};
+use super::parts::{Place, chunk_at, panel_of, place, scale_by};
 use super::plan::{CHUNK, ChainPlan, OUT, PANEL, READ, TOKENS, VALUES};
 use crate::hopper_delta::parts::{copy_rows, pack_all, publish_transposed, put_transposed};
+use crate::hopper_delta::states::{load_state, store_state};
 use crate::hopper_walk::parts::{load_tile, publish};
 use crate::tile::hopper::{
     Ring, barrier_arrive, barrier_expect, barrier_fence, commit, commit_stores, declare, declare_fragment, fence,
@@ -152,7 +153,7 @@ pub(super) fn chain(
         while index < work {
             let p = place(index, table, heads, plan);
             let panel = p.slice * comptime!(warpgroups as u32) + warpgroup;
-            load_state(initial, &p, panel, heads, row, lane, plan);
+            load_state(initial, p.item, p.head, panel, heads, row, lane, comptime!(plan.segment_state()));
             for i in 0..p.chunks {
                 let chunk = chunk_at(i, p.chunks, plan);
                 let count = u32::min(p.length - chunk * comptime!(CHUNK as u32), comptime!(CHUNK as u32));
@@ -183,7 +184,7 @@ pub(super) fn chain(
                 step += 1u32;
             }
             if comptime!(plan.with_last()) {
-                store_state(last, &p, panel, heads, row, lane, plan);
+                store_state(last, p.item, p.head, panel, heads, row, lane, comptime!(plan.segment_state()));
             }
             index += CUBE_COUNT_X;
         }

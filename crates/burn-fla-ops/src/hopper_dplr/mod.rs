@@ -82,17 +82,12 @@ pub(crate) mod tokens;
 
 use burn::tensor::{DType, Tensor};
 
-use crate::bridge::{apply_with, has_mma, is_hopper};
-use crate::hopper_delta::segments;
-use crate::hopper_walk::{Cores, shared_memory, table};
+use crate::bridge::apply_with;
+use crate::hopper_delta::{segments, takes_where};
+use crate::hopper_walk::{Cores, table};
 use crate::{CuSeqlens, Engine};
 use operator::HopperDplr;
 use plan::Form;
-
-/// The most key channels of a head.
-const MOST_KEYS: usize = 128;
-/// The most value channels of a head.
-const MOST_VALUES: usize = 512;
 
 /// Where the vectors of the low-rank term come from.
 pub(crate) enum Vectors {
@@ -127,25 +122,7 @@ pub(crate) struct Problem {
 /// The kernels that take such values with so many key channels, these or those of [`crate::mma_dplr`]: bf16 on a GPU that has
 /// them, channels in multiples of 16, and some sequence of more than one token.
 pub(crate) fn takes(v: &Tensor<4>, keys: usize, sequences: &CuSeqlens, engine: Engine) -> Option<Cores> {
-    let values = v.dims()[3];
-    let device = v.device();
-    let taken = v.dtype() == DType::BF16
-        && sequences.lengths().any(|n| n > 1)
-        && keys.is_multiple_of(16)
-        && keys <= MOST_KEYS
-        && values.is_multiple_of(16)
-        && values <= MOST_VALUES;
-    if !taken {
-        return None;
-    }
-    let mma = || has_mma(&device) && crate::mma_dplr::plan::fits(keys, values, shared_memory(&device));
-    if engine == Engine::Mma && mma() {
-        return Some(Cores::Mma);
-    }
-    if is_hopper(&device) {
-        return Some(Cores::Hopper);
-    }
-    mma().then_some(Cores::Mma)
+    takes_where(v, keys, sequences, engine, crate::mma_dplr::plan::fits)
 }
 
 /// Runs a problem that [`takes`] accepts: `o` and the last state.

@@ -2,12 +2,10 @@
 
 use cubecl::prelude::*;
 
-use super::plan::{ChainPlan, PANEL, Task};
+use super::plan::{ChainPlan, PANEL};
 use super::tokens::Two;
-use crate::hopper_delta::segments::transition;
-use crate::hopper_walk::states::set_unit_vectors;
 use crate::hopper_walk::table::ITEM_WORDS;
-use crate::tile::hopper::{Acc, column_of, load_f32_pair, read, scale, store_f32_pair, write, zero};
+use crate::tile::hopper::{Acc, column_of, load_f32_pair, read, scale, store_f32_pair, write};
 
 /// Keeps what a token has of those up to itself (`strict`: before itself), in products between tokens.
 #[cube]
@@ -98,72 +96,6 @@ pub(crate) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: Cha
 #[cube]
 pub(crate) fn chunk_at(i: u32, chunks: u32, #[comptime] plan: ChainPlan) -> u32 {
     if comptime!(plan.against_time()) { chunks - 1u32 - i } else { i + 0u32 }
-}
-
-/// Where register `n` of a unit stands in a state `[N, H, K, V]`, and whether it is inside.
-#[cube]
-fn state_at(
-    place: &Place,
-    panel: u32,
-    heads: u32,
-    row: u32,
-    lane: u32,
-    #[comptime] n: usize,
-    #[comptime] plan: ChainPlan,
-) -> (bool, usize) {
-    let value = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
-    let key = column_of(lane, n);
-    let base = (place.item * heads + place.head) * comptime!((plan.keys * plan.columns()) as u32);
-    let at = base + key * comptime!(plan.columns() as u32) + value;
-    (value < comptime!(plan.columns() as u32) && key < comptime!(plan.keys as u32), at as usize)
-}
-
-/// Sets the state where the walk enters a segment.
-#[cube]
-pub(crate) fn load_state(
-    initial: &[f32],
-    place: &Place,
-    panel: u32,
-    heads: u32,
-    row: u32,
-    lane: u32,
-    #[comptime] plan: ChainPlan,
-) {
-    let state = comptime!(plan.state());
-    zero(state);
-    if comptime!(plan.initial) {
-        #[unroll]
-        for n in 0..comptime!(state.len()) {
-            let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
-            if inside {
-                write(state, n, initial[at]);
-            }
-        }
-    }
-    if comptime!(plan.task == Task::SegmentStates) {
-        set_unit_vectors(panel, row, lane, comptime!(transition(plan.values)), state);
-    }
-}
-
-/// Writes the state where the walk leaves a segment.
-#[cube]
-pub(crate) fn store_state(
-    last: &mut [f32],
-    place: &Place,
-    panel: u32,
-    heads: u32,
-    row: u32,
-    lane: u32,
-    #[comptime] plan: ChainPlan,
-) {
-    let state = comptime!(plan.state());
-    #[unroll]
-    for n in 0..comptime!(state.len()) {
-        let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
-        if inside {
-            last[at] = read(state, n);
-        }
-    }
 }
 
 /// The address of panel `n` of a tile.

@@ -1,6 +1,7 @@
 //! What the kernels are specialised on, and how that is chosen.
 
 use crate::hopper_delta::segments;
+use crate::hopper_delta::states::StatePlan;
 use crate::hopper_walk::Cores;
 use crate::tile::hopper::{Acc, Frag, TRIANGLE_COLUMN, TRIANGLE_ROW};
 
@@ -220,6 +221,12 @@ impl ChainPlan {
     /// The state, transposed: 64 value channels, all key channels.
     pub(crate) fn state(&self) -> Acc {
         Acc::new("s", self.padded())
+    }
+
+    /// Its state where a segment begins and ends.
+    pub(crate) fn segment_state(&self) -> StatePlan {
+        let Self { keys, values, initial, task, .. } = *self;
+        StatePlan { registers: self.state(), keys, values, initial, transition: task == Task::SegmentStates }
     }
 
     /// The state as a left operand.

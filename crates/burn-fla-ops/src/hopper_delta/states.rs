@@ -1,0 +1,94 @@
+//! The state of a walk where it enters a segment and leaves it, of the delta rules and of [`crate::hopper_dplr`].
+
+use cubecl::prelude::*;
+
+use super::segments;
+use crate::hopper_walk::states::set_unit_vectors;
+use crate::tile::hopper::{Acc, column_of, read, write, zero};
+
+/// A state in registers, value channels × key channels, and in memory, `[segments, HV, K, columns]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct StatePlan {
+    pub(crate) registers: Acc,
+    pub(crate) keys: usize,
+    pub(crate) values: usize,
+    /// There is one where the walk enters.
+    pub(crate) initial: bool,
+    /// Behind the values stand the columns of the segment's transition, which begin as unit vectors.
+    pub(crate) transition: bool,
+}
+
+impl StatePlan {
+    pub(crate) fn columns(&self) -> usize {
+        if self.transition { segments::columns(self.keys, self.values) } else { self.values }
+    }
+}
+
+/// Where register `n` of a unit stands in a head's state, and whether it is inside.
+#[cube]
+fn state_at(
+    item: u32,
+    head: u32,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    #[comptime] n: usize,
+    #[comptime] plan: StatePlan,
+) -> (bool, usize) {
+    let value = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
+    let key = column_of(lane, n);
+    let base = (item * heads + head) * comptime!((plan.keys * plan.columns()) as u32);
+    let at = base + key * comptime!(plan.columns() as u32) + value;
+    (value < comptime!(plan.columns() as u32) && key < comptime!(plan.keys as u32), at as usize)
+}
+
+/// Sets the state where the walk enters a segment.
+#[cube]
+pub(crate) fn load_state(
+    initial: &[f32],
+    item: u32,
+    head: u32,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    #[comptime] plan: StatePlan,
+) {
+    let state = comptime!(plan.registers);
+    zero(state);
+    if comptime!(plan.initial) {
+        #[unroll]
+        for n in 0..comptime!(state.len()) {
+            let (inside, at) = state_at(item, head, panel, heads, row, lane, n, plan);
+            if inside {
+                write(state, n, initial[at]);
+            }
+        }
+    }
+    if comptime!(plan.transition) {
+        set_unit_vectors(panel, row, lane, comptime!(segments::transition(plan.values)), state);
+    }
+}
+
+/// Writes the state where the walk leaves a segment.
+#[cube]
+pub(crate) fn store_state(
+    last: &mut [f32],
+    item: u32,
+    head: u32,
+    panel: u32,
+    heads: u32,
+    row: u32,
+    lane: u32,
+    #[comptime] plan: StatePlan,
+) {
+    let state = comptime!(plan.registers);
+    #[unroll]
+    for n in 0..comptime!(state.len()) {
+        let (inside, at) = state_at(item, head, panel, heads, row, lane, n, plan);
+        if inside {
+            last[at] = read(state, n);
+        }
+    }
+}
