@@ -7,8 +7,9 @@
 use cubecl::prelude::*;
 
 use super::chain::{Area, Tiles, arrive_warp, release_warp};
-use super::parts::{chunk_at, pack_scores, place};
+use super::parts::pack_scores;
 use super::plan::{CHUNK, ChainPlan, OUT, PANEL, SCORES, TOKENS, Task};
+use super::segment::{chunk_at, place};
 use crate::hopper_walk::parts::publish;
 use crate::tile::hopper::{
     commit, fence, fence_shared, k_major, load_f32, mma_registers, mma_shared, mn_major, row_of, scale_rows, wait,
@@ -31,9 +32,9 @@ pub(super) fn run(
     let mut step = 0u32;
     let mut index = CUBE_POS_X;
     while index < work {
-        let p = place(index, table, heads, plan);
+        let p = place(index, table, heads, comptime!(plan.slices()));
         for i in 0..p.chunks {
-            let chunk = chunk_at(i, p.chunks, plan);
+            let chunk = chunk_at(i, p.chunks, comptime!(plan.against_time()));
             let count = u32::min(p.length - chunk * comptime!(CHUNK as u32), comptime!(CHUNK as u32));
             let t = area.at(step, 0u32, plan);
             area.tiles.wait_full(step);

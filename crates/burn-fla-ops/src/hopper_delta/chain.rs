@@ -37,10 +37,11 @@ use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
 use half::bf16;
 
 use super::beside;
-use super::parts::{Decays, Place, chunk_at, place};
+use super::parts::Decays;
 use super::plan::{
     CHUNK, ChainPlan, DECAYED, DECAYS, FACTORS, HELD, LEFT, OUT, PANEL, READ, SCORES, SLOTS, TOKENS, WRITTEN,
 };
+use super::segment::{Place, chunk_at, place};
 use super::{store, walk};
 use crate::hopper_walk::parts::load_tile;
 use crate::tile::hopper::{
@@ -258,11 +259,11 @@ fn load(area: &Area, maps: &Maps, table: &[i32], work: u32, heads: u32, groups: 
     let mut step = 0u32;
     let mut index = CUBE_POS_X;
     while index < work {
-        let p = place(index, table, heads, plan);
+        let p = place(index, table, heads, comptime!(plan.slices()));
         let channel = p.slice * comptime!(64 * warpgroups as u32);
         let key_head = p.head / groups;
         for i in 0..p.chunks {
-            let token = p.start + chunk_at(i, p.chunks, plan) * comptime!(CHUNK as u32);
+            let token = p.start + chunk_at(i, p.chunks, comptime!(plan.against_time())) * comptime!(CHUNK as u32);
             area.tiles.wait_room(step);
             let full = area.tiles.full(step);
             let t = area.at(step, 0u32, plan);
@@ -282,7 +283,7 @@ fn load(area: &Area, maps: &Maps, table: &[i32], work: u32, heads: u32, groups: 
 /// The log decays of the chunk of step `i`: none after the last one.
 #[cube]
 fn decays_of_step(g: &[f32], p: &Place, i: u32, heads: u32, lane: u32, #[comptime] plan: ChainPlan) -> Decays {
-    let first = chunk_at(i, p.chunks, plan) * comptime!(CHUNK as u32);
+    let first = chunk_at(i, p.chunks, comptime!(plan.against_time())) * comptime!(CHUNK as u32);
     let count = select(i < p.chunks, u32::min(p.length - first, comptime!(CHUNK as u32)), 0u32);
     Decays::of_tokens(g, p.start + first, count, p.head, heads, lane, comptime!(plan.gated))
 }
@@ -302,12 +303,12 @@ fn load_decays(
     let mut step = 0u32;
     let mut index = CUBE_POS_X;
     while index < work {
-        let p = place(index, table, heads, plan);
+        let p = place(index, table, heads, comptime!(plan.slices()));
         let begin = decays_of_step(g, &p, 0u32, heads, lane, plan);
         let mut low = begin.low + 0.0f32;
         let mut high = begin.high + 0.0f32;
         for i in 0..p.chunks {
-            let first = chunk_at(i, p.chunks, plan) * comptime!(CHUNK as u32);
+            let first = chunk_at(i, p.chunks, comptime!(plan.against_time())) * comptime!(CHUNK as u32);
             let count = u32::min(p.length - first, comptime!(CHUNK as u32));
             let next = decays_of_step(g, &p, i + 1u32, heads, lane, plan);
             let sums = Decays { low: low + 0.0f32, high: high + 0.0f32 }.summed(comptime!(plan.gated));

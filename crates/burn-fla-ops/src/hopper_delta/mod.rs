@@ -68,8 +68,8 @@ pub(crate) mod operator;
 pub(crate) mod parts;
 pub(crate) mod plan;
 pub(crate) mod prepare;
+pub(crate) mod segment;
 pub(crate) mod segments;
-pub(crate) mod states;
 mod store;
 mod walk;
 

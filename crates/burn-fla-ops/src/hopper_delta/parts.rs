@@ -4,7 +4,6 @@ use cubecl::prelude::*;
 
 use super::plan::{CHUNK, ChainPlan, SCORES, TOKENS};
 use crate::hopper_walk::parts::LOG2_E;
-use crate::hopper_walk::table::ITEM_WORDS;
 use crate::tile::hopper::{
     Acc, Frag, bf16_high, bf16_low, column_of, exp2, load_f32, load_f32_pair, load_transposed, load_u32, pack,
     pack_pair, put, read, store_transposed, swizzled, word, write,
@@ -92,43 +91,6 @@ impl Decays {
         to[at + comptime!(2 * CHUNK)] = select(lane < length, exp2(last - self.low), 0.0f32);
         to[at + comptime!(2 * CHUNK + 32)] = select(lane + 32u32 < length, exp2(last - self.high), 0.0f32);
     }
-}
-
-/// Where a cube works: a segment of a sequence, a value head, a slice of its channels.
-#[derive(CubeType, Clone, Copy)]
-pub(super) struct Place {
-    pub(super) slice: u32,
-    pub(super) head: u32,
-    pub(super) start: u32,
-    pub(super) length: u32,
-    pub(super) chunks: u32,
-    /// The segment; sequences that are not cut have one each.
-    pub(super) item: u32,
-    /// Its first chunk among all.
-    pub(super) border: u32,
-}
-
-#[cube]
-pub(super) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: ChainPlan) -> Place {
-    let slices = comptime!(plan.slices() as u32);
-    let item = index / slices / heads;
-    let at = (item * comptime!(ITEM_WORDS as u32)) as usize;
-    let length = table[at + 1] as u32;
-    Place {
-        slice: index % slices,
-        head: (index / slices) % heads,
-        start: table[at] as u32,
-        length,
-        chunks: length.div_ceil(comptime!(CHUNK as u32)),
-        item,
-        border: table[at + 4] as u32,
-    }
-}
-
-/// The chunk of step `i`.
-#[cube]
-pub(super) fn chunk_at(i: u32, chunks: u32, #[comptime] plan: ChainPlan) -> u32 {
-    if comptime!(plan.against_time()) { chunks - 1u32 - i } else { i + 0u32 }
 }
 
 /// An accumulator, rounded, as a left operand.

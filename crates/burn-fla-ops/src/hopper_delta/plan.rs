@@ -1,7 +1,7 @@
 //! What the kernels are specialised on, and how that is chosen.
 
+use super::segment::StatePlan;
 use super::segments;
-use super::states::StatePlan;
 use crate::hopper_walk::Cores;
 use crate::tile::hopper::{Acc, Frag};
 

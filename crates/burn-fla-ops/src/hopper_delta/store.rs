@@ -3,8 +3,9 @@
 use cubecl::prelude::*;
 
 use super::chain::{Area, release_warp};
-use super::parts::{chunk_at, copy_rows, place};
+use super::parts::copy_rows;
 use super::plan::{CHUNK, ChainPlan, PANEL};
+use super::segment::{chunk_at, place};
 use crate::tile::hopper::{commit_stores, store_3d, wait_stores_read};
 
 /// Takes the same steps as the walk.
@@ -24,9 +25,9 @@ pub(super) fn run(
     let mut step = 0u32;
     let mut index = CUBE_POS_X;
     while index < work {
-        let p = place(index, table, heads, plan);
+        let p = place(index, table, heads, comptime!(plan.slices()));
         for i in 0..p.chunks {
-            let chunk = chunk_at(i, p.chunks, plan);
+            let chunk = chunk_at(i, p.chunks, comptime!(plan.against_time()));
             let token = p.start + chunk * comptime!(CHUNK as u32);
             let count = u32::min(p.length - chunk * comptime!(CHUNK as u32), comptime!(CHUNK as u32));
             let whole = count == comptime!(CHUNK as u32);

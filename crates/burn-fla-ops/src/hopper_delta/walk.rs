@@ -7,11 +7,9 @@
 use cubecl::prelude::*;
 
 use super::chain::{Area, Tiles, arrive_warp, release_warp};
-use super::parts::{
-    load_factors, pack_all, pack_columns, pack_sum, place, publish_transposed, put_transposed, scale_operand,
-};
+use super::parts::{load_factors, pack_all, pack_columns, pack_sum, publish_transposed, put_transposed, scale_operand};
 use super::plan::{CHUNK, ChainPlan, DECAYED, FACTORS, HELD, LEFT, READ, TOKENS, Task, WRITTEN};
-use super::states::{load_state, store_state};
+use super::segment::{load_state, place, store_state};
 use crate::hopper_walk::parts::publish;
 use crate::tile::hopper::{
     commit, exp2, fence, fence_shared, k_major, load_f32, mma_registers, mn_major, row_of, scale, wait,
@@ -36,9 +34,9 @@ pub(super) fn run(
     let mut step = 0u32;
     let mut index = CUBE_POS_X;
     while index < work {
-        let p = place(index, table, heads, plan);
+        let p = place(index, table, heads, comptime!(plan.slices()));
         let panel = p.slice * comptime!(plan.warpgroups as u32) + warpgroup;
-        load_state(initial, p.item, p.head, panel, heads, row, lane, comptime!(plan.segment_state()));
+        load_state(initial, &p, panel, heads, row, lane, comptime!(plan.segment_state()));
         for _ in 0..p.chunks {
             let t = area.at(step, warpgroup, plan);
             area.tiles.wait_full(step);
@@ -55,7 +53,7 @@ pub(super) fn run(
             step += 1u32;
         }
         if comptime!(plan.task != Task::Values) {
-            store_state(last, p.item, p.head, panel, heads, row, lane, comptime!(plan.segment_state()));
+            store_state(last, &p, panel, heads, row, lane, comptime!(plan.segment_state()));
         }
         index += CUBE_COUNT_X;
     }

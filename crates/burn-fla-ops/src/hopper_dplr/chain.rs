@@ -15,10 +15,10 @@ use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
 use half::bf16;
 
-use super::parts::{Place, chunk_at, panel_of, place, scale_by};
+use super::parts::{panel_of, scale_by};
 use super::plan::{CHUNK, ChainPlan, OUT, PANEL, READ, TOKENS, VALUES};
 use crate::hopper_delta::parts::{copy_rows, pack_all, publish_transposed, put_transposed};
-use crate::hopper_delta::states::{load_state, store_state};
+use crate::hopper_delta::segment::{Place, chunk_at, load_state, place, store_state};
 use crate::hopper_walk::parts::{load_tile, publish};
 use crate::tile::hopper::{
     Ring, barrier_arrive, barrier_expect, barrier_fence, commit, commit_stores, declare, declare_fragment, fence,
@@ -107,10 +107,10 @@ pub(super) fn chain(
         let map_scores = tensor_map_address(scores);
         let map_values = tensor_map_address(values);
         while index < work {
-            let p = place(index, table, heads, plan);
+            let p = place(index, table, heads, comptime!(plan.slices()));
             let channel = p.slice * comptime!(64 * warpgroups as u32);
             for i in 0..p.chunks {
-                let chunk = chunk_at(i, p.chunks, plan);
+                let chunk = chunk_at(i, p.chunks, comptime!(plan.against_time()));
                 let block = (p.border + chunk) * heads + p.head;
                 // Loaded before the stage is free.
                 let mut found = Array::<f32>::new(comptime!(2 * panels));
@@ -151,11 +151,11 @@ pub(super) fn chain(
         let map_s = tensor_map_address(borders);
         let id = warpgroup + 1u32;
         while index < work {
-            let p = place(index, table, heads, plan);
+            let p = place(index, table, heads, comptime!(plan.slices()));
             let panel = p.slice * comptime!(warpgroups as u32) + warpgroup;
-            load_state(initial, p.item, p.head, panel, heads, row, lane, comptime!(plan.segment_state()));
+            load_state(initial, &p, panel, heads, row, lane, comptime!(plan.segment_state()));
             for i in 0..p.chunks {
-                let chunk = chunk_at(i, p.chunks, plan);
+                let chunk = chunk_at(i, p.chunks, comptime!(plan.against_time()));
                 let count = u32::min(p.length - chunk * comptime!(CHUNK as u32), comptime!(CHUNK as u32));
                 let stage = ring.stage(step);
                 let mut t = tiles_at(tiles, stage, tiles_o, tiles_s, plan);
@@ -184,7 +184,7 @@ pub(super) fn chain(
                 step += 1u32;
             }
             if comptime!(plan.with_last()) {
-                store_state(last, p.item, p.head, panel, heads, row, lane, comptime!(plan.segment_state()));
+                store_state(last, &p, panel, heads, row, lane, comptime!(plan.segment_state()));
             }
             index += CUBE_COUNT_X;
         }

@@ -2,9 +2,8 @@
 
 use cubecl::prelude::*;
 
-use super::plan::{ChainPlan, PANEL};
+use super::plan::PANEL;
 use super::tokens::Two;
-use crate::hopper_walk::table::ITEM_WORDS;
 use crate::tile::hopper::{Acc, column_of, load_f32_pair, read, scale, store_f32_pair, write};
 
 /// Keeps what a token has of those up to itself (`strict`: before itself), in products between tokens.
@@ -59,43 +58,6 @@ pub(crate) fn stage_panel(to: u32, #[comptime] acc: Acc, #[comptime] panel: usiz
 pub(crate) fn staged_pair(panel: u32, row: u32, pair: u32) -> Two {
     let found = load_f32_pair(staged(panel, row, pair));
     Two { low: found.extract(0usize), high: found.extract(1usize) }
-}
-
-/// Where a cube of a chain works: a segment of a sequence, a head, a slice of its value channels.
-#[derive(CubeType, Clone, Copy)]
-pub(crate) struct Place {
-    pub(crate) slice: u32,
-    pub(crate) head: u32,
-    pub(crate) start: u32,
-    pub(crate) length: u32,
-    pub(crate) chunks: u32,
-    /// The segment; sequences that are not cut have one each.
-    pub(crate) item: u32,
-    /// Its first chunk among all.
-    pub(crate) border: u32,
-}
-
-#[cube]
-pub(crate) fn place(index: u32, table: &[i32], heads: u32, #[comptime] plan: ChainPlan) -> Place {
-    let slices = comptime!(plan.slices() as u32);
-    let item = index / slices / heads;
-    let at = (item * comptime!(ITEM_WORDS as u32)) as usize;
-    let length = table[at + 1] as u32;
-    Place {
-        slice: index % slices,
-        head: (index / slices) % heads,
-        start: table[at] as u32,
-        length,
-        chunks: length.div_ceil(64u32),
-        item,
-        border: table[at + 4] as u32,
-    }
-}
-
-/// The chunk of step `i`.
-#[cube]
-pub(crate) fn chunk_at(i: u32, chunks: u32, #[comptime] plan: ChainPlan) -> u32 {
-    if comptime!(plan.against_time()) { chunks - 1u32 - i } else { i + 0u32 }
 }
 
 /// The address of panel `n` of a tile.

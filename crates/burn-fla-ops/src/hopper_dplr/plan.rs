@@ -1,7 +1,7 @@
 //! What the kernels are specialised on, and how that is chosen.
 
+use crate::hopper_delta::segment::StatePlan;
 use crate::hopper_delta::segments;
-use crate::hopper_delta::states::StatePlan;
 use crate::hopper_walk::Cores;
 use crate::tile::hopper::{Acc, Frag, TRIANGLE_COLUMN, TRIANGLE_ROW};
 

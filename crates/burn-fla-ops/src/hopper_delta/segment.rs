@@ -1,10 +1,51 @@
-//! The state of a walk where it enters a segment and leaves it, of the delta rules and of [`crate::hopper_dplr`].
+//! Where a cube of a chain works, and its state where it enters a segment and leaves it: of the delta rules and of
+//! [`crate::hopper_dplr`].
 
 use cubecl::prelude::*;
 
 use super::segments;
+use crate::hopper_walk::plan::CHUNK;
 use crate::hopper_walk::states::set_unit_vectors;
+use crate::hopper_walk::table::ITEM_WORDS;
 use crate::tile::hopper::{Acc, column_of, read, write, zero};
+
+/// A segment of a sequence, a head, a slice of its value channels.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Place {
+    pub(crate) slice: u32,
+    pub(crate) head: u32,
+    pub(crate) start: u32,
+    pub(crate) length: u32,
+    pub(crate) chunks: u32,
+    /// The segment; sequences that are not cut have one each.
+    pub(crate) item: u32,
+    /// Its first chunk among all.
+    pub(crate) border: u32,
+}
+
+/// The place of a cube's piece of work, where each head has so many slices.
+#[cube]
+pub(crate) fn place(index: u32, table: &[i32], heads: u32, #[comptime] slices: usize) -> Place {
+    let slices = comptime!(slices as u32);
+    let item = index / slices / heads;
+    let at = (item * comptime!(ITEM_WORDS as u32)) as usize;
+    let length = table[at + 1] as u32;
+    Place {
+        slice: index % slices,
+        head: (index / slices) % heads,
+        start: table[at] as u32,
+        length,
+        chunks: length.div_ceil(comptime!(CHUNK as u32)),
+        item,
+        border: table[at + 4] as u32,
+    }
+}
+
+/// The chunk of step `i`.
+#[cube]
+pub(crate) fn chunk_at(i: u32, chunks: u32, #[comptime] against_time: bool) -> u32 {
+    if comptime!(against_time) { chunks - 1u32 - i } else { i + 0u32 }
+}
 
 /// A state in registers, value channels × key channels, and in memory, `[segments, HV, K, columns]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -27,8 +68,7 @@ impl StatePlan {
 /// Where register `n` of a unit stands in a head's state, and whether it is inside.
 #[cube]
 fn state_at(
-    item: u32,
-    head: u32,
+    place: &Place,
     panel: u32,
     heads: u32,
     row: u32,
@@ -38,7 +78,7 @@ fn state_at(
 ) -> (bool, usize) {
     let value = panel * 64u32 + row + comptime!((n / 2 % 2 * 8) as u32);
     let key = column_of(lane, n);
-    let base = (item * heads + head) * comptime!((plan.keys * plan.columns()) as u32);
+    let base = (place.item * heads + place.head) * comptime!((plan.keys * plan.columns()) as u32);
     let at = base + key * comptime!(plan.columns() as u32) + value;
     (value < comptime!(plan.columns() as u32) && key < comptime!(plan.keys as u32), at as usize)
 }
@@ -47,8 +87,7 @@ fn state_at(
 #[cube]
 pub(crate) fn load_state(
     initial: &[f32],
-    item: u32,
-    head: u32,
+    place: &Place,
     panel: u32,
     heads: u32,
     row: u32,
@@ -60,7 +99,7 @@ pub(crate) fn load_state(
     if comptime!(plan.initial) {
         #[unroll]
         for n in 0..comptime!(state.len()) {
-            let (inside, at) = state_at(item, head, panel, heads, row, lane, n, plan);
+            let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
             if inside {
                 write(state, n, initial[at]);
             }
@@ -75,8 +114,7 @@ pub(crate) fn load_state(
 #[cube]
 pub(crate) fn store_state(
     last: &mut [f32],
-    item: u32,
-    head: u32,
+    place: &Place,
     panel: u32,
     heads: u32,
     row: u32,
@@ -86,7 +124,7 @@ pub(crate) fn store_state(
     let state = comptime!(plan.registers);
     #[unroll]
     for n in 0..comptime!(state.len()) {
-        let (inside, at) = state_at(item, head, panel, heads, row, lane, n, plan);
+        let (inside, at) = state_at(place, panel, heads, row, lane, n, plan);
         if inside {
             last[at] = read(state, n);
         }
