@@ -256,8 +256,10 @@ fn narrow_heads_are_right(engine: Engine) {
 fn two_runs_are_equal_bit_for_bit(engine: Engine) {
     let Some(device) = device_for(engine) else { return };
     for by in [By::Token, By::Key(DType::F32)] {
-        let case = Case { heads: 1, batch: 1, tokens: 2200, by, ..BASE };
-        assert_eq!(case.run(&device, Some(engine)), case.run(&device, Some(engine)));
+        for channels in [64, 128] {
+            let case = Case { heads: 1, batch: 1, tokens: 2200, keys: channels, values: channels, by, ..BASE };
+            assert_eq!(case.run(&device, Some(engine)), case.run(&device, Some(engine)));
+        }
     }
 }
 
