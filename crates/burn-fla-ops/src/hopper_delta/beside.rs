@@ -8,8 +8,8 @@ use cubecl::prelude::*;
 
 use super::chain::{Area, Tiles, arrive_warp, release_warp};
 use super::parts::pack_scores;
+use super::place::{chunk_at, place};
 use super::plan::{CHUNK, ChainPlan, OUT, PANEL, SCORES, TOKENS, Task};
-use super::segment::{chunk_at, place};
 use crate::hopper_walk::parts::publish;
 use crate::tile::hopper::{
     commit, fence, fence_shared, k_major, load_f32, mma_registers, mma_shared, mn_major, row_of, scale_rows, wait,

@@ -38,10 +38,10 @@ use half::bf16;
 
 use super::beside;
 use super::parts::Decays;
+use super::place::{Place, chunk_at, place};
 use super::plan::{
     CHUNK, ChainPlan, DECAYED, DECAYS, FACTORS, HELD, LEFT, OUT, PANEL, READ, SCORES, SLOTS, TOKENS, WRITTEN,
 };
-use super::segment::{Place, chunk_at, place};
 use super::{store, walk};
 use crate::hopper_walk::parts::load_tile;
 use crate::tile::hopper::{

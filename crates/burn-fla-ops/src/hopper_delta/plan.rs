@@ -1,7 +1,6 @@
 //! What the kernels are specialised on, and how that is chosen.
 
-use super::segment::StatePlan;
-use super::segments;
+use super::place::StatePlan;
 use crate::hopper_walk::Cores;
 use crate::tile::hopper::{Acc, Frag};
 
@@ -108,7 +107,7 @@ impl ChainPlan {
 
     /// Columns of the state, which are value channels, or with a segment's transition also key channels.
     pub(super) fn columns(&self) -> usize {
-        if self.task == Task::SegmentStates { segments::columns(self.keys, self.values) } else { self.values }
+        self.segment_state().columns()
     }
 
     /// Bytes that copies bring to a stage.

@@ -4,8 +4,8 @@ use cubecl::prelude::*;
 
 use super::chain::{Area, release_warp};
 use super::parts::copy_rows;
+use super::place::{chunk_at, place};
 use super::plan::{CHUNK, ChainPlan, PANEL};
-use super::segment::{chunk_at, place};
 use crate::tile::hopper::{commit_stores, store_3d, wait_stores_read};
 
 /// Takes the same steps as the walk.

@@ -8,8 +8,8 @@ use cubecl::prelude::*;
 
 use super::chain::{Area, Tiles, arrive_warp, release_warp};
 use super::parts::{load_factors, pack_all, pack_columns, pack_sum, publish_transposed, put_transposed, scale_operand};
+use super::place::{load_state, place, store_state};
 use super::plan::{CHUNK, ChainPlan, DECAYED, FACTORS, HELD, LEFT, READ, TOKENS, Task, WRITTEN};
-use super::segment::{load_state, place, store_state};
 use crate::hopper_walk::parts::publish;
 use crate::tile::hopper::{
     commit, exp2, fence, fence_shared, k_major, load_f32, mma_registers, mn_major, row_of, scale, wait,

@@ -18,7 +18,7 @@ use half::bf16;
 use super::parts::{panel_of, scale_by};
 use super::plan::{CHUNK, ChainPlan, OUT, PANEL, READ, TOKENS, VALUES};
 use crate::hopper_delta::parts::{copy_rows, pack_all, publish_transposed, put_transposed};
-use crate::hopper_delta::segment::{Place, chunk_at, load_state, place, store_state};
+use crate::hopper_delta::place::{Place, chunk_at, load_state, place, store_state};
 use crate::hopper_walk::parts::{load_tile, publish};
 use crate::tile::hopper::{
     Ring, barrier_arrive, barrier_expect, barrier_fence, commit, commit_stores, declare, declare_fragment, fence,

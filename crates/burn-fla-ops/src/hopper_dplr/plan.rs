@@ -1,7 +1,6 @@
 //! What the kernels are specialised on, and how that is chosen.
 
-use crate::hopper_delta::segment::StatePlan;
-use crate::hopper_delta::segments;
+use crate::hopper_delta::place::StatePlan;
 use crate::hopper_walk::Cores;
 use crate::tile::hopper::{Acc, Frag, TRIANGLE_COLUMN, TRIANGLE_ROW};
 
@@ -189,7 +188,7 @@ impl ChainPlan {
 
     /// Columns of the state, which are value channels, or with a segment's transition also key channels.
     pub(crate) fn columns(&self) -> usize {
-        if self.task == Task::SegmentStates { segments::columns(self.keys, self.values) } else { self.values }
+        self.segment_state().columns()
     }
 
     /// Panels that copies bring to a stage: what is read with, written with, and added from values; for outputs also what

@@ -15,11 +15,11 @@
 
 use cubecl::prelude::*;
 
-use super::parts::{Place, copy_rows, decayed_scores, publish};
+use super::parts::{Place, add_product, copy_rows, decayed_scores, multiply, publish};
 use super::plan::{CHUNK, DECAYED, OUT, SCORES, WalkPlan};
 use crate::tile::hopper::{
-    commit, commit_stores, exp2, fence, fence_shared, k_major, mma_registers, mma_shared, mn_major, scale_rows,
-    store_3d, sync_warpgroup, wait,
+    commit, commit_stores, exp2, fence, fence_shared, k_major, mma_shared, mn_major, scale_rows, store_3d,
+    sync_warpgroup, wait,
 };
 
 /// Tiles of one chunk: keys, queries, gradients of the outputs, the state, and where the gradient of the values goes.
@@ -61,11 +61,7 @@ pub(super) fn values_of_chunk(
     #[comptime] plan: WalkPlan,
 ) {
     fence();
-    #[unroll]
-    for n in 0..4usize {
-        let keep = comptime!(n as u32);
-        mma_shared(SCORES, k_major(tiles.keys, CHUNK, n), k_major(tiles.queries, CHUNK, n), keep, false, false);
-    }
+    multiply(SCORES, tiles.keys, tiles.queries, 1usize);
     commit();
     #[unroll]
     for n in 0..4usize {
@@ -81,10 +77,7 @@ pub(super) fn values_of_chunk(
     wait(0u32);
     scale_rows(OUT, e_low, e_high);
     fence();
-    #[unroll]
-    for n in 0..4usize {
-        mma_registers(OUT, DECAYED, n, mn_major(tiles.grads, CHUNK, n), 1u32, true);
-    }
+    add_product(OUT, DECAYED, tiles.grads);
     commit();
     wait(0u32);
     publish(tiles.out, OUT, row, lane);

@@ -46,7 +46,7 @@
 //! - With K = V = 64 one warpgroup walks alone on a processor, where heads are odd in number or no more than processors.
 //! - simple_gla at 16 × 4096 × 16 × 64 × 64 on an H100 takes 0.195 ms forward, 0.156 for the states at the borders and 0.398 for all
 //!   gradients ([`all`]). Of 134 MB each these move 4, 3 and 8 (a state at a border is as large as a chunk of a tensor), at 2.72,
-//!   2.59 and 2.68 TB/s, where a copy moves 2.85. With a walk for dq that kept the states, one for dk and dv, and a kernel for the
+//!   2.59 (by count) and 2.69 TB/s, where a copy moves 2.85. With a walk for dq that kept the states, one for dk and dv, and a kernel for the
 //!   gate's sums it was 0.290, 0.378 and 0.018 backward, for 6 and 7 tensors. States at every second border only, the others
 //!   made anew from the chunk before, would save one of these 15: for two heads side by side there is no shared memory for that.
 //! - One state kept for four chunks, the others' products derived from it by what queries read and keys write between two borders

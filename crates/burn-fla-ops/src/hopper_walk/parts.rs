@@ -5,8 +5,8 @@ use cubecl::prelude::*;
 use super::plan::{Axis, CHUNK, KeyHeads, PANEL, SCORES, VALUES, WalkPlan};
 use super::table::ITEM_WORDS;
 use crate::tile::hopper::{
-    Acc, Frag, bf16_high, bf16_low, column_of, exp2, load_3d, load_transposed, load_u32, next, pack, read,
-    store_columns, swizzled,
+    Acc, Frag, bf16_high, bf16_low, column_of, exp2, k_major, load_3d, load_transposed, load_u32, mma_registers,
+    mma_shared, mn_major, next, pack, read, store_columns, swizzled,
 };
 
 /// `1 / ln 2`: decays are kept as powers of two.
@@ -262,6 +262,24 @@ pub(super) fn decayed_values(
 fn token_factor(token: u32, g: f32, g_last: f32, count: u32, #[comptime] plan: WalkPlan) -> f32 {
     let exponent = if comptime!(plan.roles.against_time) { g + 0.0f32 } else { g_last - g };
     select(token < count, exp2(exponent), 0.0f32)
+}
+
+/// Starts the product of two tiles of so many panels, rows with rows.
+#[cube]
+pub(super) fn multiply(#[comptime] to: Acc, a: u32, b: u32, #[comptime] panels: usize) {
+    #[unroll]
+    for n in 0..comptime!(4 * panels) {
+        mma_shared(to, k_major(a, CHUNK, n), k_major(b, CHUNK, n), comptime!(n as u32), false, false);
+    }
+}
+
+/// Starts adding that of a chunk's left operand in registers with a tile, columns with rows.
+#[cube]
+pub(super) fn add_product(#[comptime] to: Acc, #[comptime] a: Frag, b: u32) {
+    #[unroll]
+    for n in 0..4usize {
+        mma_registers(to, a, n, mn_major(b, CHUNK, n), 1u32, true);
+    }
 }
 
 /// Writes an accumulator of 64 rows, rounded to bf16, as panels.

@@ -7,13 +7,13 @@ use half::bf16;
 
 use super::key::{factors_of_span, plain_values, scale_state};
 use super::loads::load_tensors;
-use super::parts::{chunk_at, decayed_values, decays_of_chunk, parts_of, place, span_at, spans_of};
-use super::plan::{Axis, CHUNK, PANEL, VALUES, WalkPlan};
+use super::parts::{add_product, chunk_at, decayed_values, decays_of_chunk, parts_of, place, span_at, spans_of};
+use super::plan::{Axis, PANEL, VALUES, WalkPlan};
 use super::states::{load_state, store_end};
 use super::table::{ITEM_WORDS, SEQUENCE_WORDS};
 use crate::tile::hopper::{
-    Ring, barrier_arrive, barrier_fence, commit, declare, declare_fragment, exp2, fence, give_registers, mma_registers,
-    mn_major, next, row_of, scale_rows, sync_warpgroup, take_registers, wait, warpgroup,
+    Ring, barrier_arrive, barrier_fence, commit, declare, declare_fragment, exp2, fence, give_registers, next, row_of,
+    scale_rows, sync_warpgroup, take_registers, wait, warpgroup,
 };
 
 /// The state at the end of each segment, from the initial one where the walk enters its sequence, from zero elsewhere;
@@ -173,10 +173,7 @@ pub(super) fn segment_states(
                         scale_rows(state, decay, decay);
                     }
                     fence();
-                    #[unroll]
-                    for n in 0..4usize {
-                        mma_registers(state, VALUES, n, mn_major(k0, CHUNK, n), 1u32, true);
-                    }
+                    add_product(state, VALUES, k0);
                     commit();
                     wait(0u32);
                     if comptime!(plan.by_channel()) {

@@ -30,8 +30,8 @@ use super::both::{Target, Tiles, values_of_chunk};
 use super::key::{masked_scores, plain_values, scale_state};
 use super::loads::{load_decays, load_factors, load_tensors};
 use super::parts::{
-    chunk_at, copy_rows, decayed_scores, decayed_values, parts_of, place_beside, publish, row_products, span_at,
-    spans_of,
+    add_product, chunk_at, copy_rows, decayed_scores, decayed_values, multiply, parts_of, place_beside, publish,
+    row_products, span_at, spans_of,
 };
 use super::plan::{Borders, CHUNK, DECAYED, OUT, PANEL, SCORES, VALUES, WalkPlan};
 use super::products::{multiply_rows, products_of_span, sum_inter, sum_rounding, write_factored};
@@ -39,8 +39,8 @@ use super::shift::{Rows, kept_rows, token_at, whole};
 use super::states::{border_at, load_state, multiply_border, store_state, write_border};
 use crate::tile::hopper::{
     Ring, address_of_mut, barrier_fence, commit, commit_stores, declare, declare_fragment, exp2, fence, fence_shared,
-    give_registers, k_major, mma_registers, mma_shared, mn_major, next, row_of, scale_rows, store_3d, sync_warpgroup,
-    take_registers, unit_again, wait, wait_stores_read, warpgroup,
+    give_registers, next, row_of, scale_rows, store_3d, sync_warpgroup, take_registers, unit_again, wait,
+    wait_stores_read, warpgroup,
 };
 
 #[cube(launch_unchecked)]
@@ -192,11 +192,7 @@ pub(super) fn walk(
                     }
                     // The scores, while the state goes to shared memory as an operand.
                     fence();
-                    #[unroll]
-                    for n in 0..comptime!(4 * panels) {
-                        let keep = comptime!(n as u32);
-                        mma_shared(SCORES, k_major(q0, CHUNK, n), k_major(k0, CHUNK, n), keep, false, false);
-                    }
+                    multiply(SCORES, q0, k0, panels);
                     commit();
                     if comptime!(plan.by_channel()) {
                         if comptime!(plan.roles.borders == Borders::Write) {
@@ -236,11 +232,7 @@ pub(super) fn walk(
                     sync_warpgroup(id, 128u32);
                     if comptime!(!plan.shares_registers()) {
                         fence();
-                        #[unroll]
-                        for n in 0..comptime!(4 * panels) {
-                            let keep = comptime!(n as u32);
-                            mma_shared(out, k_major(q0, CHUNK, n), k_major(s0, 64usize, n), keep, false, false);
-                        }
+                        multiply(out, q0, s0, panels);
                         commit();
                     }
                     if comptime!(!plan.by_channel()) {
@@ -267,11 +259,7 @@ pub(super) fn walk(
                     }
                     if comptime!(plan.shares_registers()) {
                         fence();
-                        #[unroll]
-                        for n in 0..comptime!(4 * panels) {
-                            let keep = comptime!(n as u32);
-                            mma_shared(out, k_major(q0, CHUNK, n), k_major(s0, 64usize, n), keep, false, false);
-                        }
+                        multiply(out, q0, s0, panels);
                         commit();
                     }
                     if comptime!(plan.by_channel()) {
@@ -314,15 +302,9 @@ pub(super) fn walk(
                         }
                     }
                     fence();
-                    #[unroll]
-                    for n in 0..4usize {
-                        mma_registers(out, DECAYED, n, mn_major(v0, CHUNK, n), 1u32, true);
-                    }
+                    add_product(out, DECAYED, v0);
                     commit();
-                    #[unroll]
-                    for n in 0..4usize {
-                        mma_registers(state, VALUES, n, mn_major(k0, CHUNK, n), 1u32, true);
-                    }
+                    add_product(state, VALUES, k0);
                     commit();
                     wait(1u32);
                     if comptime!(!plan.by_channel() && plan.dots()) {

@@ -8,13 +8,12 @@ use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
 use half::bf16;
 
 use crate::hopper_walk::loads::{load_decays, load_tensors};
-use crate::hopper_walk::parts::{Place, chunk_at, decayed_values, place_beside, publish};
+use crate::hopper_walk::parts::{Place, add_product, chunk_at, decayed_values, place_beside, publish};
 use crate::hopper_walk::plan::{CHUNK, PANEL, VALUES, WalkPlan};
 use crate::hopper_walk::states::load_state;
 use crate::tile::hopper::{
     Ring, barrier_fence, commit, commit_stores, declare, declare_fragment, exp2, fence, fence_shared, give_registers,
-    mma_registers, mn_major, row_of, scale_rows, store_3d, sync_warpgroup, take_registers, wait, wait_stores_read,
-    warpgroup,
+    row_of, scale_rows, store_3d, sync_warpgroup, take_registers, wait, wait_stores_read, warpgroup,
 };
 
 /// The row of the states at borders, 64 each, at which that before a chunk begins.
@@ -109,10 +108,7 @@ pub(super) fn write_borders(
                 let decay = exp2(g_last);
                 scale_rows(state, decay, decay);
                 fence();
-                #[unroll]
-                for n in 0..4usize {
-                    mma_registers(state, VALUES, n, mn_major(tiles_k + to, CHUNK, n), 1u32, true);
-                }
+                add_product(state, VALUES, tiles_k + to);
                 commit();
                 wait(0u32);
                 if elected {

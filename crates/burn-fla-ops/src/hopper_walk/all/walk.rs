@@ -12,34 +12,15 @@ use super::loader::{load_chunks, sum_gates};
 use crate::hopper_walk::QUERIES;
 use crate::hopper_walk::loads::load_decays;
 use crate::hopper_walk::parts::{
-    Place, chunk_at, copy_rows, decayed_scores, decayed_values, place_beside, publish, row_sum,
+    Place, add_product, chunk_at, copy_rows, decayed_scores, decayed_values, multiply, place_beside, publish, row_sum,
 };
 use crate::hopper_walk::plan::{ALL_TILES, CHUNK, DECAYED, OUT, PANEL, SCORES, VALUES, WalkPlan};
 use crate::hopper_walk::states::{load_state, store_state};
 use crate::tile::hopper::{
-    Acc, Frag, Ring, barrier_arrive, barrier_fence, bf16_high, bf16_low, commit, commit_stores, declare,
-    declare_fragment, exp2, fence, fence_shared, give_registers, k_major, load_u32, mma_registers, mma_shared,
-    mn_major, read, row_of, scale_rows, store_3d, swizzled, sync_warpgroup, take_registers, unit_again, wait,
-    wait_stores_read, warpgroup,
+    Ring, barrier_arrive, barrier_fence, bf16_high, bf16_low, commit, commit_stores, declare, declare_fragment, exp2,
+    fence, fence_shared, give_registers, k_major, load_u32, mma_shared, mn_major, read, row_of, scale_rows, store_3d,
+    swizzled, sync_warpgroup, take_registers, unit_again, wait, wait_stores_read, warpgroup,
 };
-
-/// Starts the product of two tiles, rows with rows.
-#[cube]
-fn multiply(#[comptime] to: Acc, a: u32, b: u32) {
-    #[unroll]
-    for n in 0..4usize {
-        mma_shared(to, k_major(a, CHUNK, n), k_major(b, CHUNK, n), comptime!(n as u32), false, false);
-    }
-}
-
-/// Starts adding that of a left operand in registers with a tile, columns with rows.
-#[cube]
-fn add_product(#[comptime] to: Acc, #[comptime] a: Frag, b: u32) {
-    #[unroll]
-    for n in 0..4usize {
-        mma_registers(to, a, n, mn_major(b, CHUNK, n), 1u32, true);
-    }
-}
 
 /// The product of the state in the tile with that in the registers: one sum a warp.
 #[cube]
@@ -194,7 +175,7 @@ pub(super) fn walk_all(
                 let g0 = (stage * comptime!(CHUNK as u32)) as usize;
                 // v · do, while the state's gradient goes to shared memory as an operand.
                 fence();
-                multiply(SCORES, v0, d0);
+                multiply(SCORES, v0, d0, 1usize);
                 commit();
                 publish(z0, state, row, lane);
                 let g_last = shared_g[g0 + 63];
@@ -206,13 +187,13 @@ pub(super) fn walk_all(
                 fence_shared();
                 sync_warpgroup(id, 128u32);
                 fence();
-                multiply(OUT, v0, z0);
+                multiply(OUT, v0, z0, 1usize);
                 commit();
                 wait(1u32);
                 decayed_scores(DECAYED, &shared_g, g0, row, lane, count, out_scale, plan);
                 // k · q
                 fence();
-                multiply(SCORES, k0, q0);
+                multiply(SCORES, k0, q0, 1usize);
                 commit();
                 decayed_values(q0, &shared_g, g0, g_last, count, warp, lane, plan);
                 scale_rows(state, decay, decay);
@@ -238,7 +219,7 @@ pub(super) fn walk_all(
                 decayed_scores(DECAYED, &shared_g, g0, row, lane, count, out_scale, plan);
                 // do · v
                 fence();
-                multiply(SCORES, d0, v0);
+                multiply(SCORES, d0, v0, 1usize);
                 #[unroll]
                 for n in 0..4usize {
                     let keep = comptime!(n as u32);
@@ -258,7 +239,7 @@ pub(super) fn walk_all(
                 // dv
                 publish(o1, OUT, row, lane);
                 fence();
-                multiply(OUT, d0, s0);
+                multiply(OUT, d0, s0, 1usize);
                 commit();
                 if elected {
                     // dk has left the tile that dq goes to.
