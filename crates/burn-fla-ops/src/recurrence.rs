@@ -216,6 +216,27 @@ impl Problem {
         })
     }
 
+    /// Whether one of its tensors is differentiated.
+    #[cfg(feature = "cube")]
+    pub(crate) fn is_tracked(&self) -> bool {
+        let decay = match &self.decay {
+            // A constant decay has no gradient.
+            Decay::None | Decay::Head(_) => false,
+            Decay::Token(g) => g.is_tracked(),
+            Decay::Key(g) | Decay::Value(g) => g.is_tracked(),
+        };
+        decay
+            || [&self.q, &self.k, &self.v].into_iter().chain(&self.state).any(Tensor::is_tracked)
+            || self.bonus.as_ref().is_some_and(Tensor::is_tracked)
+    }
+
+    /// Whether kernels run it as one token a sequence: see [`crate::one_step`]. `tracked` as for [`Self::planned`].
+    #[cfg(feature = "cube")]
+    pub(crate) fn is_one_step(&self, tracked: bool) -> bool {
+        Implementation::choose(self) == Implementation::Portable
+            && crate::one_step::takes(&self.sequences, tracked || self.is_tracked())
+    }
+
     /// The operator that would run it, for another operator to run as a part of itself, where it is one. Its inputs are q,
     /// k, v, the decay, and the initial state where there is one. `tracked` says whether something else than these tensors
     /// is differentiated.

@@ -94,15 +94,20 @@ fn one_step_takes_heads_that_share_keys() {
         let (g, options) = (by_token(&g).sub_scalar(1.0), DeltaOptions::from(options));
         comba(q, k, p, v, g, by_token(&beta), options).map(|(o, state)| vec![o, state])
     });
-    for groups in [HeadGroups::Contiguous, HeadGroups::Tiled] {
+    // D by head is among the operators above.
+    for (groups, by_channel) in
+        [(HeadGroups::Contiguous, false), (HeadGroups::Tiled, false), (HeadGroups::Contiguous, true)]
+    {
         let [bs, cs] = [1, 2].map(|seed| Numbers::new(seed, [b, 1, 3, k]));
         let [x, delta] = [(4, v), (5, 1)].map(|(seed, width)| Numbers::new(seed, [b, 1, heads, width]));
-        let a = Numbers::new(6, [1, 1, heads, 1]);
-        compare(&format!("ssd, {groups:?}"), &[x, delta, a, bs, cs], Some(&state), &|x, options| {
-            let [x, delta, a, b, c] = <[_; 5]>::try_from(x).expect("five");
+        let [a, skip] = [(6, 1), (7, v)].map(|(seed, width)| Numbers::new(seed, [1, 1, heads, width]));
+        let what = format!("ssd, {groups:?}, D {by_channel}");
+        compare(&what, &[x, delta, a, bs, cs, skip], Some(&state), &|x, options| {
+            let [x, delta, a, b, c, skip] = <[_; 6]>::try_from(x).expect("six");
             let (delta, a) = (by_token(&delta).add_scalar(1.0), a.reshape([heads]).sub_scalar(1.0));
             let SequenceOptions { initial_state, engine, .. } = options;
-            let options = SsdOptions { groups, initial_state, engine, ..Default::default() };
+            let skip = by_channel.then(|| skip.reshape([-1]));
+            let options = SsdOptions { skip, groups, initial_state, engine, ..Default::default() };
             ssd(x, delta, a, b, c, options).map(|(y, state)| vec![y, state])
         });
     }
@@ -146,9 +151,7 @@ fn one_step_takes_bf16() {
             let bound = if next.is_some() { 3e-3 } else { 5e-3 };
             assert_close(&format!("{name}, {}, o", operator.name), &numbers(o), &numbers(right_o), bound);
             if let (Some(next), Some(right)) = (next, right_next) {
-                // What ssd multiplies x by is rounded before it is added.
-                let bound = if operator.name == "ssd" { 2e-3 } else { 1e-5 };
-                assert_close(&format!("{name}, {}, state", operator.name), &numbers(next), &numbers(right), bound);
+                assert_close(&format!("{name}, {}, state", operator.name), &numbers(next), &numbers(right), 1e-5);
             }
         }
     }

@@ -118,6 +118,7 @@ impl Problem {
                 Some(crate::delta::Gate::Token(g)) => (Gate::Token, Some(g.into_dispatch())),
                 Some(crate::delta::Gate::Key(g)) => (Gate::Key, Some(g.into_dispatch())),
             },
+            skip: None,
             scale: self.scale,
             state: self.state,
             tiled: false,

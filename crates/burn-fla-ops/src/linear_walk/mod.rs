@@ -52,7 +52,7 @@ use plan::DecayKind;
 /// What runs a checked problem on the kernels; `tracked` says whether something else than its tensors is differentiated.
 /// The first inputs are q, k, v, the decay, and the initial state where there is one.
 pub(crate) fn planned(problem: Problem, tracked: bool) -> Planned {
-    if one_step::takes(&problem.sequences, tracked || is_tracked(&problem)) {
+    if one_step::takes(&problem.sequences, tracked || problem.is_tracked()) {
         return step(problem);
     }
     let problem = problem.with_own_heads();
@@ -93,18 +93,6 @@ pub(crate) fn planned(problem: Problem, tracked: bool) -> Planned {
     Planned { operator: Arc::new(operator), floats, ints: Vec::new(), tables: vec![table.entries.into()] }
 }
 
-fn is_tracked(problem: &Problem) -> bool {
-    let decay = match &problem.decay {
-        // A constant decay has no gradient.
-        Decay::None | Decay::Head(_) => false,
-        Decay::Token(g) => g.is_tracked(),
-        Decay::Key(g) | Decay::Value(g) => g.is_tracked(),
-    };
-    decay
-        || [&problem.q, &problem.k, &problem.v].into_iter().chain(&problem.state).any(Tensor::is_tracked)
-        || problem.bonus.as_ref().is_some_and(Tensor::is_tracked)
-}
-
 /// A problem of one token a sequence.
 fn step(problem: Problem) -> Planned {
     let Problem { op, q, k, v, groups, decay, bonus, scale, state, .. } = problem;
@@ -121,6 +109,7 @@ fn step(problem: Problem) -> Planned {
             Decay::Key(g) => (one_step::Gate::Key, Some(g.into_dispatch())),
             Decay::Value(g) => (one_step::Gate::Value, Some(g.into_dispatch())),
         },
+        skip: None,
         scale,
         state,
         tiled: groups == HeadGroups::Tiled,

@@ -3,6 +3,7 @@
 use cubecl::prelude::*;
 
 use super::plan::{Form, Gate, StepPlan};
+use crate::ssd::Skip;
 
 /// The sum of `value` over the parts, on every unit, in a fixed order. All units of the cube must come here; each call has
 /// its own half of `shared`.
@@ -49,6 +50,7 @@ pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size, M: Size, NB:
     g: &Tensor<Vector<G, NG>>,
     states: &mut Tensor<Vector<f32, N>>,
     values: &mut Tensor<Vector<V, N>>,
+    skip: &Tensor<f32>,
     heads: usize,
     key_heads: usize,
     cubes: usize,
@@ -86,7 +88,8 @@ pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size, M: Size, NB:
             s[j] = Vector::new(0.0f32);
         }
     }
-    let added = Vector::<f32, N>::cast_from(values[row * width + column]);
+    let value = Vector::<f32, N>::cast_from(values[row * width + column]);
+    let mut added = value;
 
     // The token's vectors, with zeros past the last key channel.
     let mut qs = Array::<f32>::new(each);
@@ -99,7 +102,12 @@ pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size, M: Size, NB:
         one_decay = f32::exp(f32::cast_from(g[head].extract(0usize)));
     }
     if comptime!(gate == Gate::Token) {
-        one_decay = f32::exp(f32::cast_from(g[row].extract(0usize)));
+        let mut log_decay = f32::cast_from(g[row].extract(0usize));
+        if comptime!(form.is_duality()) {
+            added *= Vector::new(log_decay);
+            log_decay *= f32::cast_from(b[head].extract(0usize));
+        }
+        one_decay = f32::exp(log_decay);
     }
     #[unroll]
     for m in 0..some {
@@ -136,7 +144,7 @@ pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size, M: Size, NB:
                 readers[j] = f32::new(0.0) - ks[j];
             }
         }
-        if comptime!(form.has_b() && !form.one_added()) {
+        if comptime!(form.has_writer()) {
             let head_of_b = if comptime!(form == Form::Bonus) { head } else { key_row };
             let from_b = b[head_of_b * all + place];
             #[unroll]
@@ -203,8 +211,20 @@ pub(super) fn step<E: Float, G: Float, B: Float, V: Float, N: Size, M: Size, NB:
             states[(row * keys + key) * width + column] = after;
         }
     }
-    let o = over_parts::<N>(sum, &mut shared, 1usize, plan);
+    let mut o = over_parts::<N>(sum, &mut shared, 1usize, plan) * Vector::new(scale);
     if part == 0 && inside {
-        values[row * width + column] = Vector::cast_from(o * Vector::new(scale));
+        if comptime!(form.skip() == Skip::Head) {
+            o += Vector::new(skip[head]) * value;
+        }
+        if comptime!(form.skip() == Skip::Channel) {
+            let first = (head * width + column) * value.vector_size();
+            let mut weights = Vector::<f32, N>::new(0.0f32);
+            #[unroll]
+            for i in 0..value.vector_size() {
+                weights.insert(i, skip[first + i]);
+            }
+            o += weights * value;
+        }
+        values[row * width + column] = Vector::cast_from(o);
     }
 }

@@ -4,7 +4,8 @@
 //! S̃ = e^g ∘ S ,   u = S_xᵀ a ,   S' = S̃ + b uᵀ + k vᵀ ,   o = scale · S'ᵀ q
 //! ```
 //!
-//! S_x is S or S̃; `a` and `b` are there where the transition has a part of low rank, in the forms of [`delta_walk`].
+//! S_x is S or S̃; `a` and `b` are there where the transition has a part of low rank, in the forms of [`delta_walk`]. For
+//! [`ssd`](crate::ssd()) the kernel also makes g and v of Δ, A and x, in f32, and adds `D ∘ x`: one launch in the place of three.
 //! The state is read once and written once, in place where nobody else holds it: 8 K V bytes a head, beside which the token's
 //! vectors are nothing. A cube takes 64 value channels of a head, and every unit loads its 32 numbers before it uses the first.
 //! Nothing is differentiated here; tracked tensors go to the kernels of sequences.
@@ -26,6 +27,7 @@ use crate::CuSeqlens;
 use crate::bridge::{CubeTensor, Operator, Planned, TensorSpec, alloc, contiguous, owned, storage};
 use crate::linear_walk::plan::grid;
 use crate::rows::address;
+use crate::ssd::Skip;
 use plan::StepPlan;
 pub(crate) use plan::{Form, Gate};
 
@@ -37,9 +39,11 @@ pub(crate) struct Problem {
     pub(crate) qkv: [Tensor<4>; 3],
     /// As the form reads it.
     pub(crate) a: Option<Tensor<4>>,
-    /// The strength `[.., H]`, b, the rate, or the bonus `[H, K]`.
+    /// The strength `[.., H]`, b, the rate, the bonus `[H, K]`, or A `[H]`.
     pub(crate) b: Option<burn::backend::DispatchTensor>,
     pub(crate) gate: (Gate, Option<burn::backend::DispatchTensor>),
+    /// D, where the form has one.
+    pub(crate) skip: Option<burn::backend::DispatchTensor>,
     pub(crate) scale: f64,
     pub(crate) state: Option<Tensor<4>>,
     /// Whether heads read groups of keys by turns.
@@ -53,7 +57,7 @@ pub(crate) fn takes(sequences: &CuSeqlens, tracked: bool) -> bool {
 
 /// What runs a problem that [`takes`] accepts.
 pub(crate) fn planned(problem: Problem) -> Planned {
-    let Problem { op, form, qkv: [q, k, v], a, b, gate: (gate, g), scale, state, tiled } = problem;
+    let Problem { op, form, qkv: [q, k, v], a, b, gate: (gate, g), skip, scale, state, tiled } = problem;
     let [batch, tokens, key_heads, keys] = q.dims();
     let [.., heads, values] = v.dims();
     let sequences = batch * tokens;
@@ -71,11 +75,12 @@ pub(crate) fn planned(problem: Problem) -> Planned {
     floats.extend(a.map(Tensor::into_dispatch));
     floats.extend(b);
     floats.extend(g);
+    floats.extend(skip);
     floats.extend(state.map(|state| state.cast(DType::F32).into_dispatch()));
     Planned { operator: Arc::new(operator), floats, ints: Vec::new(), tables: Vec::new() }
 }
 
-/// Inputs: q, k, v; a, b, the log decay and the state where they are there.
+/// Inputs: q, k, v; a, b, the log decay, D and the state where they are there.
 #[derive(Clone, Debug)]
 struct Step {
     name: &'static str,
@@ -108,6 +113,7 @@ impl Operator for Step {
         let a = or_unused(self.form.has_a());
         let b = or_unused(self.form.has_b());
         let g = or_unused(self.gate != Gate::None);
+        let skip = or_unused(self.form.skip() != Skip::None);
         let state = next(self.has_state);
         // Written over where nobody else holds them.
         let o = owned(v.expect("always there"));
@@ -123,7 +129,7 @@ impl Operator for Step {
             address(&[&state, &o, &q, &g]),
             vector,
             plan.vector,
-            if self.form.has_b() && !self.form.one_added() { plan.vector } else { 1 },
+            if self.form.has_writer() { plan.vector } else { 1 },
             match self.gate {
                 Gate::Key => plan.vector,
                 Gate::Value => vector,
@@ -136,6 +142,7 @@ impl Operator for Step {
             g.clone().into_tensor_arg(),
             state.clone().into_tensor_arg(),
             o.clone().into_tensor_arg(),
+            skip.into_tensor_arg(),
             heads,
             self.key_heads,
             cubes,

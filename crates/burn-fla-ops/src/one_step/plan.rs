@@ -3,6 +3,7 @@
 use crate::bridge::CubeTensor;
 use crate::delta_walk;
 use crate::rows::{UNITS, planes_of_32, vector_size};
+use crate::ssd::Skip;
 
 /// The most numbers of the state that a unit keeps: they should stay in registers.
 const MOST_KEPT: usize = 64;
@@ -18,6 +19,8 @@ pub(crate) enum Form {
     Bonus,
     /// With a part of low rank, as [`delta_walk`] has it.
     LowRank(delta_walk::Form),
+    /// Of [`ssd`](crate::ssd()): `S' = e^{Δ A} S + k (Δ v)ᵀ`, `o = scale · S'ᵀ q + D ∘ v`, with Δ in the place of the log decay.
+    Duality(Skip),
 }
 
 impl Form {
@@ -41,6 +44,20 @@ impl Form {
 
     pub(super) fn has_b(self) -> bool {
         self != Self::Linear
+    }
+
+    /// Whether b has a number for each key channel.
+    pub(super) fn has_writer(self) -> bool {
+        self.has_b() && !self.one_added() && !self.is_duality()
+    }
+
+    pub(super) fn is_duality(self) -> bool {
+        matches!(self, Self::Duality(_))
+    }
+
+    /// What each channel adds of itself to what is read.
+    pub(super) fn skip(self) -> Skip {
+        if let Self::Duality(skip) = self { skip } else { Skip::None }
     }
 
     /// Whether that vector is given with its sign.

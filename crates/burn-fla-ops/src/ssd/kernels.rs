@@ -16,13 +16,24 @@ const ADDED: usize = 8;
 
 /// What D has a number for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Skip {
+pub(crate) enum Skip {
     /// There is none.
     None,
     /// `[H]`.
     Head,
     /// `[H·P]`.
     Channel,
+}
+
+impl Skip {
+    /// Of `numbers` numbers for `heads` heads.
+    pub(super) fn of(numbers: Option<usize>, heads: usize) -> Self {
+        match numbers {
+            None => Self::None,
+            Some(numbers) if numbers == heads => Self::Head,
+            Some(_) => Self::Channel,
+        }
+    }
 }
 
 /// D at the channels of a vector of a row.

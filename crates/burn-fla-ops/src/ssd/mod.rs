@@ -8,7 +8,8 @@
 //!
 //! This is [`simple_gla`](crate::simple_gla()) with queries `C`, keys `B`, values `Δ x`, log decay `Δ A` and scale 1, and runs on
 //! its kernels, with what stands before and after them in one operator (`operator.rs` counts its passes over memory). Those for
-//! Hopper read `B` and `C` of a head's group where they are, the others a copy for each head.
+//! Hopper read `B` and `C` of a head's group where they are, the others a copy for each head. One token of generation is one
+//! kernel, in which `Δ x` is never rounded.
 //!
 //! Dao, Gu: *Transformers are SSMs* (2024).
 
@@ -18,11 +19,19 @@ mod kernels;
 mod operator;
 pub mod reference;
 
+#[cfg(feature = "cube")]
+use burn::backend::DispatchTensor;
 use burn::tensor::{DType, Tensor};
+#[cfg(feature = "cube")]
+pub(crate) use kernels::Skip;
 
 use crate::arguments::{activation, parameter};
+#[cfg(feature = "cube")]
+use crate::bridge::Planned;
 use crate::bridge::{same_device, same_dtype, same_shape};
 use crate::chunked::compute_dtype;
+#[cfg(feature = "cube")]
+use crate::one_step;
 use crate::recurrence::{Decay, Problem};
 use crate::selective_scan::wide;
 use crate::{CuSeqlens, Engine, OpError, SequenceOptions};
@@ -113,13 +122,36 @@ fn on_operator(
     skip: &Option<Tensor<1>>,
 ) -> Result<(Tensor<4>, Tensor<4>), Box<Problem>> {
     let [_, _, heads, width] = problem.v.dims();
+    let tracked = a.is_tracked() || skip.as_ref().is_some_and(Tensor::is_tracked);
+    let by = Skip::of(skip.as_ref().map(|skip| skip.dims()[0]), heads);
+    let (a, skip) = (a.clone().into_dispatch(), skip.clone().map(Tensor::into_dispatch));
+    if problem.is_one_step(tracked) {
+        return Ok(step(problem, a, skip, by).run_recurrence());
+    }
     if !crate::rows::fits(width) {
         return Err(Box::new(problem));
     }
-    let tracked = a.is_tracked() || skip.as_ref().is_some_and(Tensor::is_tracked);
     let recurrence = problem.planned(tracked)?;
-    let skip = skip.clone().map(|skip| (skip.clone().into_dispatch(), skip.dims()[0]));
-    Ok(operator::planned(recurrence, heads, a.clone().into_dispatch(), skip).run_recurrence())
+    Ok(operator::planned(recurrence, a, skip, by).run_recurrence())
+}
+
+/// A problem of one token a sequence: what stands before and after the recurrence is in its kernel, in f32.
+#[cfg(feature = "cube")]
+fn step(problem: Problem, a: DispatchTensor, skip: Option<DispatchTensor>, by: Skip) -> Planned {
+    let Problem { op, q, k, v, groups, decay, scale, state, .. } = problem;
+    let Decay::Token(delta) = decay else { unreachable!("the decay is Δ") };
+    one_step::planned(one_step::Problem {
+        op,
+        form: one_step::Form::Duality(by),
+        qkv: [q, k, v],
+        a: None,
+        b: Some(a),
+        gate: (one_step::Gate::Token, Some(delta.into_dispatch())),
+        skip,
+        scale,
+        state,
+        tiled: groups == HeadGroups::Tiled,
+    })
 }
 
 fn check(

@@ -40,22 +40,12 @@ struct Ssd {
     skip: Skip,
 }
 
-/// `recurrence` was planned with x and Δ as values and decay; `skip` is `[H]` or `[H·P]`.
-pub(super) fn planned(
-    recurrence: Planned,
-    heads: usize,
-    a: DispatchTensor,
-    skip: Option<(DispatchTensor, usize)>,
-) -> Planned {
+/// `recurrence` was planned with x and Δ as values and decay; `skip` is `[H]` or `[H·P]`, as `by` says.
+pub(super) fn planned(recurrence: Planned, a: DispatchTensor, skip: Option<DispatchTensor>, by: Skip) -> Planned {
     let Planned { operator, mut floats, ints, tables } = recurrence;
-    let by = match &skip {
-        None => Skip::None,
-        Some((_, size)) if *size == heads => Skip::Head,
-        Some(_) => Skip::Channel,
-    };
     let operator = Ssd { recurrence: operator, inputs: floats.len(), skip: by };
     floats.push(a);
-    floats.extend(skip.map(|(skip, _)| skip));
+    floats.extend(skip);
     Planned { operator: Arc::new(operator), floats, ints, tables }
 }
 
