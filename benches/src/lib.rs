@@ -7,4 +7,4 @@ mod rows;
 
 pub use plot::plot;
 pub use result::{BenchResult, Table, load, machine, render};
-pub use rows::{operators, steps};
+pub use rows::{engines, operators, steps};

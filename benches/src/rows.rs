@@ -156,6 +156,47 @@ pub fn operators(text: &str) -> Result<Table, String> {
     Ok(Table { columns, rows: ours.map(line).collect() })
 }
 
+/// Operators by shape on the kernels for any NVIDIA GPU since Ampere, beside what is taken by itself on the same kind of
+/// device.
+///
+/// # Errors
+/// A line that is not such a row.
+pub fn engines(text: &str) -> Result<Table, String> {
+    let rows = rows(text)?;
+    let columns = head(&[
+        "operator",
+        "B, T, H, K, V",
+        "mma forward ms",
+        "auto",
+        "mma ÷ auto",
+        "mma forward + backward ms",
+        "auto",
+        "mma ÷ auto",
+        "GiB",
+        "auto",
+        "worst error of mma",
+        "GPU",
+    ]);
+    let pairs = rows.iter().filter(|row| row.engine == "mma" && row.both_ms.is_some()).filter_map(|mma| {
+        let same = |auto: &&Row| {
+            auto.engine == "auto"
+                && (&auto.operator, auto.case(), &auto.device) == (&mma.operator, mma.case(), &mma.device)
+        };
+        Some((mma, rows.iter().find(same)?))
+    });
+    let line = |(mma, auto): (&Row, &Row)| {
+        let beside = |of: fn(&Row) -> Option<f64>| {
+            let ratio = || Some(of(mma)? / of(auto)?);
+            [or_dash(of(mma), 3), or_dash(of(auto), 3), or_dash(ratio(), 2)]
+        };
+        let [_, shape] = shown(mma);
+        let memory = [mma, auto].map(|row| or_dash(gib(row.peak_bytes), 2));
+        let times = [beside(|row| row.forward_ms), beside(|row| row.both_ms)].concat();
+        [vec![mma.operator.clone(), shape], times, memory.to_vec(), vec![worst(mma), mma.device.clone()]].concat()
+    };
+    Ok(Table { columns, rows: pairs.map(line).collect() })
+}
+
 /// Steps of one token.
 ///
 /// # Errors
@@ -203,6 +244,22 @@ a line for readers
             ]
         );
         assert!(table.rows.iter().all(|row| row.len() == table.columns.len()));
+    }
+
+    #[test]
+    fn kernels_since_ampere_stand_beside_what_the_same_device_takes() {
+        let mma = |device: &str, both: f64| {
+            format!(
+                "{{\"operator\":\"gla\",\"engine\":\"mma\",\"shape\":[1,2,3,4,5],\"device\":\"{device}\",\"forward_ms\":1.5,\
+                 \"both_ms\":{both},\"errors\":{{\"o\":2e-3}}}}\n"
+            )
+        };
+        let table = engines(&format!("{TEXT}{}{}", mma("G", 2.5), mma("J", 9.0))).unwrap();
+        // Another device's, and other shapes', are not comparable.
+        assert_eq!(table.rows.len(), 1);
+        let line = table.rows[0].join("|");
+        assert_eq!(line, "gla|1, 2, 3, 4, 5|1.500|1.000|1.50|2.500|2.000|1.25|–|1.00|2.0e-3 (o)|G");
+        assert_eq!(table.rows[0].len(), table.columns.len());
     }
 
     #[test]

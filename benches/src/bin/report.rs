@@ -4,7 +4,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use burn_fla_benches::{BenchResult, Table, load, machine, operators, plot, render, steps};
+use burn_fla_benches::{BenchResult, Table, engines, load, machine, operators, plot, render, steps};
 use clap::Parser;
 
 /// Keep measured results, and write the page that shows them
@@ -59,8 +59,11 @@ struct Add {
     /// A table of the operators among the lines of JSON that `bench-hopper operators` and scripts/peer.py printed
     #[arg(long, value_name = "FILE", value_delimiter = ',', conflicts_with = "table")]
     operators: Vec<PathBuf>,
-    /// A table of the lines of JSON that `bench-hopper step` printed
+    /// A table of the operators that `bench-hopper operators` timed both by themselves and with `:mma`, side by side
     #[arg(long, value_name = "FILE", value_delimiter = ',', conflicts_with_all = ["table", "operators"])]
+    engines: Vec<PathBuf>,
+    /// A table of the lines of JSON that `bench-hopper step` printed
+    #[arg(long, value_name = "FILE", value_delimiter = ',', conflicts_with_all = ["table", "operators", "engines"])]
     steps: Vec<PathBuf>,
     /// What the command printed; `-` is standard input
     #[arg(long, value_name = "FILE")]
@@ -97,10 +100,11 @@ fn run(cli: Cli) -> io::Result<()> {
             commit: add.commit.map_or_else(commit, Ok)?,
             command: add.command,
             note: add.note,
-            table: match (&add.table, &add.operators[..], &add.steps[..]) {
-                (_, [_, ..], _) => Some(rows(&add.operators, operators)?),
+            table: match (&add.operators[..], &add.engines[..], &add.steps[..]) {
+                ([_, ..], _, _) => Some(rows(&add.operators, operators)?),
+                (_, [_, ..], _) => Some(rows(&add.engines, engines)?),
                 (_, _, [_, ..]) => Some(rows(&add.steps, steps)?),
-                (file, _, _) => file.as_deref().map(table).transpose()?,
+                _ => add.table.as_deref().map(table).transpose()?,
             },
             output: add.output.as_deref().map(read).transpose()?.unwrap_or_default(),
         };

@@ -40,8 +40,8 @@
 //! 8 × 2048 × 32 × 64 × 64 takes 0.70 / 2.60, 16 × 4096 × 16 × 64 × 64 takes 1.32 / 5.03, `dplr` the same within a tenth. At the
 //! latter shape [`prepare`] takes 0.98 (1.12 for backward, 1.4 TB/s), the chains 0.24, 0.26 and 0.17 (all at 4.0 TB/s), and
 //! the gradients' kernel of then 2.15 (2.2 TB/s: 4.7 GB, where its tensors are 2.6). Since then the inverse's rows are padded
-//! and a synchronisation was added. `benches/results/90-operators.json` has it as it is on an H100, long sequences of few heads
-//! among it, with the peer beside it. What is known to be left:
+//! and a synchronisation was added. `benches/results/90-operators.json` has it as it is, long sequences of few heads among it, with
+//! the peer beside it. What is known to be left:
 //! - [`prepare`] took 1.39 ms (1.42 for backward) of 8 × 2048 × 32 × 128 × 128 on an H100, where its bytes take 0.48, with four
 //!   warps a chunk, 252 to 255 registers a unit and 8 warps a processor, whose units waited for their own instructions: a fifth of
 //!   an instruction a cycle and warp. Since then a warpgroup has one panel of keys, cubes stay on their processor with 12 (K ≤ 64)

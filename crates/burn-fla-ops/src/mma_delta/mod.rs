@@ -14,7 +14,7 @@
 //! more, it loads ahead. While backward runs, workspaces hold `2 V + 256 + 4 K V / 64` bytes a token and head, W, M, P and the
 //! states at the chunks' borders.
 //!
-//! Measured beside the engine for Hopper on an H100: `benches/results/69-mma-operators.json`. On one H200, in
+//! Measured beside the engine for Hopper on an H200: `benches/results/69-mma-operators.json`. On its way, on another, in
 //! milliseconds at 8 × 2048 × 32 × 128 × 128 with a gate, forward and with backward, where that engine took 0.425 and 1.465:
 //! - 0.524 and 2.224 at first, of which (by ncu) M and P took 0.233 twice, the chain with time 0.278, that for W and S 0.269,
 //!   against time 0.344, and the other gradients 0.747: eight warps a processor, and nothing is loaded while they multiply.
@@ -26,9 +26,9 @@
 //! What is known to be left:
 //! - At K = V = 128 the chains with 32 channels a warp spill 48 to 280 bytes a unit, of the states: the compiler keeps their
 //!   rounded halves in registers. The gradients spill 90 to 130.
-//! - With few heads, where long sequences are cut into segments as on Hopper ([`crate::hopper_delta::segments`]), it takes 1.8 times
-//!   that engine's time forward and 1.6 times both at 1 × 65536 × 16 × 128 × 128 with a gate, 1.3 and 1.2 times without
-//!   (`benches/results/69-mma-operators-since.json`). Eight segments of 16 heads are 128 cubes of 128 channels there, one a
+//! - With few heads, where long sequences are cut into segments as on Hopper ([`crate::hopper_delta::segments`]), it takes 1.9 times
+//!   that engine's time forward and 1.8 times both at 1 × 65536 × 16 × 128 × 128 with a gate, 1.4 times without, on an H200 (on an
+//!   H100, of less bandwidth, 1.8, 1.6, 1.3 and 1.2). Eight segments of 16 heads are 128 cubes of 128 channels there, one a
 //!   processor, and beside a gate their outputs come in quarters. Twice as many cubes of 64 channels were not tried.
 //! - It has run on Hopper GPUs alone; its kernels assemble for compute capability 8.0, 8.6, 8.9 and 12.0.
 
