@@ -10,8 +10,8 @@
 //! vectors are nothing. A cube takes 64 value channels of a head, and every unit loads its 32 numbers before it uses the first.
 //! Nothing is differentiated here; tracked tensors go to the kernels of sequences.
 //!
-//! For 64 sequences of 16 heads of 128 × 128 on an H200, whose copy moves 4.06 TB/s, 0.037 ms (gla), 0.038 (delta_rule) and
-//! 0.040 (rwkv7): 1.13 to 1.21 of the floor (`benches/results/91-steps.json`). With half as many value channels a cube, and
+//! For 64 sequences of 16 heads of 128 × 128 on an H200, whose copy moves 4.0 TB/s, 0.037 ms (gla), 0.038 (delta_rule) and
+//! 0.041 (rwkv7): 1.11 to 1.21 of the floor (`benches/results/91-steps.json`). With half as many value channels a cube, and
 //! half as many numbers a unit, it took 0.038, 0.039 and 0.045. With a token's vectors loaded one channel at a time, by key
 //! channels in turns, rwkv7 took 0.050.
 
