@@ -32,6 +32,8 @@ mod linear;
 mod mma;
 #[path = "hopper/recurrence.rs"]
 mod recurrence;
+#[path = "hopper/steps.rs"]
+mod steps;
 #[path = "hopper/vocabulary.rs"]
 mod vocabulary;
 

@@ -252,6 +252,20 @@ impl Problem {
         }
     }
 
+    /// [`Self::planned`], and the walk on matrix units in it, which takes Δ, A and D itself.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn planned_with_steps(
+        self,
+        tracked: bool,
+    ) -> Result<(Option<std::sync::Arc<crate::hopper_walk::HopperWalk>>, crate::bridge::Planned), Box<Self>> {
+        match self.cores() {
+            Some(cores) => {
+                crate::hopper_walk::planned_with_steps(self, cores).map(|(walk, planned)| (Some(walk), planned))
+            }
+            None => Ok((None, self.planned(tracked)?)),
+        }
+    }
+
     /// Runs the chunked reference of another recurrence over these tokens, sequence by sequence. `inputs` are those by
     /// token; `dense` gets them, the state before them, and the tokens a chunk.
     pub(crate) fn each_sequence<const E: usize>(

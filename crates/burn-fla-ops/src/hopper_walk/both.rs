@@ -17,6 +17,8 @@ use cubecl::prelude::*;
 
 use super::parts::{Place, add_product, copy_rows, decayed_scores, multiply, publish};
 use super::plan::{CHUNK, DECAYED, OUT, SCORES, WalkPlan};
+use super::steps::add_inputs;
+use crate::ssd::Skip;
 use crate::tile::hopper::{
     commit, commit_stores, exp2, fence, fence_shared, k_major, mma_shared, mn_major, scale_rows, store_3d,
     sync_warpgroup, wait,
@@ -49,6 +51,7 @@ pub(super) fn values_of_chunk(
     rows: &mut [u32],
     g: &[f32],
     g0: usize,
+    weights: &[f32],
     place: &Place,
     target: &Target,
     heads: u32,
@@ -72,14 +75,18 @@ pub(super) fn values_of_chunk(
     wait(1u32);
     decayed_scores(DECAYED, g, g0, row, lane, target.count, out_scale, plan);
     let g_last = g[g0 + 63];
-    let e_low = exp2(g_last - g[g0 + row as usize]) * out_scale;
-    let e_high = exp2(g_last - g[g0 + row as usize + 8]) * out_scale;
+    let at = g0 + comptime!(plan.rows_at()) + row as usize;
+    let e_low = exp2(g_last - g[at]) * out_scale;
+    let e_high = exp2(g_last - g[at + 8]) * out_scale;
     wait(0u32);
     scale_rows(OUT, e_low, e_high);
     fence();
     add_product(OUT, DECAYED, tiles.grads);
     commit();
     wait(0u32);
+    if comptime!(plan.skip() != Skip::None) {
+        add_inputs(weights, place.head, 0u32, tiles.grads, row, lane, comptime!(plan.turned()));
+    }
     publish(tiles.out, OUT, row, lane);
     fence_shared();
     sync_warpgroup(id, 128u32);

@@ -21,6 +21,8 @@ pub(super) const WARPS: usize = 8;
 /// the chunk's decay. Written so, no two large numbers cancel: the products of pairs inside the chunk are rounded alike
 /// on both sides, and every other term is a part of the answer. The simpler `⟨S, Z⟩ + Σ (q · dq − k · dk)` from the last
 /// state on was off by 3e-2, and by 0.3 with decays down to −30.
+///
+/// `with_keys`: `k_i · dk_i` goes to `key_sums`.
 #[cube(launch)]
 pub(super) fn gate_gradient(
     query_dots: &[f32],
@@ -28,12 +30,14 @@ pub(super) fn gate_gradient(
     ends: &[f32],
     table: &[i32],
     dg: &mut [f32],
+    key_sums: &mut [f32],
     heads: u32,
     chunks: u32,
     table_at: u32,
     tokens: u32,
     #[comptime] parts: u32,
     #[comptime] sums: u32,
+    #[comptime] with_keys: bool,
 ) {
     let index = CUBE_POS_X * comptime!(WARPS as u32) + UNIT_POS / 32u32;
     if index < chunks * heads {
@@ -54,6 +58,20 @@ pub(super) fn gate_gradient(
         }
         if lane + 32u32 < length {
             dg[((start + lane + 32u32) * heads + head) as usize] = across + value_high;
+        }
+        if comptime!(with_keys) {
+            #[unroll]
+            for half in 0..2u32 {
+                let token = lane + comptime!(32 * half);
+                if token < length {
+                    let to = (start + token) * heads + head;
+                    let mut sum = f32::new(0.0);
+                    for part in 0..parts {
+                        sum += key_dots[(part * tokens * heads + to) as usize];
+                    }
+                    key_sums[to as usize] = sum;
+                }
+            }
         }
     }
 }
@@ -224,7 +242,8 @@ pub(super) fn channel_gate_gradient(
 }
 
 impl HopperWalk {
-    /// The gradient of the log decay; by channel it is added to `sum`, where there is one.
+    /// The gradient of the log decay; by channel it is added to `sum`, where there is one. With steps (see [`super::steps`])
+    /// also `k_t · dk_t`, `[B, T, H]`.
     pub(crate) fn gate_gradient(
         &self,
         reading: &Gate<'_>,
@@ -232,12 +251,13 @@ impl HopperWalk {
         decays: &Decays,
         like: &CubeTensor,
         sum: Option<CubeTensor>,
-    ) -> CubeTensor {
+    ) -> (CubeTensor, Option<CubeTensor>) {
         let table = &decays.table;
         if self.axis.by_channel() {
-            return self.channel_gate_gradient(reading, writing, decays, like, sum);
+            return (self.channel_gate_gradient(reading, writing, decays, like, sum), None);
         }
         let dg = alloc(like, like.meta.shape().dims::<3>(), DType::F32);
+        let key_sums = decays.steps.map(|_| alloc(like, like.meta.shape().dims::<3>(), DType::F32));
         let warps = self.chunks * self.heads;
         let parts = reading.products.meta.shape().dims::<3>()[0];
         let ends = writing.ends.meta.shape().dims::<3>()[2];
@@ -250,14 +270,16 @@ impl HopperWalk {
             writing.ends.clone().into_buffer_arg(),
             table.clone().into_buffer_arg(),
             dg.clone().into_buffer_arg(),
+            key_sums.clone().unwrap_or_else(|| alloc(like, [1], DType::F32)).into_buffer_arg(),
             self.heads as u32,
             self.chunks as u32,
             self.chunks_at(),
             self.tokens as u32,
             parts as u32,
             ends as u32,
+            key_sums.is_some(),
         );
-        burn_cubecl::kernel::cast(dg, like.dtype)
+        (burn_cubecl::kernel::cast(dg, like.dtype), key_sums)
     }
 
     fn channel_gate_gradient(

@@ -43,6 +43,8 @@ pub(super) struct Gradients {
     pub(super) other_reading: Option<CubeTensor>,
     pub(super) other_writing: Option<CubeTensor>,
     pub(super) gate: Option<CubeTensor>,
+    /// With steps, where the decay's is there: `k_t · dk_t`, `[B, T, H]`.
+    pub(super) key_sums: Option<CubeTensor>,
     pub(super) state: Option<CubeTensor>,
 }
 
@@ -132,6 +134,7 @@ impl HopperWalk {
         };
         let dg = of_reading.as_ref().zip(of_writing.as_ref());
         let dg = dg.map(|(reading, writing)| self.gate_gradient(reading, writing, decays, gate, sum));
+        let (dg, key_sums) = dg.map_or((None, None), |(dg, sums)| (Some(dg), sums));
         let first = d_other_writing.as_ref().or(d_writing.as_ref());
         let first = first.filter(|_| wanted.state).map(|[_, state]| state.clone());
         let output = |walked: Option<[CubeTensor; 2]>| walked.map(|[out, _]| out);
@@ -141,6 +144,7 @@ impl HopperWalk {
             other_reading: output(d_other_reading),
             other_writing: output(d_other_writing),
             gate: dg,
+            key_sums,
             state: first,
         }
     }

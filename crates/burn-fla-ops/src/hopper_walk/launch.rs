@@ -10,6 +10,7 @@ pub(crate) use super::prepare::Factors;
 use super::table::{ITEM_WORDS, SEQUENCE_WORDS};
 use super::{prepare, segments, walk};
 use crate::bridge::{CubeTensor, alloc, contiguous};
+use crate::ssd::Skip;
 use crate::tile::hopper::{panel_map, readable, words};
 
 /// Units of a cube of what is an element a unit.
@@ -78,6 +79,15 @@ pub(crate) struct Decays {
     /// With a bonus: the weights of the tokens' own values, `[tokens, H]`.
     pub(crate) weights: CubeTensor,
     pub(crate) table: CubeTensor,
+    /// Whether `g` is Δ, `vectors` A and `weights` D: see [`super::steps`].
+    pub(crate) steps: Option<Skip>,
+}
+
+impl Decays {
+    /// The same with Δ in the place of log decays, and A and D: see [`super::steps`].
+    pub(super) fn with_steps(self, rates: &CubeTensor, skip: &CubeTensor, by: Skip) -> Self {
+        Self { vectors: rates.clone(), weights: skip.clone(), steps: Some(by), ..self }
+    }
 }
 
 /// What the gate's gradient takes from two walks.
@@ -131,7 +141,7 @@ impl HopperWalk {
                 _ => contiguous(burn_cubecl::kernel::cast(decay.clone(), DType::F32)),
             };
             let [factors, vectors, levels, weights] = [(); 4].map(|()| unused.clone());
-            return (reading, writing, Decays { g, factors, vectors, levels, weights, table });
+            return (reading, writing, Decays { g, factors, vectors, levels, weights, table, steps: None });
         }
         let wide = decay.dtype != DType::BF16;
         let g = if wide { burn_cubecl::kernel::cast(decay.clone(), DType::F32) } else { decay.clone() };
@@ -178,7 +188,7 @@ impl HopperWalk {
                 );
             }
         }
-        (reading_out, writing_out, Decays { g, factors, vectors, levels, weights, table })
+        (reading_out, writing_out, Decays { g, factors, vectors, levels, weights, table, steps: None })
     }
 
     /// A map of `[B, T, H, channels]` in boxes of 64 tokens of one head.
@@ -221,7 +231,11 @@ impl HopperWalk {
         let g = &decays.g;
         let client = g.client.clone();
         let wide_gates = g.dtype != DType::BF16;
-        let plan = WalkPlan { initial: w.initial.is_some(), last: w.last, wide_gates, ..self.plan(w.roles) };
+        // D is added where outputs have the channels of values.
+        let adds = w.roles.outer_is_value || keys.is_some();
+        let steps = decays.steps.map(|skip| if adds { skip } else { Skip::None });
+        let initial = w.initial.is_some();
+        let plan = WalkPlan { initial, last: w.last, wide_gates, steps, ..self.plan(w.roles) };
         if self.engine.cores == Cores::Mma {
             let [out, last] = self.mma_walk(w, decays, gate, plan);
             return [out.clone(), out, last];
@@ -315,7 +329,7 @@ impl HopperWalk {
         let client = g.client.clone();
         let (initial, wide_gates) = (w.initial.is_some(), g.dtype != DType::BF16);
         let roles = Roles { borders: Borders::None, ..w.roles };
-        let plan = WalkPlan { initial, wide_gates, ..self.plan(roles) };
+        let plan = WalkPlan { initial, wide_gates, steps: decays.steps, ..self.plan(roles) };
         let ends = alloc(g, [self.items, self.heads, self.keys, self.values], DType::F32);
         let per_head = if plan.by_channel() { plan.decay_channels() } else { 1 };
         let totals = alloc(g, [self.items, self.heads, per_head], DType::F32);

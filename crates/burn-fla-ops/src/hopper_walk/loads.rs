@@ -119,7 +119,7 @@ pub(super) fn load_decays(
                     for beside in 0..comptime!(plan.heads as u32) {
                         let p = place_beside(index, beside, table, heads, plan);
                         let at = at + comptime!(CHUNK * beside as usize);
-                        decays_of_chunk(g, to, at, &p, chunk, heads, lane, plan);
+                        decays_of_chunk(g, vectors, to, at, &p, chunk, heads, lane, plan);
                     }
                 }
                 barrier_arrive(ring.full(step));

@@ -101,6 +101,7 @@ mod segments;
 pub(crate) mod shift;
 mod slots;
 pub(crate) mod states;
+pub(crate) mod steps;
 pub(crate) mod table;
 mod walk;
 
@@ -114,7 +115,7 @@ use crate::recurrence::{Decay, Problem};
 use crate::ssd::HeadGroups;
 use engine::Engine;
 pub(crate) use engine::{Cores, shared_memory};
-use launch::HopperWalk;
+pub(crate) use launch::HopperWalk;
 use plan::{Axis, Borders, KeyHeads, Roles, WalkPlan};
 pub(crate) use slots::run as run_slots;
 use table::Table;
@@ -239,6 +240,11 @@ fn cut(sequences: &CuSeqlens, heads: usize, plans: &[WalkPlan], at_once: usize) 
 /// What runs a problem that [`takes`] accepts, where it is one operator: with at most [`MOST_CHANNELS`] value channels. Its
 /// inputs are q, k, v, the decay, and the initial state where there is one.
 pub(crate) fn planned(problem: Problem, cores: Cores) -> Result<Planned, Box<Problem>> {
+    planned_with_steps(problem, cores).map(|(_, planned)| planned)
+}
+
+/// The same, and the walk in it, which takes Δ, A and D itself: see [`steps`].
+pub(crate) fn planned_with_steps(problem: Problem, cores: Cores) -> Result<(Arc<HopperWalk>, Planned), Box<Problem>> {
     if problem.v.dims()[3] > MOST_CHANNELS {
         return Err(Box::new(problem));
     }
@@ -247,10 +253,10 @@ pub(crate) fn planned(problem: Problem, cores: Cores) -> Result<Planned, Box<Pro
 
 /// [`run`], where no walk compares tokens along more than 256 channels.
 fn run_whole(problem: Problem, cores: Cores) -> (Tensor<4>, Tensor<4>) {
-    plan_whole(problem, cores).run_recurrence()
+    plan_whole(problem, cores).1.run_recurrence()
 }
 
-fn plan_whole(problem: Problem, cores: Cores) -> Planned {
+fn plan_whole(problem: Problem, cores: Cores) -> (Arc<HopperWalk>, Planned) {
     let Problem { op, q, k, v, groups, decay, bonus, scale, state, sequences, .. } = problem;
     let [b, t, h, dv] = v.dims();
     let [_, _, shared, dk] = q.dims();
@@ -297,5 +303,7 @@ fn plan_whole(problem: Problem, cores: Cores) -> Planned {
     if let Some(bonus) = bonus {
         floats.push(bonus.cast(DType::F32).into_dispatch());
     }
-    Planned { operator: Arc::new(operator), floats, ints: Vec::new(), tables: vec![table.entries.into()] }
+    let walk = Arc::new(operator);
+    let planned = Planned { operator: walk.clone(), floats, ints: Vec::new(), tables: vec![table.entries.into()] };
+    (walk, planned)
 }

@@ -3,6 +3,7 @@
 use cubecl::prelude::*;
 
 use super::plan::{Axis, CHUNK, KeyHeads, PANEL, SCORES, VALUES, WalkPlan};
+use super::steps::steps_of_chunk;
 use super::table::ITEM_WORDS;
 use crate::tile::hopper::{
     Acc, Frag, bf16_high, bf16_low, column_of, exp2, k_major, load_3d, load_transposed, load_u32, mma_registers,
@@ -148,10 +149,11 @@ pub(super) fn load_panels(
 }
 
 /// One warp writes the running sum of a chunk's log decays, in powers of two, to `to[at..at + 64]`; tokens after the last
-/// one add nothing.
+/// one add nothing. `rates` are those of [`steps_of_chunk`].
 #[cube]
 pub(super) fn decays_of_chunk(
     g: &[f32],
+    rates: &[f32],
     to: &mut [f32],
     at: usize,
     place: &Place,
@@ -160,13 +162,27 @@ pub(super) fn decays_of_chunk(
     lane: u32,
     #[comptime] plan: WalkPlan,
 ) {
-    let first = chunk * comptime!(CHUNK as u32) + lane;
-    let low = decay_at(g, place, first, heads, plan);
-    let high = decay_at(g, place, first + 32u32, heads, plan);
-    let low = plane_inclusive_sum(low);
-    let high = plane_inclusive_sum(high) + plane_broadcast(low, 31u32);
-    to[at + lane as usize] = low;
-    to[at + lane as usize + 32] = high;
+    if comptime!(plan.steps.is_some()) {
+        steps_of_chunk(g, rates, to, at, place, chunk, heads, lane, plan);
+    } else {
+        let first = chunk * comptime!(CHUNK as u32) + lane;
+        let low = decay_at(g, place, first, heads, plan);
+        let high = decay_at(g, place, first + 32u32, heads, plan);
+        let low = plane_inclusive_sum(low);
+        let high = plane_inclusive_sum(high) + plane_broadcast(low, 31u32);
+        to[at + lane as usize] = low;
+        to[at + lane as usize + 32] = high;
+    }
+}
+
+/// That of a token and head, zero after the last token.
+#[cube]
+pub(crate) fn number_at(numbers: &[f32], place: &Place, token: u32, heads: u32) -> f32 {
+    let mut value = f32::new(0.0);
+    if token < place.length {
+        value = numbers[((place.start + token) * heads + place.head) as usize];
+    }
+    value
 }
 
 #[cube]
@@ -207,12 +223,13 @@ pub(super) fn decayed_scores(
     out_scale: f32,
     #[comptime] plan: WalkPlan,
 ) {
-    let g_low = g[g0 + row as usize];
-    let g_high = g[g0 + row as usize + 8];
+    let at = g0 + comptime!(plan.rows_at()) + row as usize;
+    let g_low = g[at];
+    let g_high = g[at + 8];
     #[unroll]
     for j in 0..8usize {
         let column = column_of(lane, comptime!(4 * j));
-        let at = g0 + column as usize;
+        let at = g0 + comptime!(plan.columns_at()) + column as usize;
         let g_a = g[at];
         let g_b = g[at + 1];
         let i0 = comptime!(4 * j);
@@ -247,8 +264,9 @@ pub(super) fn decayed_values(
         #[unroll]
         for half in 0..2usize {
             let column = column_of(lane, comptime!(4 * (2 * step + half)));
-            let a = token_factor(column, g[at + column as usize], g_last, count, plan);
-            let b = token_factor(column + 1u32, g[at + column as usize + 1], g_last, count, plan);
+            let at = at + comptime!(plan.columns_at()) + column as usize;
+            let a = token_factor(column, g[at], g_last, count, plan);
+            let b = token_factor(column + 1u32, g[at + 1], g_last, count, plan);
             #[unroll]
             for rows in 0..2usize {
                 let word = found.extract(comptime!(2 * half + rows));

@@ -1,5 +1,6 @@
 //! What a walk is specialised on, and how it is chosen.
 
+use crate::ssd::Skip;
 use crate::tile::hopper::{Acc, Frag};
 
 /// Tokens a chunk.
@@ -116,9 +117,33 @@ pub(crate) struct WalkPlan {
     pub(crate) segmented: bool,
     /// The state at the end is wanted.
     pub(crate) last: bool,
+    /// Of [`ssd`](crate::ssd()): what decays by token are is Δ, and values come without it; and what is added to the
+    /// outputs. See [`super::steps`].
+    pub(crate) steps: Option<Skip>,
 }
 
 impl WalkPlan {
+    /// One head at a time by one warpgroup without stages, and nothing but the outputs.
+    pub(crate) fn of_sizes(roles: Roles, inner: usize, outer: usize, axis: Axis) -> Self {
+        Self {
+            roles,
+            inner,
+            outer,
+            warpgroups: 1,
+            heads: 1,
+            both: false,
+            stages: 0,
+            axis,
+            exclusive: false,
+            key_heads: KeyHeads::Own,
+            wide_gates: true,
+            initial: false,
+            segmented: false,
+            last: false,
+            steps: None,
+        }
+    }
+
     /// A plan that fits into shared memory, where there is one.
     pub(crate) fn new(roles: Roles, keys: usize, values: usize, axis: Axis, exclusive: bool) -> Option<Self> {
         let (inner, outer) = if roles.outer_is_value { (keys, values) } else { (values, keys) };
@@ -127,22 +152,7 @@ impl WalkPlan {
         }
         let most = if outer > 64 && inner <= 192 { 2 } else { 1 };
         (1..=most).rev().find_map(|warpgroups| {
-            let plan = Self {
-                roles,
-                inner,
-                outer,
-                warpgroups,
-                heads: 1,
-                both: false,
-                stages: 0,
-                axis,
-                exclusive,
-                key_heads: KeyHeads::Own,
-                wide_gates: true,
-                initial: false,
-                segmented: false,
-                last: false,
-            };
+            let plan = Self { warpgroups, exclusive, ..Self::of_sizes(roles, inner, outer, axis) };
             (plan.most_stages() >= 2).then_some(Self { stages: plan.most_stages().min(4), ..plan })
         })
     }
@@ -233,13 +243,13 @@ impl WalkPlan {
         if self.owns() && self.roles.against_time { BESIDE } else { 0 }
     }
 
-    /// Numbers of a stage's decays: the running sum at each token of each head, or two vectors of factors of the state's channels, and
-    /// after them the weights of the tokens' own values.
+    /// Numbers of a stage's decays: the running sum at each token of each head (with steps, one more less the step's logarithm), or two
+    /// vectors of factors of the state's channels, and after them the weights of the tokens' own values.
     pub(crate) fn decays(&self) -> usize {
         if self.by_channel() {
             2 * self.decay_channels() + if self.owns() { CHUNK } else { 0 }
         } else {
-            self.heads * CHUNK
+            self.heads * CHUNK * (1 + usize::from(self.steps.is_some()))
         }
     }
 

@@ -109,7 +109,7 @@ pub(super) fn segment_states(
                                 products[c] *= shared_g[at] * shared_g[at + comptime!(plan.decay_channels())];
                             }
                         } else {
-                            decays_of_chunk(g, &mut shared_g, to, &p, chunk, heads, lane, plan);
+                            decays_of_chunk(g, vectors, &mut shared_g, to, &p, chunk, heads, lane, plan);
                             sync_plane();
                             total += shared_g[to + 63];
                         }

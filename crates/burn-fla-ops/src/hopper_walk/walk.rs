@@ -37,6 +37,8 @@ use super::plan::{Borders, CHUNK, DECAYED, OUT, PANEL, SCORES, VALUES, WalkPlan}
 use super::products::{multiply_rows, products_of_span, sum_inter, sum_rounding, write_factored};
 use super::shift::{Rows, kept_rows, token_at, whole};
 use super::states::{border_at, load_state, multiply_border, store_state, write_border};
+use super::steps::add_inputs;
+use crate::ssd::Skip;
 use crate::tile::hopper::{
     Ring, address_of_mut, barrier_fence, commit, commit_stores, declare, declare_fragment, exp2, fence, fence_shared,
     give_registers, next, row_of, scale_rows, store_3d, sync_warpgroup, take_registers, unit_again, wait,
@@ -267,8 +269,9 @@ pub(super) fn walk(
                         wait(0u32);
                         scale_rows(out, out_scale, out_scale);
                     } else {
-                        let g_low = shared_g[g0 + row as usize];
-                        let g_high = shared_g[g0 + row as usize + 8];
+                        let at = g0 + comptime!(plan.rows_at()) + row as usize;
+                        let g_low = shared_g[at];
+                        let g_high = shared_g[at + 8];
                         let g_last = shared_g[g0 + 63];
                         decayed_values(v0, &shared_g, g0, g_last, count, warp, lane, plan);
                         let decay = exp2(g_last);
@@ -313,6 +316,9 @@ pub(super) fn walk(
                     if comptime!(plan.owns()) {
                         let at = g0 + comptime!(2 * plan.decay_channels());
                         add_beside(&shared_g, at, v0, row, lane, count, out_scale, plan);
+                    }
+                    if comptime!(plan.skip() != Skip::None && !plan.both) {
+                        add_inputs(weights, p.head, channel, v0, row, lane, plan);
                     }
                     let mut products_scale = f32::new(1.0);
                     if comptime!(plan.factors() && plan.dots()) {
@@ -368,8 +374,8 @@ pub(super) fn walk(
                         let (first, end) = kept;
                         let target = Target { token: token + 0u32, first, end, count: count + 0u32 };
                         values_of_chunk(
-                            &tiles, map_both, rows_both, &shared_g, g0, &p, &target, heads, row, lane, unit, out_scale,
-                            id, elected, plan,
+                            &tiles, map_both, rows_both, &shared_g, g0, weights, &p, &target, heads, row, lane, unit,
+                            out_scale, id, elected, plan,
                         );
                     }
                     if comptime!(plan.extra_panels() > 0) {

@@ -2,7 +2,7 @@
 
 use crate::hopper_delta::plan::{GradientPlan, Task};
 use crate::hopper_delta::segments;
-use crate::hopper_walk::plan::{Axis, Borders, CHUNK, KeyHeads, PANEL, Roles, WalkPlan};
+use crate::hopper_walk::plan::{Axis, Borders, CHUNK, PANEL, Roles, WalkPlan};
 use crate::mma_walk::plan::{DECAYS, MmaPlan};
 use crate::tile::mma::Frag;
 
@@ -39,22 +39,9 @@ impl ChainPlan {
         let plan = |panels: usize, stages: usize| {
             let against_time = matches!(task, Task::Gradients | Task::SegmentGradients);
             let roles = Roles { outer_is_value: true, against_time, borders: Borders::None };
-            let walk = WalkPlan {
-                roles,
-                inner: keys,
-                outer: if task == Task::SegmentStates { segments::columns(keys, values) } else { values },
-                warpgroups: panels,
-                heads: 1,
-                both: false,
-                stages,
-                axis: Axis::Token,
-                exclusive: false,
-                key_heads: KeyHeads::Own,
-                wide_gates: true,
-                initial: false,
-                segmented: false,
-                last: task != Task::Values,
-            };
+            let outer = if task == Task::SegmentStates { segments::columns(keys, values) } else { values };
+            let walk = WalkPlan::of_sizes(roles, keys, outer, Axis::Token);
+            let walk = WalkPlan { warpgroups: panels, stages, last: task != Task::Values, ..walk };
             Self {
                 task,
                 gated,

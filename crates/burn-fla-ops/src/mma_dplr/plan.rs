@@ -3,7 +3,7 @@
 use crate::hopper_delta::segments;
 use crate::hopper_dplr::plan::{Form, GradientPlan, KeyPlan, Task};
 use crate::hopper_walk::Cores;
-use crate::hopper_walk::plan::{Axis, Borders, CHUNK, KeyHeads, PANEL, Roles, WalkPlan};
+use crate::hopper_walk::plan::{Axis, Borders, CHUNK, PANEL, Roles, WalkPlan};
 use crate::mma_walk::plan::MmaPlan;
 use crate::tile::mma::Frag;
 
@@ -33,22 +33,10 @@ impl ChainPlan {
         let plan = |panels: usize, stages: usize| {
             let against_time = matches!(task, Task::Gradients | Task::SegmentGradients);
             let roles = Roles { outer_is_value: true, against_time, borders: Borders::None };
-            let walk = WalkPlan {
-                roles,
-                inner: keys,
-                outer: if task == Task::SegmentStates { segments::columns(keys, values) } else { values },
-                warpgroups: panels,
-                stages,
-                axis: Axis::Key,
-                heads: 1,
-                both: false,
-                exclusive: false,
-                key_heads: KeyHeads::Own,
-                wide_gates: false,
-                initial: false,
-                segmented: false,
-                last: task != Task::Borders,
-            };
+            let outer = if task == Task::SegmentStates { segments::columns(keys, values) } else { values };
+            let walk = WalkPlan::of_sizes(roles, keys, outer, Axis::Key);
+            let last = task != Task::Borders;
+            let walk = WalkPlan { warpgroups: panels, stages, wide_gates: false, last, ..walk };
             Self { task, values, mma: MmaPlan { walk, bands: panels, value_stages: stages, quarters: false } }
         };
         let slices = plan(1, 1).mma.walk.slices();

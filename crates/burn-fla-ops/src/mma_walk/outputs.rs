@@ -3,10 +3,11 @@
 use cubecl::prelude::*;
 
 use super::loads::Source;
-use super::parts::{band_at, band_in_tile};
+use super::parts::{band_at, band_in_tile, band_in_values};
 use super::plan::{LEFT, MmaPlan};
 use crate::hopper_walk::parts::Place;
-use crate::tile::mma::{bf16_high, bf16_low, load, pack_pair, read, store_global_pair, transpose, word};
+use crate::ssd::Skip;
+use crate::tile::mma::{bf16_high, bf16_low, load, pack_pair, read, store_global_pair, transpose, word, write};
 
 /// Writes the outputs of a half to device memory.
 #[cube]
@@ -88,6 +89,46 @@ pub(crate) fn store_block(low: u32, high: u32, rows: &Rows, lane: u32, #[comptim
         there = there && rows.begins;
     }
     store_global_pair(address, first, second, there);
+}
+
+/// Adds `D ∘ x` to the outputs of a half, with the values at `v`: see [`crate::hopper_walk::steps`].
+#[cube]
+pub(super) fn add_inputs(
+    skip: &[f32],
+    place: &Place,
+    v: u32,
+    warp: u32,
+    lane: u32,
+    #[comptime] half: usize,
+    #[comptime] plan: MmaPlan,
+) {
+    let outer = comptime!(plan.walk.outer as u32);
+    #[unroll]
+    for band in 0..comptime!(plan.bands) {
+        let out = comptime!(plan.out(band));
+        let by_channel = comptime!(plan.walk.skip() == Skip::Channel);
+        let at = band_at(place, warp, lane, band, plan);
+        let channel = at.panel * 64u32 + at.row;
+        // What is past the last channel is not stored.
+        let first = place.head * outer + u32::min(channel, outer - 1u32);
+        let second = place.head * outer + u32::min(channel + 8u32, outer - 1u32);
+        let first = if comptime!(by_channel) { first } else { place.head + 0u32 };
+        let second = if comptime!(by_channel) { second } else { place.head + 0u32 };
+        let (low, high) = (skip[first as usize], skip[second as usize]);
+        #[unroll]
+        for step in 0..comptime!(plan.half_groups()) {
+            let group = comptime!(half * plan.half_groups() + step);
+            load(LEFT, band, band_in_values(v, warp, lane, band, plan), comptime!(group * 2048), true);
+            #[unroll]
+            for n in 0..4usize {
+                let i = comptime!(8 * step + 2 * n);
+                let value = word(LEFT, comptime!(4 * band + n));
+                let weight = if comptime!(n % 2 == 0) { low } else { high };
+                write(out, i, read(out, i) + weight * bf16_low(value));
+                write(out, comptime!(i + 1), read(out, comptime!(i + 1)) + weight * bf16_high(value));
+            }
+        }
+    }
 }
 
 /// The products of each token's outputs with the same of the tile `x`, summed over this warp's channels.

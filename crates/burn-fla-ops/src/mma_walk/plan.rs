@@ -1,6 +1,6 @@
 //! What a walk is specialised on beside its [`WalkPlan`], and how it is chosen.
 
-use crate::hopper_walk::plan::{Axis, Borders, KeyHeads, PANEL, Roles, WalkPlan};
+use crate::hopper_walk::plan::{Axis, Borders, CHUNK, PANEL, Roles, WalkPlan};
 use crate::tile::mma::{Acc, Frag};
 
 /// Numbers of a chunk's decays: the running sum at each token, the factors of its outputs, and those of its values.
@@ -45,22 +45,8 @@ impl MmaPlan {
             return None;
         }
         let candidate = |warpgroups, bands, stages, value_stages| {
-            let walk = WalkPlan {
-                roles,
-                inner,
-                outer,
-                warpgroups,
-                heads: 1,
-                both: false,
-                stages,
-                axis,
-                exclusive,
-                key_heads: KeyHeads::Own,
-                wide_gates: true,
-                initial: false,
-                segmented: false,
-                last: false,
-            };
+            let walk = WalkPlan::of_sizes(roles, inner, outer, axis);
+            let walk = WalkPlan { warpgroups, stages, exclusive, ..walk };
             let plan = Self { walk, bands, value_stages, quarters: false };
             (plan.shared_bytes() <= shared).then_some(plan)
         };
@@ -155,7 +141,21 @@ impl MmaPlan {
     /// Numbers of a step's decays, see [`DECAYS`], or by channel two vectors of factors and the weights of the tokens' own
     /// values.
     pub(super) fn decays(&self) -> usize {
-        if self.walk.by_channel() { self.walk.decays() } else { DECAYS }
+        match self.walk.by_channel() {
+            true => self.walk.decays(),
+            false => DECAYS + if self.walk.steps.is_some() { CHUNK } else { 0 },
+        }
+    }
+
+    /// Where the running sums of the scores' columns stand among them: with steps, of the tokens that write the state behind
+    /// all others. See [`crate::hopper_walk::steps`].
+    pub(super) fn columns_at(&self) -> usize {
+        if self.walk.steps.is_some() && !self.walk.roles.against_time { DECAYS } else { 0 }
+    }
+
+    /// Where those of their rows stand.
+    pub(super) fn rows_at(&self) -> usize {
+        if self.walk.steps.is_some() && self.walk.roles.against_time { DECAYS } else { 0 }
     }
 
     /// Shared memory of a cube.
@@ -193,6 +193,7 @@ impl MmaPlan {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ssd::Skip;
 
     /// Shared memory that a cube may use on GPUs of compute capability 8.0, 9.0, and 8.6, 8.9 or 12.0.
     const LIMITS: [usize; 3] = [163 * 1024, 227 * 1024, 99 * 1024];
@@ -217,6 +218,9 @@ mod tests {
                                     continue;
                                 };
                                 assert!(plan.shared_bytes() <= shared && [2, 4, 8].contains(&plan.warps()));
+                                // Chosen without them, there is room for steps too.
+                                let walk = WalkPlan { steps: Some(Skip::None), ..plan.walk };
+                                assert!(axis != Axis::Token || MmaPlan { walk, ..plan }.shared_bytes() <= shared);
                             }
                         }
                     }

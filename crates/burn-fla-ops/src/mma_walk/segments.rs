@@ -5,10 +5,10 @@ use cubecl_cpp::cuda::ptx::generic_to_shared;
 
 use super::key::scale_states;
 use super::loads::{load_inner, load_values};
-use super::parts::{band_at, update_state, write_decays};
+use super::parts::{band_at, decays_of_two, update_state, write_decays_or_steps};
 use super::plan::{LEFT, MmaPlan, RIGHT};
 use crate::hopper_walk::key::factors_of_span;
-use crate::hopper_walk::parts::{chunk_at, decay_at, parts_of, place, span_at, spans_of};
+use crate::hopper_walk::parts::{chunk_at, parts_of, place, span_at, spans_of};
 use crate::hopper_walk::plan::WalkPlan;
 use crate::hopper_walk::states::{load_state, store_end};
 use crate::tile::mma::{address_of, commit_copies, declare, declare_fragment, wait_copies};
@@ -101,9 +101,8 @@ pub(crate) fn segment_states(
                         products[c] *= decays[at] * decays[at + comptime!(shape.decay_channels())];
                     }
                 } else {
-                    let low = decay_at(g, &p, span.start + lane, heads, shape);
-                    let high = decay_at(g, &p, span.start + 32u32 + lane, heads, shape);
-                    write_decays(&mut decays, g0, low, high, lane, 1.0f32, plan);
+                    let (low, high) = decays_of_two(g, &p, span.start + lane, heads, plan);
+                    write_decays_or_steps(&mut decays, g0, low, high, vectors, &p, lane, 1.0f32, plan);
                 }
             }
             wait_copies(0u32);

@@ -14,18 +14,20 @@ use cubecl_cpp::cuda::ptx::generic_to_shared;
 
 use super::key::{add_own_values, finish_outputs, scale_states, scales_at, sum_of_state, write_products};
 use super::loads::{load_early, load_late, source};
-use super::outputs::{output_products, write_outputs};
+use super::outputs::{add_inputs, output_products, write_outputs};
 use super::parts::{
-    band_at, outputs_of_chunk, outputs_of_state, scale_outputs, update_state, write_decays, write_scores,
+    band_at, decays_of_two, outputs_of_chunk, outputs_of_state, scale_outputs, update_state, write_decays_or_steps,
+    write_scores,
 };
 use super::plan::{LEFT, MmaPlan, RIGHT, SCORES};
 use crate::hopper_walk::bonus::weight_of_row;
 use crate::hopper_walk::key::factors_of_span;
-use crate::hopper_walk::parts::{chunk_at, decay_at, parts_of, place, span_at, spans_of};
+use crate::hopper_walk::parts::{chunk_at, parts_of, place, span_at, spans_of};
 use crate::hopper_walk::plan::{Borders, CHUNK};
 use crate::hopper_walk::products::multiply_rows;
 use crate::hopper_walk::shift::Rows;
 use crate::hopper_walk::states::{load_state, multiply_border, store_state, write_border};
+use crate::ssd::Skip;
 use crate::tile::mma::{address_of_mut, commit_copies, declare, declare_fragment, exp2, unit_again, wait_copies};
 
 #[cube(launch_unchecked)]
@@ -106,9 +108,8 @@ pub(crate) fn walk(
         let span = span_at(&p, chunk, 0u32, parts, spans, shape);
         if comptime!(!shape.by_channel()) {
             if warp == 0u32 {
-                let low = decay_at(g, &p, chunk * comptime!(CHUNK as u32) + lane, heads, shape);
-                let high = decay_at(g, &p, chunk * comptime!(CHUNK as u32) + 32u32 + lane, heads, shape);
-                write_decays(&mut decays, 0usize, low, high, lane, out_scale, plan);
+                let (low, high) = decays_of_two(g, &p, chunk * comptime!(CHUNK as u32) + lane, heads, plan);
+                write_decays_or_steps(&mut decays, 0usize, low, high, vectors, &p, lane, out_scale, plan);
             }
         } else if parts > 1u32 {
             if warp == 0u32 {
@@ -180,8 +181,9 @@ pub(crate) fn walk(
         let mut next_low = f32::new(0.0);
         let mut next_high = f32::new(0.0);
         if sums {
-            next_low = decay_at(g, &p, next_span.start + lane, heads, shape);
-            next_high = decay_at(g, &p, next_span.start + 32u32 + lane, heads, shape);
+            let (low, high) = decays_of_two(g, &p, next_span.start + lane, heads, plan);
+            next_low = low;
+            next_high = high;
         }
         let weighs = comptime!(shape.owns()) && warp == 0u32 && follows;
         if weighs {
@@ -349,6 +351,9 @@ pub(crate) fn walk(
                 let at = g0 + comptime!(2 * shape.decay_channels());
                 add_own_values(&decays, at, v0, warp, lane, out_scale, half, plan);
             }
+            if comptime!(shape.skip() != Skip::None) {
+                add_inputs(weights, &p, v0, warp, lane, half, plan);
+            }
             let unit = unit_again();
             let (warp, lane) = (unit / 32u32, unit % 32u32);
             let stride = heads * comptime!(shape.outer as u32 * 2);
@@ -376,7 +381,8 @@ pub(crate) fn walk(
                 );
             }
         } else if sums {
-            write_decays(&mut decays, g1, next_low + 0.0f32, next_high + 0.0f32, lane, out_scale, plan);
+            let (low, high) = (next_low + 0.0f32, next_high + 0.0f32);
+            write_decays_or_steps(&mut decays, g1, low, high, vectors, &p, lane, out_scale, plan);
         }
         if weighs {
             let at = g1 + comptime!(2 * shape.decay_channels()) + lane as usize;

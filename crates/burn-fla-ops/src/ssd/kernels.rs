@@ -36,6 +36,20 @@ impl Skip {
     }
 }
 
+/// A step of zero counts as this where something is divided by it, or its logarithm taken: what it adds to a state is
+/// nothing beside anything else.
+pub(crate) const LEAST_STEP: f32 = 1e-30;
+
+/// What the gradient of Δ has beside that of the decay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Sums {
+    /// `dv · x`, with `v = Δ x`.
+    OfInputs,
+    /// The same times Δ: `B · dB`.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+    OfKeys,
+}
+
 /// D at the channels of a vector of a row.
 #[cube]
 fn skip_at<N: Size>(
@@ -291,6 +305,7 @@ fn heads_kernel(
     #[comptime] steps: bool,
     #[comptime] decays: bool,
     #[comptime] skips: bool,
+    #[comptime] of: Sums,
 ) {
     let mut shared = Shared::<[Vector<f32, Const<2>>]>::new_slice(comptime!(UNITS));
     let (rows, heads, columns) = (rows as usize, heads as usize, columns as usize);
@@ -311,7 +326,11 @@ fn heads_kernel(
                 let slope = dg[at];
                 of_rate += delta[at] * slope;
                 if comptime!(steps) {
-                    ddelta[at] = sums[at] + rate * slope;
+                    let mut own = sums[at];
+                    if comptime!(of == Sums::OfKeys) {
+                        own /= max(delta[at], LEAST_STEP);
+                    }
+                    ddelta[at] = own + rate * slope;
                 }
             }
             if comptime!(skips) {
@@ -339,6 +358,7 @@ pub(super) fn heads(
     dg: Option<&CubeTensor>,
     [delta, a]: [&CubeTensor; 2],
     [steps, skips]: [bool; 2],
+    of: Sums,
 ) -> [Option<CubeTensor>; 3] {
     let [b, t, heads] = delta.meta.shape().dims::<3>();
     let columns = heads.min(UNITS);
@@ -363,6 +383,7 @@ pub(super) fn heads(
         ddelta.is_some(),
         dg.is_some(),
         skips,
+        of,
     );
     let sum = |there: bool, first| there.then(|| sum_rows(&partial, first, [heads]));
     [ddelta, sum(dg.is_some(), 0), sum(skips, heads)]
@@ -411,4 +432,32 @@ pub(super) fn channels(x: &CubeTensor, dy: &CubeTensor) -> CubeTensor {
         storage(x.dtype),
     );
     sum_rows(&sums, 0, [h * p])
+}
+
+/// Sums over the channels of each head: `[H·P]` to `[H]`.
+#[cfg(feature = "cuda")]
+#[cube(launch, address_type = "dynamic")]
+fn over_channels_kernel(x: &Tensor<f32>, sums: &mut Tensor<f32>, width: usize) {
+    if ABSOLUTE_POS < sums.len() {
+        let mut sum = 0.0f32;
+        for i in 0..width {
+            sum += x[ABSOLUTE_POS * width + i];
+        }
+        sums[ABSOLUTE_POS] = sum;
+    }
+}
+
+#[cfg(feature = "cuda")]
+pub(super) fn over_channels(x: &CubeTensor, heads: usize) -> CubeTensor {
+    let sums = alloc(x, [heads], DType::F32);
+    over_channels_kernel::launch(
+        &x.client,
+        grid(heads.div_ceil(UNITS)),
+        CubeDim::new_1d(UNITS as u32),
+        address(&[x]),
+        x.clone().into_tensor_arg(),
+        sums.clone().into_tensor_arg(),
+        x.meta.shape().dims::<1>()[0] / heads,
+    );
+    sums
 }

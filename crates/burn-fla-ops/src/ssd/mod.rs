@@ -7,9 +7,9 @@
 //! ```
 //!
 //! This is [`simple_gla`](crate::simple_gla()) with queries `C`, keys `B`, values `Δ x`, log decay `Δ A` and scale 1, and runs on
-//! its kernels, with what stands before and after them in one operator (`operator.rs` counts its passes over memory). Those for
-//! Hopper read `B` and `C` of a head's group where they are, the others a copy for each head. One token of generation is one
-//! kernel, in which `Δ x` is never rounded.
+//! its kernels, with what stands before and after them in one operator (`operator.rs` counts its passes over memory). Those on
+//! matrix units take Δ, A and D themselves, so that `Δ x` is never rounded, and read `B` and `C` of a head's group where they are;
+//! the others read a copy for each head. One token of generation is one kernel, with f32 inside as well.
 //!
 //! Dao, Gu: *Transformers are SSMs* (2024).
 
@@ -22,6 +22,8 @@ pub mod reference;
 #[cfg(feature = "cube")]
 use burn::backend::DispatchTensor;
 use burn::tensor::{DType, Tensor};
+#[cfg(feature = "cuda")]
+pub(crate) use kernels::LEAST_STEP;
 #[cfg(feature = "cube")]
 pub(crate) use kernels::Skip;
 
@@ -131,8 +133,7 @@ fn on_operator(
     if !crate::rows::fits(width) {
         return Err(Box::new(problem));
     }
-    let recurrence = problem.planned(tracked)?;
-    Ok(operator::planned(recurrence, a, skip, by).run_recurrence())
+    Ok(operator::planned(problem, tracked, a, skip, by)?.run_recurrence())
 }
 
 /// A problem of one token a sequence: what stands before and after the recurrence is in its kernel, in f32.

@@ -30,6 +30,7 @@ pub(super) fn write_borders(
     borders: &TensorMap<bf16, Tiled>,
     g: &[f32],
     levels: &[u32],
+    rates: &[f32],
     table: &[i32],
     initial: &[f32],
     between: &[f32],
@@ -71,7 +72,7 @@ pub(super) fn write_borders(
                 load_tensors(&ring, tiles, (map_k, map_k, map_v), table, levels, work, heads, true, plan);
             }
         } else if warp == 1u32 {
-            load_decays(&ring, &mut shared_g, g, levels, g, g, table, levels, work, heads, lane, plan);
+            load_decays(&ring, &mut shared_g, g, levels, rates, g, table, levels, work, heads, lane, plan);
         }
     } else {
         take_registers(comptime!(plan.registers()));

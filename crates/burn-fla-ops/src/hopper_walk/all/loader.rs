@@ -5,8 +5,8 @@
 
 use cubecl::prelude::*;
 
-use super::SUMS;
 use super::borders::border_row;
+use super::{ACROSS, KEY_SUMS, sums as numbers};
 use crate::hopper_walk::gate::{Terms, sum_chunk};
 use crate::hopper_walk::parts::{chunk_at, place, place_beside};
 use crate::hopper_walk::plan::{ALL_TILES, CHUNK, PANEL, WalkPlan};
@@ -53,12 +53,13 @@ pub(super) fn load_chunks(
     }
 }
 
-/// The decay's gradient of each chunk, from what its warpgroup has left in `sums`; one warp.
+/// The decay's gradient of each chunk, and with steps `k_t · dk_t`, from what its warpgroup has left in `sums`; one warp.
 #[cube]
 pub(super) fn sum_gates(
     ring: &Ring,
     sums: &[f32],
     dg: &mut [f32],
+    key_sums: &mut [f32],
     table: &[i32],
     work: u32,
     heads: u32,
@@ -77,11 +78,11 @@ pub(super) fn sum_gates(
             #[unroll]
             for beside in 0..comptime!(plan.heads as u32) {
                 let p = place_beside(index, beside, table, heads, plan);
-                let at = comptime!(beside as usize * SUMS);
+                let at = comptime!(beside as usize * numbers(&plan));
                 let mut across = f32::new(0.0);
                 #[unroll]
                 for warp in 0..4usize {
-                    across += sums[comptime!(at + 2 * CHUNK + warp)];
+                    across += sums[comptime!(at + ACROSS + warp)];
                 }
                 let token = at + lane as usize;
                 let low = Terms { after: sums[token], inter: sums[token + 64] };
@@ -93,6 +94,15 @@ pub(super) fn sum_gates(
                 }
                 if lane + 32u32 < count {
                     dg[to + 32 * heads as usize] = across + high;
+                }
+                if comptime!(plan.steps.is_some()) {
+                    let token = token + KEY_SUMS;
+                    if lane < count {
+                        key_sums[to] = sums[token];
+                    }
+                    if lane + 32u32 < count {
+                        key_sums[to + 32 * heads as usize] = sums[token + 32];
+                    }
                 }
             }
             sync_plane();

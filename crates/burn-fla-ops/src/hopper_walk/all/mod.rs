@@ -26,8 +26,15 @@ use super::{KEYS, QUERIES};
 use crate::bridge::{CubeTensor, alloc};
 use crate::tile::hopper::words;
 
-/// Numbers of which a chunk's gradient of the decay is summed up: two a token, and one of each warp.
-const SUMS: usize = 2 * CHUNK + 4;
+/// Where the numbers of which a chunk's gradient of the decay is summed up have one of each warp: behind two a token.
+const ACROSS: usize = 2 * CHUNK;
+/// Where those of a token's keys stand, with steps.
+const KEY_SUMS: usize = ACROSS + 4;
+
+/// How many there are.
+fn sums(plan: &WalkPlan) -> usize {
+    KEY_SUMS + if plan.steps.is_some() { CHUNK } else { 0 }
+}
 
 impl HopperWalk {
     /// Whether [`Self::all_gradients`] takes this problem.
@@ -59,7 +66,8 @@ impl HopperWalk {
             last: wanted.state,
             between: None,
         };
-        let plan = WalkPlan { initial: grad_state.is_some(), last: wanted.state, ..self.plan(KEYS) };
+        let (initial_grad, steps) = (grad_state.is_some(), decays.steps);
+        let plan = WalkPlan { initial: initial_grad, last: wanted.state, steps, ..self.plan(KEYS) };
         let plan = plan.paired(self.heads, self.items, self.engine.processors).with_all();
         let g = &decays.g;
         let unused = alloc(g, [32], DType::F32);
@@ -68,6 +76,7 @@ impl HopperWalk {
         let [dq, dk] = [q, k].map(|x| alloc(x, [b, t, self.heads, self.keys], x.dtype));
         let dv = alloc(v, [b, t, self.heads, self.values], v.dtype);
         let dg = alloc(g, gate.meta.shape().dims::<3>(), DType::F32);
+        let key_sums = steps.map(|_| alloc(g, gate.meta.shape().dims::<3>(), DType::F32));
         let last = if wanted.state { alloc(g, self.state_shape(), DType::F32) } else { unused.clone() };
         // SAFETY: rows, states and sums are indexed inside of what the table and the shapes, checked by the public
         // function, say; the buffers above have these sizes.
@@ -88,8 +97,11 @@ impl HopperWalk {
                 words(&dk),
                 words(&dv),
                 dg.clone().into_buffer_arg(),
+                key_sums.as_ref().unwrap_or(&unused).clone().into_buffer_arg(),
                 g.clone().into_buffer_arg(),
                 words(g),
+                decays.vectors.clone().into_buffer_arg(),
+                decays.weights.clone().into_buffer_arg(),
                 decays.table.clone().into_buffer_arg(),
                 grad_state.unwrap_or(&unused).clone().into_buffer_arg(),
                 last.clone().into_buffer_arg(),
@@ -108,6 +120,7 @@ impl HopperWalk {
             other_reading: None,
             other_writing: Some(dv),
             gate: Some(burn_cubecl::kernel::cast(dg, gate.dtype)),
+            key_sums,
             state: wanted.state.then_some(last),
         }
     }
@@ -117,7 +130,7 @@ impl HopperWalk {
         let (k, v) = (sides.other_writing, sides.writing);
         let (in_factor, last_factor) = (1.0, 1.0);
         let w = Walk { roles: QUERIES, q: k, k, v, initial, in_factor, last_factor, last: false, between: None };
-        let plan = WalkPlan { initial: initial.is_some(), ..self.plan(QUERIES) };
+        let plan = WalkPlan { initial: initial.is_some(), steps: decays.steps, ..self.plan(QUERIES) };
         let plan = plan.paired(self.heads, self.items, self.engine.processors);
         let g = &decays.g;
         let unused = alloc(g, [32], DType::F32);
@@ -134,6 +147,7 @@ impl HopperWalk {
                 self.map(&borders),
                 g.clone().into_buffer_arg(),
                 words(g),
+                decays.vectors.clone().into_buffer_arg(),
                 decays.table.clone().into_buffer_arg(),
                 initial.unwrap_or(&unused).clone().into_buffer_arg(),
                 between.into_buffer_arg(),

@@ -7,8 +7,8 @@ use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
 use half::bf16;
 
-use super::SUMS;
 use super::loader::{load_chunks, sum_gates};
+use super::{ACROSS, KEY_SUMS, sums as numbers};
 use crate::hopper_walk::QUERIES;
 use crate::hopper_walk::loads::load_decays;
 use crate::hopper_walk::parts::{
@@ -16,6 +16,8 @@ use crate::hopper_walk::parts::{
 };
 use crate::hopper_walk::plan::{ALL_TILES, CHUNK, DECAYED, OUT, PANEL, SCORES, VALUES, WalkPlan};
 use crate::hopper_walk::states::{load_state, store_state};
+use crate::hopper_walk::steps::add_inputs;
+use crate::ssd::Skip;
 use crate::tile::hopper::{
     Ring, barrier_arrive, barrier_fence, bf16_high, bf16_low, commit, commit_stores, declare, declare_fragment, exp2,
     fence, fence_shared, give_registers, k_major, load_u32, mma_shared, mn_major, read, row_of, scale_rows, store_3d,
@@ -85,8 +87,11 @@ pub(super) fn walk_all(
     rows_dk: &mut [u32],
     rows_dv: &mut [u32],
     dg: &mut [f32],
+    key_sums: &mut [f32],
     g: &[f32],
     levels: &[u32],
+    rates: &[f32],
+    skip: &[f32],
     table: &[i32],
     initial: &[f32],
     last: &mut [f32],
@@ -105,7 +110,7 @@ pub(super) fn walk_all(
     let shared_z = Shared::<[u32]>::new_aligned_slice(comptime!(plan.heads * PANEL / 4), 1024usize);
     let shared_o = Shared::<[u32]>::new_aligned_slice(comptime!(2 * plan.heads * PANEL / 4), 1024usize);
     let mut shared_g = Shared::<[f32]>::new_aligned_slice(comptime!(stages * plan.decays()), 128usize);
-    let mut sums = Shared::<[f32]>::new_aligned_slice(comptime!(plan.heads * SUMS), 128usize);
+    let mut sums = Shared::<[f32]>::new_aligned_slice(comptime!(plan.heads * numbers(&plan)), 128usize);
     let barriers = Shared::<[u64]>::new_slice(comptime!(2 * stages + 2));
     let tiles = generic_to_shared::<u32>(shared.as_ptr());
     let tiles_z = generic_to_shared::<u32>(shared_z.as_ptr());
@@ -138,9 +143,9 @@ pub(super) fn walk_all(
                 load_chunks(&ring, tiles, maps, table, work, heads, plan);
             }
         } else if warp == 1u32 {
-            load_decays(&ring, &mut shared_g, g, levels, g, g, table, levels, work, heads, lane, plan);
+            load_decays(&ring, &mut shared_g, g, levels, rates, g, table, levels, work, heads, lane, plan);
         } else if warp == 2u32 {
-            sum_gates(&ring_g, &sums, dg, table, work, heads, lane, plan);
+            sum_gates(&ring_g, &sums, dg, key_sums, table, work, heads, lane, plan);
         }
     } else {
         take_registers(comptime!(plan.registers()));
@@ -172,7 +177,10 @@ pub(super) fn walk_all(
                 let v0 = q0 + comptime!(2 * PANEL as u32);
                 let d0 = q0 + comptime!(3 * PANEL as u32);
                 let s0 = q0 + comptime!(4 * PANEL as u32);
-                let g0 = (stage * comptime!(CHUNK as u32)) as usize;
+                let mut g0 = (stage * comptime!(CHUNK as u32)) as usize;
+                if comptime!(plan.steps.is_some()) {
+                    g0 += (ring.stage(step) * comptime!((plan.heads * CHUNK) as u32)) as usize;
+                }
                 // v · do, while the state's gradient goes to shared memory as an operand.
                 fence();
                 multiply(SCORES, v0, d0, 1usize);
@@ -199,8 +207,13 @@ pub(super) fn walk_all(
                 scale_rows(state, decay, decay);
                 let g_low = shared_g[g0 + row as usize];
                 let g_high = shared_g[g0 + row as usize + 8];
-                let e_low = exp2(g_last - g_low) * out_scale;
-                let e_high = exp2(g_last - g_high) * out_scale;
+                let mut e_low = exp2(g_last - g_low) * out_scale;
+                let mut e_high = exp2(g_last - g_high) * out_scale;
+                if comptime!(plan.steps.is_some()) {
+                    let at = g0 + comptime!(plan.rows_at()) + row as usize;
+                    e_low = exp2(g_last - shared_g[at]) * out_scale;
+                    e_high = exp2(g_last - shared_g[at + 8]) * out_scale;
+                }
                 wait(1u32);
                 scale_rows(OUT, e_low, e_high);
                 // What the state alone contributes.
@@ -237,6 +250,9 @@ pub(super) fn walk_all(
                 decayed_scores(VALUES, &shared_g, g0, row, lane, count, out_scale, with_time);
                 wait(0u32);
                 // dv
+                if comptime!(plan.skip() != Skip::None) {
+                    add_inputs(skip, p.head, 0u32, d0, row, lane, comptime!(plan.turned()));
+                }
                 publish(o1, OUT, row, lane);
                 fence();
                 multiply(OUT, d0, s0, 1usize);
@@ -261,16 +277,20 @@ pub(super) fn walk_all(
                 let high = row_sum(q0, OUT, row, lane, 1usize) - (keys_high - inter_high);
                 publish(o0, OUT, row, lane);
                 ring_g.wait_room(step);
-                let at = (beside * comptime!(SUMS as u32)) as usize;
+                let at = (beside * comptime!(numbers(&plan) as u32)) as usize;
                 if lane % 4u32 == 0u32 {
                     let to = at + row as usize;
                     sums[to] = select(row < count, low, 0.0f32);
                     sums[to + 8] = select(row + 8u32 < count, high, 0.0f32);
                     sums[to + 64] = select(row < count, inter_low, 0.0f32);
                     sums[to + 72] = select(row + 8u32 < count, inter_high, 0.0f32);
+                    if comptime!(plan.steps.is_some()) {
+                        sums[to + KEY_SUMS] = keys_low;
+                        sums[to + KEY_SUMS + 8] = keys_high;
+                    }
                 }
                 if lane == 0u32 {
-                    sums[at + comptime!(2 * CHUNK) + warp as usize] = across;
+                    sums[at + ACROSS + warp as usize] = across;
                 }
                 fence_shared();
                 sync_warpgroup(id, 128u32);

@@ -1,0 +1,112 @@
+//! The recurrence of [`ssd`](crate::ssd()), whose log decays are `Δ A` and whose values are `Δ x`, from Δ, A and x.
+//!
+//! ```text
+//! o_i = e^{G_i} S c_i + Σ_{j ≤ i} e^{G_i − G'_j} (c_i · b_j) x_j + D ∘ x_i ,   G'_j = G_j − ln Δ_j
+//! S  ← e^{G_last} S + Σ_j e^{G_last − G'_j} x_j b_jᵀ
+//! ```
+//!
+//! Beside a chunk's running sums G stand G', and what a token adds is decayed with those: no `Δ x` is written, read or
+//! rounded. `D ∘ x` is added to the outputs in f32 from the tile of the values.
+
+use cubecl::prelude::*;
+
+use super::parts::{LOG2_E, Place, number_at};
+use super::plan::{CHUNK, WalkPlan};
+use crate::ssd::{LEAST_STEP, Skip};
+use crate::tile::hopper::{bf16_high, bf16_low, load_u32, read, swizzled, write};
+
+impl WalkPlan {
+    /// Where the running sums of the tokens that write the state stand, after those of all.
+    fn written(&self) -> usize {
+        if self.steps.is_some() { self.heads * CHUNK } else { 0 }
+    }
+
+    /// Where the running sums of a walk's columns stand, the tokens whose values it adds up.
+    pub(super) fn columns_at(&self) -> usize {
+        if self.roles.against_time { 0 } else { self.written() }
+    }
+
+    /// Where those of its rows stand, the tokens of its outputs.
+    pub(super) fn rows_at(&self) -> usize {
+        if self.roles.against_time { self.written() } else { 0 }
+    }
+
+    /// What is added to the outputs.
+    pub(crate) fn skip(&self) -> Skip {
+        self.steps.unwrap_or(Skip::None)
+    }
+}
+
+/// One warp writes G to `to[at..at + 64]`, in powers of two, and G' behind those of all heads.
+#[cube]
+pub(super) fn steps_of_chunk(
+    steps: &[f32],
+    rates: &[f32],
+    to: &mut [f32],
+    at: usize,
+    place: &Place,
+    chunk: u32,
+    heads: u32,
+    lane: u32,
+    #[comptime] plan: WalkPlan,
+) {
+    let first = chunk * comptime!(CHUNK as u32) + lane;
+    let rate = rates[place.head as usize] * LOG2_E;
+    let step_low = number_at(steps, place, first, heads);
+    let step_high = number_at(steps, place, first + 32u32, heads);
+    let low = plane_inclusive_sum(step_low * rate);
+    let high = plane_inclusive_sum(step_high * rate) + plane_broadcast(low, 31u32);
+    let at = at + lane as usize;
+    to[at] = low;
+    to[at + 32] = high;
+    let at = at + comptime!(plan.written());
+    to[at] = low - log2_of_step(step_low);
+    to[at + 32] = high - log2_of_step(step_high);
+}
+
+#[cube]
+pub(crate) fn log2_of_step(step: f32) -> f32 {
+    f32::ln(max(step, LEAST_STEP)) * LOG2_E
+}
+
+/// Adds `D ∘ x` to the outputs. `values` is the address of the chunk's tile, `channel` its first one.
+#[cube]
+pub(super) fn add_inputs(
+    skip: &[f32],
+    head: u32,
+    channel: u32,
+    values: u32,
+    row: u32,
+    lane: u32,
+    #[comptime] plan: WalkPlan,
+) {
+    let out = comptime!(plan.out());
+    let by_channel = comptime!(plan.skip() == Skip::Channel);
+    let mut a = f32::new(0.0);
+    let mut b = f32::new(0.0);
+    if comptime!(!by_channel) {
+        a = skip[head as usize];
+        b = a + 0.0f32;
+    }
+    #[unroll]
+    for j in 0..8usize {
+        if comptime!(by_channel) {
+            // What is past the last channel is not stored.
+            let last = comptime!(plan.outer as u32 - 2);
+            let column = min(channel + comptime!(8 * j as u32) + lane % 4u32 * 2u32, last);
+            let at = (head * comptime!(plan.outer as u32) + column) as usize;
+            a = skip[at];
+            b = skip[at + 1];
+        }
+        #[unroll]
+        for half in 0..2usize {
+            let row = row + comptime!(8 * half as u32);
+            let word = load_u32(swizzled(values, row, comptime!(16 * j as u32) + lane % 4u32 * 4u32));
+            let i = comptime!(4 * j + 2 * half);
+            let low = read(out, i) + a * bf16_low(word);
+            let high = read(out, comptime!(i + 1)) + b * bf16_high(word);
+            write(out, i, low);
+            write(out, comptime!(i + 1), high);
+        }
+    }
+}
