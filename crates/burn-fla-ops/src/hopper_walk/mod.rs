@@ -27,7 +27,8 @@
 //! token's own value ([`bonus`]) comes from [`prepare`] too and stands beside the diagonal of the scores; its part of dq
 //! and dk is added after the walks.
 //!
-//! Heads may share queries and keys ([`groups`]), with a decay by head or token.
+//! Heads may share queries and keys ([`groups`]), with a decay by head or token. Of `ssd` the walks take Δ, A and D
+//! themselves ([`steps`]).
 //!
 //! Where at most 64 channels decay beside at most 128 others, the kernels of [`crate::mma_walk`] walk: [`Cores::suits`] has
 //! the numbers.

@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use super::plan::{Axis, CHUNK, KeyHeads, PANEL, SCORES, VALUES, WalkPlan};
-use super::steps::steps_of_chunk;
+use super::steps::{Sums, decays_of_two};
 use super::table::ITEM_WORDS;
 use crate::tile::hopper::{
     Acc, Frag, bf16_high, bf16_low, column_of, exp2, k_major, load_3d, load_transposed, load_u32, mma_registers,
@@ -149,7 +149,7 @@ pub(super) fn load_panels(
 }
 
 /// One warp writes the running sum of a chunk's log decays, in powers of two, to `to[at..at + 64]`; tokens after the last
-/// one add nothing. `rates` are those of [`steps_of_chunk`].
+/// one add nothing. With steps also those with which what tokens write is decayed, behind those of all heads; `rates` is A.
 #[cube]
 pub(super) fn decays_of_chunk(
     g: &[f32],
@@ -162,27 +162,16 @@ pub(super) fn decays_of_chunk(
     lane: u32,
     #[comptime] plan: WalkPlan,
 ) {
+    let (low, high) = decays_of_two(g, place, chunk * comptime!(CHUNK as u32) + lane, heads, plan);
+    let sums = Sums::of(low, high, rates, place, plan);
+    let at = at + lane as usize;
+    to[at] = sums.low;
+    to[at + 32] = sums.high;
     if comptime!(plan.steps.is_some()) {
-        steps_of_chunk(g, rates, to, at, place, chunk, heads, lane, plan);
-    } else {
-        let first = chunk * comptime!(CHUNK as u32) + lane;
-        let low = decay_at(g, place, first, heads, plan);
-        let high = decay_at(g, place, first + 32u32, heads, plan);
-        let low = plane_inclusive_sum(low);
-        let high = plane_inclusive_sum(high) + plane_broadcast(low, 31u32);
-        to[at + lane as usize] = low;
-        to[at + lane as usize + 32] = high;
+        let at = at + comptime!(plan.written());
+        to[at] = sums.written_low;
+        to[at + 32] = sums.written_high;
     }
-}
-
-/// That of a token and head, zero after the last token.
-#[cube]
-pub(crate) fn number_at(numbers: &[f32], place: &Place, token: u32, heads: u32) -> f32 {
-    let mut value = f32::new(0.0);
-    if token < place.length {
-        value = numbers[((place.start + token) * heads + place.head) as usize];
-    }
-    value
 }
 
 #[cube]

@@ -355,6 +355,13 @@ mod tests {
                 let pair = one.paired(16, 16, 132);
                 assert_eq!((pair.heads, pair.warpgroups, pair.slices(), pair.outer_panels()), (2, 2, 1, 1));
                 assert!(pair.stages >= 3 && pair.fixed_bytes() + pair.stages * pair.stage_bytes() <= SHARED);
+                // With steps decays are twice as many, for which there is room, beside the gate's sums and barriers.
+                let steps = WalkPlan { steps: Some(Skip::None), ..pair };
+                let all = steps.with_all();
+                let others = |plan: WalkPlan| 4 * (plan.stages * plan.decays() + 400) + 16 * (plan.stages + 1);
+                let tiles = steps.fixed_bytes() + steps.stages * steps.stage_bytes();
+                assert!(tiles + others(steps) <= SHARED + 4_096);
+                assert!(all.heads * (ALL_FIXED + all.stages * ALL_TILES) * PANEL + others(all) <= SHARED + 4_096);
                 for all in [one.with_all(), pair.with_all()] {
                     let tiles = all.heads * (ALL_FIXED + all.stages * ALL_TILES);
                     assert!(all.stages >= 2 && tiles * PANEL <= SHARED);

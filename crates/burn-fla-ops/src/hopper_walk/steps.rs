@@ -10,14 +10,14 @@
 
 use cubecl::prelude::*;
 
-use super::parts::{LOG2_E, Place, number_at};
+use super::parts::{LOG2_E, Place, decay_at};
 use super::plan::{CHUNK, WalkPlan};
 use crate::ssd::{LEAST_STEP, Skip};
 use crate::tile::hopper::{bf16_high, bf16_low, load_u32, read, swizzled, write};
 
 impl WalkPlan {
     /// Where the running sums of the tokens that write the state stand, after those of all.
-    fn written(&self) -> usize {
+    pub(super) fn written(&self) -> usize {
         if self.steps.is_some() { self.heads * CHUNK } else { 0 }
     }
 
@@ -37,35 +37,66 @@ impl WalkPlan {
     }
 }
 
-/// One warp writes G to `to[at..at + 64]`, in powers of two, and G' behind those of all heads.
+/// That of a token and head, zero after the last token.
 #[cube]
-pub(super) fn steps_of_chunk(
-    steps: &[f32],
-    rates: &[f32],
-    to: &mut [f32],
-    at: usize,
+fn number_at(numbers: &[f32], place: &Place, token: u32, heads: u32) -> f32 {
+    let mut value = f32::new(0.0);
+    if token < place.length {
+        value = numbers[((place.start + token) * heads + place.head) as usize];
+    }
+    value
+}
+
+/// What a lane needs of two tokens of a chunk, the second 32 after the first: log decays in powers of two, or Δ.
+#[cube]
+pub(crate) fn decays_of_two(
+    g: &[f32],
     place: &Place,
-    chunk: u32,
+    token: u32,
     heads: u32,
-    lane: u32,
     #[comptime] plan: WalkPlan,
-) {
-    let first = chunk * comptime!(CHUNK as u32) + lane;
-    let rate = rates[place.head as usize] * LOG2_E;
-    let step_low = number_at(steps, place, first, heads);
-    let step_high = number_at(steps, place, first + 32u32, heads);
-    let low = plane_inclusive_sum(step_low * rate);
-    let high = plane_inclusive_sum(step_high * rate) + plane_broadcast(low, 31u32);
-    let at = at + lane as usize;
-    to[at] = low;
-    to[at + 32] = high;
-    let at = at + comptime!(plan.written());
-    to[at] = low - log2_of_step(step_low);
-    to[at + 32] = high - log2_of_step(step_high);
+) -> (f32, f32) {
+    if comptime!(plan.steps.is_some()) {
+        (number_at(g, place, token, heads), number_at(g, place, token + 32u32, heads))
+    } else {
+        (decay_at(g, place, token, heads, plan), decay_at(g, place, token + 32u32, heads, plan))
+    }
+}
+
+/// The running sums of a chunk's log decays at a lane's two tokens, in powers of two.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Sums {
+    pub(crate) low: f32,
+    pub(crate) high: f32,
+    /// Those with which what the tokens write is decayed: without steps the same.
+    pub(crate) written_low: f32,
+    pub(crate) written_high: f32,
 }
 
 #[cube]
-pub(crate) fn log2_of_step(step: f32) -> f32 {
+impl Sums {
+    /// Of a warp's [`decays_of_two`]; `rates` is A.
+    pub(crate) fn of(low: f32, high: f32, rates: &[f32], place: &Place, #[comptime] plan: WalkPlan) -> Sums {
+        if comptime!(plan.steps.is_some()) {
+            let rate = rates[place.head as usize] * LOG2_E;
+            let sums = Sums::of_decays(low * rate, high * rate);
+            let (written_low, written_high) = (sums.low - log2_of_step(low), sums.high - log2_of_step(high));
+            Sums { low: sums.low, high: sums.high, written_low, written_high }
+        } else {
+            Sums::of_decays(low, high)
+        }
+    }
+
+    /// Of log decays in powers of two.
+    pub(crate) fn of_decays(low: f32, high: f32) -> Sums {
+        let low = plane_inclusive_sum(low);
+        let high = plane_inclusive_sum(high) + plane_broadcast(low, 31u32);
+        Sums { low, high, written_low: low, written_high: high }
+    }
+}
+
+#[cube]
+fn log2_of_step(step: f32) -> f32 {
     f32::ln(max(step, LEAST_STEP)) * LOG2_E
 }
 

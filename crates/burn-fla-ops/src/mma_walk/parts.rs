@@ -4,9 +4,9 @@ use cubecl::prelude::*;
 
 use super::plan::{DECAYS, LEFT, MmaPlan, OF_OUTPUTS, OF_VALUES, RIGHT, SCORES};
 use crate::hopper_walk::key::sees;
-use crate::hopper_walk::parts::{LOG2_E, Place, decay_at, factor, number_at};
+use crate::hopper_walk::parts::{Place, factor};
 use crate::hopper_walk::plan::{CHUNK, PANEL};
-use crate::hopper_walk::steps::log2_of_step;
+use crate::hopper_walk::steps::Sums;
 use crate::tile::mma::{
     across_first, bf16_high, bf16_low, down_first, exp2, load, multiply, pack, pack_step, pack_word, read, scale,
     store_u32, swizzled, word, write, zero,
@@ -61,40 +61,6 @@ fn band_in_panels(
     across_first(tile + at / 4u32 * comptime!(bytes as u32), lane) ^ ((at % 4u32) * 32u32)
 }
 
-/// What one warp needs of two tokens for a chunk's decays: their log decays, in powers of two, or Δ where there are steps.
-#[cube]
-pub(super) fn decays_of_two(g: &[f32], place: &Place, token: u32, heads: u32, #[comptime] plan: MmaPlan) -> (f32, f32) {
-    if comptime!(plan.walk.steps.is_some()) {
-        (number_at(g, place, token, heads), number_at(g, place, token + 32u32, heads))
-    } else {
-        (decay_at(g, place, token, heads, plan.walk), decay_at(g, place, token + 32u32, heads, plan.walk))
-    }
-}
-
-/// One warp writes a chunk's decays to `to[at..]`, from what [`decays_of_two`] gave each lane, and A in `rates`.
-#[cube]
-pub(super) fn write_decays_or_steps(
-    to: &mut [f32],
-    at: usize,
-    low: f32,
-    high: f32,
-    rates: &[f32],
-    place: &Place,
-    lane: u32,
-    out_scale: f32,
-    #[comptime] plan: MmaPlan,
-) {
-    if comptime!(plan.walk.steps.is_some()) {
-        let rate = rates[place.head as usize] * LOG2_E;
-        let sum_low = plane_inclusive_sum(low * rate);
-        let sum_high = plane_inclusive_sum(high * rate) + plane_broadcast(sum_low, 31u32);
-        let (less_low, less_high) = (log2_of_step(low), log2_of_step(high));
-        write_sums(to, at, sum_low, sum_high, sum_low - less_low, sum_high - less_high, lane, out_scale, plan);
-    } else {
-        write_decays(to, at, low, high, lane, out_scale, plan);
-    }
-}
-
 /// One warp writes a chunk's decays to `to[at..]`, from the log decays of two tokens a lane, in powers of two.
 #[cube]
 pub(crate) fn write_decays(
@@ -106,36 +72,25 @@ pub(crate) fn write_decays(
     out_scale: f32,
     #[comptime] plan: MmaPlan,
 ) {
-    let low = plane_inclusive_sum(low);
-    let high = plane_inclusive_sum(high) + plane_broadcast(low, 31u32);
-    write_sums(to, at, low, high, low, high, lane, out_scale, plan);
+    write_sums(to, at, &Sums::of_decays(low, high), lane, out_scale, plan);
 }
 
-/// The same from the running sums at two tokens, and those with which what they write is decayed.
+/// The same from their running sums.
 #[cube]
-fn write_sums(
-    to: &mut [f32],
-    at: usize,
-    low: f32,
-    high: f32,
-    written_low: f32,
-    written_high: f32,
-    lane: u32,
-    out_scale: f32,
-    #[comptime] plan: MmaPlan,
-) {
+pub(super) fn write_sums(to: &mut [f32], at: usize, sums: &Sums, lane: u32, out_scale: f32, #[comptime] plan: MmaPlan) {
+    let (low, high) = (sums.low, sums.high);
     let last = plane_broadcast(high, 31u32);
     let at = at + lane as usize;
     to[at] = low;
     to[at + 32] = high;
     if comptime!(plan.walk.steps.is_some()) {
-        to[at + DECAYS] = written_low;
-        to[at + comptime!(DECAYS + 32)] = written_high;
+        to[at + DECAYS] = sums.written_low;
+        to[at + comptime!(DECAYS + 32)] = sums.written_high;
     }
     let from_low = exp2(low);
     let from_high = exp2(high);
-    let to_low = exp2(last - written_low);
-    let to_high = exp2(last - written_high);
+    let to_low = exp2(last - sums.written_low);
+    let to_high = exp2(last - sums.written_high);
     if comptime!(plan.walk.roles.against_time) {
         to[at + OF_OUTPUTS] = to_low * out_scale;
         to[at + comptime!(OF_OUTPUTS + 32)] = to_high * out_scale;

@@ -5,12 +5,13 @@ use cubecl_cpp::cuda::ptx::generic_to_shared;
 
 use super::key::scale_states;
 use super::loads::{load_inner, load_values};
-use super::parts::{band_at, decays_of_two, update_state, write_decays_or_steps};
+use super::parts::{band_at, update_state, write_sums};
 use super::plan::{LEFT, MmaPlan, RIGHT};
 use crate::hopper_walk::key::factors_of_span;
 use crate::hopper_walk::parts::{chunk_at, parts_of, place, span_at, spans_of};
 use crate::hopper_walk::plan::WalkPlan;
 use crate::hopper_walk::states::{load_state, store_end};
+use crate::hopper_walk::steps::{Sums, decays_of_two};
 use crate::tile::mma::{address_of, commit_copies, declare, declare_fragment, wait_copies};
 
 /// The state at the end of each segment, from the initial one where the walk enters its sequence, from zero elsewhere; and
@@ -101,8 +102,8 @@ pub(crate) fn segment_states(
                         products[c] *= decays[at] * decays[at + comptime!(shape.decay_channels())];
                     }
                 } else {
-                    let (low, high) = decays_of_two(g, &p, span.start + lane, heads, plan);
-                    write_decays_or_steps(&mut decays, g0, low, high, vectors, &p, lane, 1.0f32, plan);
+                    let (low, high) = decays_of_two(g, &p, span.start + lane, heads, shape);
+                    write_sums(&mut decays, g0, &Sums::of(low, high, vectors, &p, shape), lane, 1.0f32, plan);
                 }
             }
             wait_copies(0u32);

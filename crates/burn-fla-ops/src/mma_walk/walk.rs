@@ -16,8 +16,7 @@ use super::key::{add_own_values, finish_outputs, scale_states, scales_at, sum_of
 use super::loads::{load_early, load_late, source};
 use super::outputs::{add_inputs, output_products, write_outputs};
 use super::parts::{
-    band_at, decays_of_two, outputs_of_chunk, outputs_of_state, scale_outputs, update_state, write_decays_or_steps,
-    write_scores,
+    band_at, outputs_of_chunk, outputs_of_state, scale_outputs, update_state, write_scores, write_sums,
 };
 use super::plan::{LEFT, MmaPlan, RIGHT, SCORES};
 use crate::hopper_walk::bonus::weight_of_row;
@@ -27,6 +26,7 @@ use crate::hopper_walk::plan::{Borders, CHUNK};
 use crate::hopper_walk::products::multiply_rows;
 use crate::hopper_walk::shift::Rows;
 use crate::hopper_walk::states::{load_state, multiply_border, store_state, write_border};
+use crate::hopper_walk::steps::{Sums, decays_of_two};
 use crate::ssd::Skip;
 use crate::tile::mma::{address_of_mut, commit_copies, declare, declare_fragment, exp2, unit_again, wait_copies};
 
@@ -108,8 +108,8 @@ pub(crate) fn walk(
         let span = span_at(&p, chunk, 0u32, parts, spans, shape);
         if comptime!(!shape.by_channel()) {
             if warp == 0u32 {
-                let (low, high) = decays_of_two(g, &p, chunk * comptime!(CHUNK as u32) + lane, heads, plan);
-                write_decays_or_steps(&mut decays, 0usize, low, high, vectors, &p, lane, out_scale, plan);
+                let (low, high) = decays_of_two(g, &p, chunk * comptime!(CHUNK as u32) + lane, heads, shape);
+                write_sums(&mut decays, 0usize, &Sums::of(low, high, vectors, &p, shape), lane, out_scale, plan);
             }
         } else if parts > 1u32 {
             if warp == 0u32 {
@@ -181,7 +181,7 @@ pub(crate) fn walk(
         let mut next_low = f32::new(0.0);
         let mut next_high = f32::new(0.0);
         if sums {
-            let (low, high) = decays_of_two(g, &p, next_span.start + lane, heads, plan);
+            let (low, high) = decays_of_two(g, &p, next_span.start + lane, heads, shape);
             next_low = low;
             next_high = high;
         }
@@ -381,8 +381,8 @@ pub(crate) fn walk(
                 );
             }
         } else if sums {
-            let (low, high) = (next_low + 0.0f32, next_high + 0.0f32);
-            write_decays_or_steps(&mut decays, g1, low, high, vectors, &p, lane, out_scale, plan);
+            let sums = Sums::of(next_low + 0.0f32, next_high + 0.0f32, vectors, &p, shape);
+            write_sums(&mut decays, g1, &sums, lane, out_scale, plan);
         }
         if weighs {
             let at = g1 + comptime!(2 * shape.decay_channels()) + lane as usize;
