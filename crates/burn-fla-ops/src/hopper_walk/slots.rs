@@ -21,8 +21,8 @@ use crate::tile::hopper::{readable, words};
 /// inputs, the last one last of the outputs. Weights and decays are made of the scores before the first pass, and again
 /// before the backward passes: they live as long as an operator runs.
 ///
-/// Saved, besides the inputs: the scores of the first pass, `2 M` bytes a token and head; with `running`, the running sum
-/// before every 128th token, `8 M / 128` more.
+/// Saved, besides the inputs: with `running`, the running sum before every 128th token, `8 M / 128` bytes a token and head.
+/// The scores of the first pass, `2 M` bytes, are made again by a walk more.
 #[derive(Debug)]
 pub(super) struct SlotWalk {
     pub(super) name: &'static str,
@@ -74,6 +74,18 @@ impl SlotWalk {
         };
         let (_, slots, decays) = self.first.prepared(None, slots, &log_decay, None, &ints[0], Factors::Rounded);
         Written { slots, decays, log_decay, running }
+    }
+
+    /// A pass forward: its outputs, and its memory after the last token.
+    fn pass(
+        walk: &HopperWalk,
+        [q, k, v]: [&CubeTensor; 3],
+        initial: Option<&CubeTensor>,
+        decays: &Decays,
+    ) -> [CubeTensor; 2] {
+        let (in_factor, last_factor) = (1.0, 1.0);
+        let w = Walk { roles: FORWARD, q, k, v, initial, in_factor, last_factor, last: true, between: None };
+        walk.walk(&w, decays, None)
     }
 
     /// The softmax of the scores; or with `grads`, its gradient times what it gives: prepared to read the slots.
@@ -195,30 +207,19 @@ impl Operator for SlotWalk {
         [inputs[2].clone(), state(&self.first), state(&self.second)].into_iter().chain(end).collect()
     }
 
-    fn saved(&self, inputs: &[TensorSpec]) -> Vec<TensorSpec> {
-        let borders = self.running.as_ref().map(|sums| TensorSpec::new(sums.borders_shape(), DType::F32));
-        [inputs[3].clone()].into_iter().chain(borders).collect()
+    fn saved(&self, _: &[TensorSpec]) -> Vec<TensorSpec> {
+        self.running.iter().map(|sums| TensorSpec::new(sums.borders_shape(), DType::F32)).collect()
     }
 
     fn forward(&self, inputs: Vec<CubeTensor>, ints: Vec<CubeTensor>, save: bool) -> Vec<CubeTensor> {
         let [q, k, v] = [0, 1, 2].map(|i| readable(inputs[i].clone()));
         let Written { slots, decays, running, .. } = self.slots(&inputs, &ints, save);
         let [keys, values] = self.initial(&inputs);
-        let pass = |walk: &HopperWalk, [q, k, v]: [&CubeTensor; 3], initial: Option<&CubeTensor>| {
-            let (in_factor, last_factor) = (1.0, 1.0);
-            let w = Walk { roles: FORWARD, q, k, v, initial, in_factor, last_factor, last: true, between: None };
-            walk.walk(&w, &decays, None)
-        };
-        let [scores, keys] = pass(&self.first, [&q, &k, &slots], keys.as_ref());
+        let [scores, keys] = Self::pass(&self.first, [&q, &k, &slots], keys.as_ref(), &decays);
         let p = self.probabilities(&scores, None, &decays);
-        let [o, values] = pass(&self.second, [&p, &slots, &v], values.as_ref());
+        let [o, values] = Self::pass(&self.second, [&p, &slots, &v], values.as_ref(), &decays);
         let (end, borders) = running.unzip();
-        let mut outputs: Vec<_> = [o, keys, values].into_iter().chain(end).collect();
-        if save {
-            outputs.push(scores);
-            outputs.extend(borders);
-        }
-        outputs
+        [o, keys, values].into_iter().chain(end).chain(borders.filter(|_| save)).collect()
     }
 
     /// From the second pass, whose queries' gradients are those of the probabilities, to the first, in which the gradients
@@ -232,10 +233,10 @@ impl Operator for SlotWalk {
         wanted: &[bool],
     ) -> Vec<Option<CubeTensor>> {
         let [q, k, v] = [0, 1, 2].map(|i| readable(inputs[i].clone()));
-        let mut saved = saved.into_iter();
-        let scores = saved.next().expect("the scores");
         let Written { slots, decays, log_decay, .. } = self.slots(&inputs, &ints, false);
         let [keys, values] = self.initial(&inputs);
+        // The kernel of forward, so that they are its scores to the last bit.
+        let [scores, _] = Self::pass(&self.first, [&q, &k, &slots], keys.as_ref(), &decays);
         let mut grads = grads.into_iter();
         let mut grad = || grads.next().flatten();
         let grad_o = grad().map_or_else(|| zeros(&v, v.meta.shape().dims::<4>(), v.dtype), readable);
@@ -288,9 +289,9 @@ impl Operator for SlotWalk {
             Some(sums) => {
                 let found = dslots.map(|(x, y)| {
                     let (scores, table) = (readable(inputs[3].clone()), contiguous(ints[1].clone()));
-                    let borders = saved.next().expect("the running sums");
+                    let borders = &saved[0];
                     let grads = Grads { weights: &[x, y], others: dg.as_ref(), end: grad_end.as_ref() };
-                    sums.backward(&scores, &borders, &table, grads, with_normaliser)
+                    sums.backward(&scores, borders, &table, grads, with_normaliser)
                 });
                 let (ds, first) = found.unzip();
                 result.push(ds);
