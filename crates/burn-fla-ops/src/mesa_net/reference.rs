@@ -83,6 +83,7 @@ trait System: Clone + Send + Sync + 'static {
     fn apply(&self, p: Tensor<4>) -> Tensor<4>;
 
     /// The same without a graph.
+    #[cfg_attr(not(any(feature = "cube", feature = "flex")), expect(dead_code))]
     fn constant(&self) -> Self;
 }
 

@@ -46,7 +46,6 @@ pub(super) enum Sums {
     /// `dv · x`, with `v = Δ x`.
     OfInputs,
     /// The same times Δ: `B · dB`.
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
     OfKeys,
 }
 
