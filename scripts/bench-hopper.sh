@@ -6,7 +6,7 @@
 #   OPERATOR is one of tests/src/operators (with :mma on the kernels for any NVIDIA GPU since Ampere), or all.
 #   FOLDER holds bench-hopper.xz: `cargo build --release -p burn-fla-tests --features cuda --bin bench-hopper`, stripped.
 #   Several GPUs share the operators. PATIENCE: the seconds in which the peer may compile (600).
-#   Lines of JSON go to the standard output, for `report add --operators` and `--steps`.
+#   Lines of JSON go to the standard output, for `report add --operators`, `--engines` and `--steps`.
 set -uo pipefail
 folder=$1
 shift

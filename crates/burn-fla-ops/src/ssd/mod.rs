@@ -72,7 +72,8 @@ pub struct SsdOptions {
 ///
 /// # Shapes
 /// - `x`: `[B, T, H, P]`, f32, bf16 or f64
-/// - `delta`: `[B, T, H]`, the step sizes Δ, at least 0; f32 or the dtype of `x`
+/// - `delta`: `[B, T, H]`, the step sizes Δ, at least 0 (a negative one adds something or nothing, by the engine); f32 or the dtype
+///   of `x`
 /// - `a`: `[H]`, at most 0; any of these dtypes
 /// - `b`, `c`: `[B, T, G, N_s]` in the dtype of `x`, `H` a multiple of `G`
 /// - returns `y`: `[B, T, H, P]` in the dtype of `x`, and the final state, f32 `[N, H, N_s, P]` (f64 for f64)
