@@ -140,6 +140,7 @@ suite!(Auto: hopper, Mma: mma; {
     every_size_is_right,
     steps_of_zero_are_right,
     each_input_may_be_tracked_alone,
+    decays_may_have_no_gradient,
     a_loss_may_use_one_output,
     packed_equals_separate,
 });
@@ -169,6 +170,13 @@ fn each_input_may_be_tracked_alone(engine: Engine) {
     for base in [narrow, Case { batch: 34, tokens: 65, heads: 4, ..BASE }, Case { width: 128, states: 128, ..narrow }] {
         check(engine, &std::array::from_fn::<_, 7, _>(|i| Case { tracked: std::array::from_fn(|j| i == j), ..base }));
     }
+}
+
+/// x, B and C have one: narrow heads have those of x and B from one walk then.
+fn decays_may_have_no_gradient(engine: Engine) {
+    let tracked = [true, false, false, true, true, false, false];
+    let skips = [Skip::Head, Skip::Channel];
+    check(engine, &skips.map(|skip| [BASE, PAIRS, WIDE].map(|base| Case { skip, tracked, ..base })).concat());
 }
 
 fn a_loss_may_use_one_output(engine: Engine) {
