@@ -47,6 +47,11 @@ pub fn numbers<const D: usize>(x: Tensor<D>) -> Vec<f64> {
     x.into_data().convert::<f64>().try_to_vec::<f64>().expect("a float tensor")
 }
 
+/// These numbers as a dtype holds them, for both sides of a comparison.
+pub fn rounded(values: &[f64], dtype: DType) -> Vec<f64> {
+    numbers(tensor::<1>(values, [values.len()], &reference_device(), dtype))
+}
+
 /// RMS of the difference over RMS of the reference. NaN anywhere gives infinity.
 pub fn ratio(found: &[f64], reference: &[f64]) -> f64 {
     assert_eq!(found.len(), reference.len(), "as many numbers");

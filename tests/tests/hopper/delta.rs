@@ -8,7 +8,7 @@ mod delta_problem;
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_fla_ops::{Engine, bridge};
-use burn_fla_tests::{numbers, ratio, reference_device, tensor, uniform};
+use burn_fla_tests::{numbers, ratio, reference_device, rounded, tensor, uniform};
 
 use self::delta_problem::{Op, Problem};
 use super::device_for;
@@ -39,18 +39,16 @@ fn run(problem: &Problem, keys: fn(&mut [f64], usize), device: &Device, engine: 
             let narrow = !["g", "beta", "state"].contains(&input.name);
             let held = if narrow { DType::BF16 } else { DType::F32 };
             // The numbers that both sides hold.
-            let rounded: Tensor<1> = tensor(&input.values, [input.values.len()], &reference_device(), held);
+            let values = rounded(&input.values, held);
             let held = if exact { DType::F64 } else { held };
-            tensor::<1>(&numbers(rounded), [input.values.len()], &device, held).require_grad()
+            tensor::<1>(&values, [values.len()], &device, held).require_grad()
         })
         .collect();
     let views = problem.views(&leaves);
     let (o, end) = if exact { problem.oracle(&views) } else { problem.public(&views).unwrap() };
     let weight = |seed, like: &Tensor<4>| -> Tensor<4> {
-        let count = like.shape().num_elements();
-        let rounded: Tensor<4> =
-            tensor(&uniform(seed, count, (-1.0, 1.0)), like.dims(), &reference_device(), DType::BF16);
-        tensor(&numbers(rounded), like.dims(), &device, like.dtype())
+        let values = rounded(&uniform(seed, like.shape().num_elements(), (-1.0, 1.0)), DType::BF16);
+        tensor(&values, like.dims(), &device, like.dtype())
     };
     let on_o = (o.clone() * weight(8, &o)).cast(wide).sum();
     let on_end = (end.clone() * weight(9, &end)).sum();

@@ -4,7 +4,7 @@
 use burn::tensor::{DType, Device, Tensor};
 use burn_fla_ops::{CuSeqlens, Engine, SequenceOptions, bridge, dplr, rwkv7};
 use burn_fla_tests::agree::{Input, view};
-use burn_fla_tests::{numbers, ratio, reference_device, tensor, uniform};
+use burn_fla_tests::{numbers, ratio, reference_device, rounded, tensor, uniform};
 
 use super::device_for;
 
@@ -132,9 +132,9 @@ impl Problem {
                 let f32s = input.name == "state" || (input.name == "g" && !self.narrow);
                 let held = if f32s { DType::F32 } else { DType::BF16 };
                 // The numbers that both sides hold.
-                let rounded: Tensor<1> = tensor(&input.values, [input.values.len()], &reference_device(), held);
+                let values = rounded(&input.values, held);
                 let held = if exact { DType::F64 } else { held };
-                tensor::<1>(&numbers(rounded), [input.values.len()], &device, held).require_grad()
+                tensor::<1>(&values, [values.len()], &device, held).require_grad()
             })
             .collect();
         let (o, end) = match engine {
@@ -142,10 +142,8 @@ impl Problem {
             None => self.oracle(&leaves),
         };
         let weight = |seed, like: &Tensor<4>| -> Tensor<4> {
-            let count = like.shape().num_elements();
-            let rounded: Tensor<4> =
-                tensor(&uniform(seed, count, (-1.0, 1.0)), like.dims(), &reference_device(), DType::BF16);
-            tensor(&numbers(rounded), like.dims(), &device, like.dtype())
+            let values = rounded(&uniform(seed, like.shape().num_elements(), (-1.0, 1.0)), DType::BF16);
+            tensor(&values, like.dims(), &device, like.dtype())
         };
         let on_o = (o.clone() * weight(8, &o)).cast(wide).sum();
         let on_end = (end.clone() * weight(9, &end)).sum();

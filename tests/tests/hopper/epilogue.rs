@@ -5,7 +5,7 @@ use burn_fla_ops::{Activation, Engine, Epilogue, bridge, linear_with, linears_wi
 use burn_fla_tests::{assert_close, numbers, reference_device, tensor};
 
 use super::device_for;
-use super::linear::rounded;
+use super::linear::drawn;
 
 const ACTIVATIONS: [Activation; 6] = [
     Activation::Identity,
@@ -56,11 +56,11 @@ impl Problem {
         let scale = 0.5f64.powi((k as f64).log2() as i32 / 2);
         Self {
             sizes: [m, n, k],
-            x: rounded(1, m * k),
-            w: rounded(2, n * k).into_iter().map(|w| w * scale).collect(),
-            bias: rounded(3, n),
-            residual: rounded(4, m * n),
-            dy: rounded(5, m * n),
+            x: drawn(1, m * k),
+            w: drawn(2, n * k).into_iter().map(|w| w * scale).collect(),
+            bias: drawn(3, n),
+            residual: drawn(4, m * n),
+            dy: drawn(5, m * n),
         }
     }
 
@@ -182,10 +182,10 @@ fn biases_of_several_layers_equal_f64(engine: Engine) {
     let Some(device) = device_for(engine) else { return };
     bridge::poison_outputs(true);
     for (rows, inner, outs) in [(1, 64, &[48, 8][..]), (513, 256, &[512, 16, 264]), (130, 4096, &[64, 64])] {
-        let x = rounded(1, rows * inner);
-        let weights: Vec<_> = outs.iter().enumerate().map(|(i, out)| rounded(10 + i as u64, out * inner)).collect();
-        let biases: Vec<_> = outs.iter().enumerate().map(|(i, out)| rounded(20 + i as u64, *out)).collect();
-        let dys: Vec<_> = outs.iter().enumerate().map(|(i, out)| rounded(30 + i as u64, rows * out)).collect();
+        let x = drawn(1, rows * inner);
+        let weights: Vec<_> = outs.iter().enumerate().map(|(i, out)| drawn(10 + i as u64, out * inner)).collect();
+        let biases: Vec<_> = outs.iter().enumerate().map(|(i, out)| drawn(20 + i as u64, *out)).collect();
+        let dys: Vec<_> = outs.iter().enumerate().map(|(i, out)| drawn(30 + i as u64, rows * out)).collect();
         let run = |device: &Device, dtype, wide| {
             let device = device.clone().autodiff();
             let x: Tensor<2> = tensor(&x, [rows, inner], &device, dtype).require_grad();

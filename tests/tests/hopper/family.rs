@@ -7,7 +7,7 @@ use burn_fla_ops::{
     AbcOptions, AbcState, CuSeqlens, Engine, GsaOptions, GsaState, HeadGroups, SequenceOptions, SsdOptions, abc,
     bridge, gsa, rwkv6, ssd,
 };
-use burn_fla_tests::{numbers, ratio, reference_device, tensor, uniform};
+use burn_fla_tests::{numbers, ratio, reference_device, rounded, tensor, uniform};
 
 use super::device_for;
 
@@ -123,9 +123,8 @@ impl Case {
                 _ => DType::BF16,
             };
             // The same rounded numbers on both sides.
-            let values = uniform(1 + i as u64, shape.iter().product(), range);
-            let x: Tensor<4> = tensor(&values, shape, &reference_device(), narrow);
-            tensor(&numbers(x), shape, &device, if exact { DType::F64 } else { narrow }).require_grad()
+            let values = rounded(&uniform(1 + i as u64, shape.iter().product(), range), narrow);
+            tensor(&values, shape, &device, if exact { DType::F64 } else { narrow }).require_grad()
         };
         let leaves: Vec<Tensor<4>> = shapes.iter().enumerate().map(|(i, shape)| leaf(i, *shape)).collect();
         let (x, state) = leaves.split_at(leaves.len() - states);
@@ -139,13 +138,8 @@ impl Case {
         for (i, y) in outputs.into_iter().enumerate() {
             found.push((["o", "keys", "values", "weight"][i], numbers(y.clone()), true));
             // Gradients of the outputs are bf16 as the outputs are.
-            let weight: Tensor<4> = tensor(
-                &uniform(80 + i as u64, y.shape().num_elements(), (-1.0, 1.0)),
-                y.dims(),
-                &reference_device(),
-                DType::BF16,
-            );
-            loss = loss + (y.clone() * tensor(&numbers(weight), y.dims(), &device, y.dtype())).cast(wide).sum();
+            let weight = rounded(&uniform(80 + i as u64, y.shape().num_elements(), (-1.0, 1.0)), DType::BF16);
+            loss = loss + (y.clone() * tensor(&weight, y.dims(), &device, y.dtype())).cast(wide).sum();
         }
         let grads = loss.backward();
         for (x, (name, ..)) in leaves.iter().zip(&shapes) {

@@ -3,14 +3,13 @@
 use burn::tensor::{DType, Device, Tensor};
 use burn_fla_ops::matmul::hopper::{accumulate, product, takes};
 use burn_fla_ops::{Engine, Epilogue, bridge, linear_with, linears_with};
-use burn_fla_tests::{assert_close, numbers, reference_device, tensor, uniform};
+use burn_fla_tests::{assert_close, numbers, reference_device, rounded, tensor, uniform};
 
 use super::device_for;
 
 /// bf16 numbers, as f64.
-pub(super) fn rounded(seed: u64, count: usize) -> Vec<f64> {
-    let x: Tensor<1> = tensor(&uniform(seed, count, (-1.0, 1.0)), [count], &reference_device(), DType::BF16);
-    numbers(x)
+pub(super) fn drawn(seed: u64, count: usize) -> Vec<f64> {
+    rounded(&uniform(seed, count, (-1.0, 1.0)), DType::BF16)
 }
 
 /// The plan's every branch: a single tile, edges in each dimension, several tiles, narrow and wide, split contractions.
@@ -38,7 +37,7 @@ fn products_equal_f64(engine: Engine) {
     let Some(device) = device_for(engine) else { return };
     bridge::poison_outputs(true);
     for [m, n, k] in SIZES {
-        let (a, b) = (rounded(1, m * k), rounded(2, n * k));
+        let (a, b) = (drawn(1, m * k), drawn(2, n * k));
         // Rows that are looked at: all of a small result, the edges and a few more of a large one.
         let rows: Vec<usize> =
             if m * n * k < 4_000_000 { (0..m).collect() } else { vec![0, 1, 63, 64, 127, m / 2, m - 2, m - 1] };
@@ -73,7 +72,7 @@ fn a_linear_layer_and_its_gradients_equal_f64(engine: Engine) {
     for (rows, inner, out, wide) in
         [(1, 64, 48, false), (100, 256, 512, true), (513, 1024, 264, true), (4096, 128, 128, false)]
     {
-        let (x, w, dy) = (rounded(1, rows * inner), rounded(2, out * inner), rounded(3, rows * out));
+        let (x, w, dy) = (drawn(1, rows * inner), drawn(2, out * inner), drawn(3, rows * out));
         let run = |device: &Device, dtype, weight_dtype| {
             let x: Tensor<3> = tensor(&x, [1, rows, inner], device, dtype).require_grad();
             let w: Tensor<2> = tensor(&w, [out, inner], device, weight_dtype).require_grad();
@@ -97,8 +96,8 @@ fn two_products_are_equal_bit_for_bit(engine: Engine) {
     let Some(device) = device_for(engine) else { return };
     // Few tiles and a long contraction: it is split.
     let (m, n, k) = (256, 256, 8192);
-    let a: Tensor<2> = tensor(&rounded(1, m * k), [m, k], &device, DType::BF16);
-    let b: Tensor<2> = tensor(&rounded(2, n * k), [n, k], &device, DType::BF16);
+    let a: Tensor<2> = tensor(&drawn(1, m * k), [m, k], &device, DType::BF16);
+    let b: Tensor<2> = tensor(&drawn(2, n * k), [n, k], &device, DType::BF16);
     let run = || numbers(product(a.clone(), b.clone(), false, false, DType::F32, engine));
     assert_eq!(run(), run());
 }
@@ -113,9 +112,9 @@ fn several_layers_of_one_input_equal_each_by_itself(engine: Engine) {
         (4096, 128, &[128, 128, 256, 256, 16], true),
         (700, 72, &[1032, 200, 64, 8, 16, 24, 32], false),
     ] {
-        let x = rounded(1, rows * inner);
-        let weights: Vec<_> = outs.iter().enumerate().map(|(i, out)| rounded(10 + i as u64, out * inner)).collect();
-        let dys: Vec<_> = outs.iter().enumerate().map(|(i, out)| rounded(20 + i as u64, rows * out)).collect();
+        let x = drawn(1, rows * inner);
+        let weights: Vec<_> = outs.iter().enumerate().map(|(i, out)| drawn(10 + i as u64, out * inner)).collect();
+        let dys: Vec<_> = outs.iter().enumerate().map(|(i, out)| drawn(20 + i as u64, rows * out)).collect();
         let run = |device: &Device, dtype, weight_dtype, used: &dyn Fn(usize) -> bool| {
             let x: Tensor<3> = tensor(&x, [1, rows, inner], device, dtype).require_grad();
             let weights: Vec<Tensor<2>> = weights
@@ -160,7 +159,7 @@ fn several_layers_of_one_input_equal_each_by_itself(engine: Engine) {
 fn a_product_is_added_to_a_sum(engine: Engine) {
     let Some(device) = device_for(engine) else { return };
     for [m, n, k] in [[65, 200, 136], [300, 520, 264], [256, 256, 8192]] {
-        let (a, b) = (rounded(1, m * k), rounded(2, n * k));
+        let (a, b) = (drawn(1, m * k), drawn(2, n * k));
         let before = uniform(3, m * n, (-100.0, 100.0));
         let before: Vec<f64> = before.into_iter().map(|x| f64::from(x as f32)).collect();
         let [x, y] = [(&a, m), (&b, n)].map(|(numbers, rows)| tensor(numbers, [rows, k], &device, DType::BF16));

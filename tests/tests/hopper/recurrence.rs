@@ -3,7 +3,7 @@
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_fla_ops::{CuSeqlens, Engine, ScalarDecay, SequenceOptions, bridge, gla, simple_gla};
-use burn_fla_tests::{numbers, ratio, reference_device, tensor, uniform};
+use burn_fla_tests::{numbers, ratio, reference_device, rounded, tensor, uniform};
 
 use super::device_for;
 
@@ -58,22 +58,20 @@ impl Case {
         let Self { batch: b, tokens: t, heads: h, keys, values, .. } = *self;
         let n = self.sequences();
         // The same rounded numbers on both sides.
-        let rounded = |seed, shape: [usize; 4]| -> Tensor<4> {
-            let x: Tensor<4> =
-                tensor(&uniform(seed, shape.iter().product(), (-1.0, 1.0)), shape, &reference_device(), DType::BF16);
-            tensor(&numbers(x), shape, &device, dtype)
+        let narrow = |seed, shape: [usize; 4]| -> Tensor<4> {
+            let values = rounded(&uniform(seed, shape.iter().product(), (-1.0, 1.0)), DType::BF16);
+            tensor(&values, shape, &device, dtype)
         };
-        let (q, k) = (rounded(1, [b, t, h, keys]).require_grad(), rounded(2, [b, t, h, keys]).require_grad());
-        let v = rounded(3, [b, t, h, values]).require_grad();
+        let (q, k) = (narrow(1, [b, t, h, keys]).require_grad(), narrow(2, [b, t, h, keys]).require_grad());
+        let v = narrow(3, [b, t, h, values]).require_grad();
         let state = |seed| -> Tensor<4> {
             tensor(&uniform(seed, n * h * keys * values, (-1.0, 1.0)), [n, h, keys, values], &device, wide)
         };
         let h0 = self.initial.then(|| state(4).require_grad());
         let key_gates = || -> Tensor<4> {
             let By::Key(dtype) = self.by else { unreachable!("asked for with a decay by key alone") };
-            let g: Tensor<4> =
-                tensor(&uniform(6, b * t * h * keys, self.decay), [b, t, h, keys], &reference_device(), dtype);
-            tensor(&numbers(g), [b, t, h, keys], &device, if exact { DType::F64 } else { dtype })
+            let g = rounded(&uniform(6, b * t * h * keys, self.decay), dtype);
+            tensor(&g, [b, t, h, keys], &device, if exact { DType::F64 } else { dtype })
         };
         let by_key = matches!(self.by, By::Key(_)).then(|| key_gates().require_grad());
         let head: Tensor<1> = tensor(&uniform(5, h, self.decay), [h], &device, wide);
@@ -97,7 +95,7 @@ impl Case {
                 By::Key(_) => gla(q, k, v, by_key.clone().unwrap(), options).unwrap(),
             }
         };
-        let on_o = (o.clone() * rounded(8, [b, t, h, values])).cast(wide).sum();
+        let on_o = (o.clone() * narrow(8, [b, t, h, values])).cast(wide).sum();
         let on_state = (end.clone() * state(9)).sum();
         let grads = (on_o + on_state).backward();
         let of = |x: &Tensor<4>| x.grad(&grads).map(numbers).unwrap_or_default();

@@ -4,7 +4,7 @@
 use burn::tensor::{DType, Device, Tensor};
 use burn_fla_ops::ssd::reference::recurrent;
 use burn_fla_ops::{CuSeqlens, Engine, HeadGroups, SsdOptions, bridge, ssd};
-use burn_fla_tests::{numbers, ratio, reference_device, tensor, uniform};
+use burn_fla_tests::{numbers, ratio, reference_device, rounded, tensor, uniform};
 
 use super::device_for;
 
@@ -81,8 +81,8 @@ impl Case {
                 values.iter_mut().enumerate().filter(|(at, _)| token(*at) % still == 0).for_each(|(_, x)| *x = 0.0);
             }
             // The same rounded numbers on both sides.
-            let rounded = numbers(tensor(&values, shape, &reference_device(), narrow));
-            let leaf = tensor(&rounded, shape, &device, if exact { DType::F64 } else { narrow });
+            let values = rounded(&values, narrow);
+            let leaf = tensor(&values, shape, &device, if exact { DType::F64 } else { narrow });
             if self.tracked[i] { leaf.require_grad() } else { leaf }
         };
         let leaves = [0, 1, 2, 3, 4, 5, 6].map(leaf);
@@ -102,8 +102,7 @@ impl Case {
         let mut loss = Tensor::<1>::zeros([1], (&device, wide));
         for (i, y) in [y, end].into_iter().enumerate().filter(|(i, _)| self.loss[*i]) {
             // Gradients of the outputs are bf16 as the outputs are.
-            let weight = uniform(80 + i as u64, y.shape().num_elements(), (-1.0, 1.0));
-            let weight = numbers(tensor::<4>(&weight, y.dims(), &reference_device(), DType::BF16));
+            let weight = rounded(&uniform(80 + i as u64, y.shape().num_elements(), (-1.0, 1.0)), DType::BF16);
             loss = loss + (y.clone() * tensor(&weight, y.dims(), &device, y.dtype())).cast(wide).sum();
         }
         let gradients = loss.backward();

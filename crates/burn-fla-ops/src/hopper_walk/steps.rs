@@ -6,7 +6,11 @@
 //! ```
 //!
 //! Beside a chunk's running sums G stand G', and what a token adds is decayed with those: no `Δ x` is written, read or
-//! rounded. `D ∘ x` is added to the outputs in f32 from the tile of the values.
+//! rounded. Exponents are at most ln Δ, where those of the other walks are at most zero. `D ∘ x` is added to the outputs in
+//! f32 from the tile of the values.
+//!
+//! The gradient of x is the walk's that gave that of v; `b_j · db_j`, which the decay's gradient is summed up from anyway, is
+//! Δ times the gradient of Δ but for what Δ has through the decay.
 
 use cubecl::prelude::*;
 
@@ -22,12 +26,12 @@ impl WalkPlan {
     }
 
     /// Where the running sums of a walk's columns stand, the tokens whose values it adds up.
-    pub(super) fn columns_at(&self) -> usize {
+    pub(crate) fn columns_at(&self) -> usize {
         if self.roles.against_time { 0 } else { self.written() }
     }
 
     /// Where those of its rows stand, the tokens of its outputs.
-    pub(super) fn rows_at(&self) -> usize {
+    pub(crate) fn rows_at(&self) -> usize {
         if self.roles.against_time { self.written() } else { 0 }
     }
 

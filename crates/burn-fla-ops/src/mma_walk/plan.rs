@@ -150,12 +150,12 @@ impl MmaPlan {
     /// Where the running sums of the scores' columns stand among them: with steps, of the tokens that write the state behind
     /// all others. See [`crate::hopper_walk::steps`].
     pub(super) fn columns_at(&self) -> usize {
-        if self.walk.steps.is_some() && !self.walk.roles.against_time { DECAYS } else { 0 }
+        if self.walk.columns_at() > 0 { DECAYS } else { 0 }
     }
 
     /// Where those of their rows stand.
     pub(super) fn rows_at(&self) -> usize {
-        if self.walk.steps.is_some() && self.walk.roles.against_time { DECAYS } else { 0 }
+        if self.walk.rows_at() > 0 { DECAYS } else { 0 }
     }
 
     /// Shared memory of a cube.
