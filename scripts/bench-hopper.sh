@@ -18,12 +18,16 @@ peer=$(python3 -c 'import fla' 2>/dev/null && echo yes)
 
 # The operators and shapes of one GPU: $1 is its number, $2 and $3 as above.
 on_gpu() {
-    export CUDA_VISIBLE_DEVICES=$1 lock=$found/lock.$1
+    export CUDA_VISIBLE_DEVICES=$1 locks=$found/lock.$1
     local plain=${2//:mma/} right=0 count=$((cores / gpus)) i shape
     plain=$(tr ',' '\n' <<<"$plain" | sort -u | paste -sd,)
-    # Both sides compile, and ours checks, side by side; who times waits until the host is free, on every GPU, and is alone.
+    # Both sides compile, and ours checks, side by side; who times waits until the host is free, on every GPU, and is alone
+    # on its own.
     local held=()
-    for ((i = 0; i < gpus; i++)); do held+=(flock -s "$found/lock.$i"); done
+    for ((i = 0; i < gpus; i++)); do
+        held+=(flock -s "$found/lock.$i")
+        [ "$i" = "$1" ] || locks+=,$found/lock.$i
+    done
     if [ -n "$peer" ]; then
         for ((i = 0; i < count; i++)); do
             # Shorter sequences have the same kernels, and all these processes share one memory.
@@ -32,12 +36,12 @@ on_gpu() {
         done
     fi
     tr ',' '\n' <<<"$2" | xargs -P 8 -I OPERATOR sh -c \
-        '"$folder/bench-hopper" operators "$0" "$1" "$lock" >"$found/$0.json" 2>"$found/$0.log"' OPERATOR "$3" || right=1
+        '"$folder/bench-hopper" operators "$0" "$1" "$locks" >"$found/$0.json" 2>"$found/$0.log"' OPERATOR "$3" || right=1
     wait
     if [ -n "$peer" ]; then
         for shape in ${3//,/ }; do
             # Chooses among its variants, then times.
-            python3 scripts/peer.py "$plain" "$shape" >>"$found/peer.$1.json" 2>>"$found/peer.$1.log"
+            flock "$found/lock.$1" python3 scripts/peer.py "$plain" "$shape" >>"$found/peer.$1.json" 2>>"$found/peer.$1.log"
         done
     fi
     return $right

@@ -1,9 +1,10 @@
 //! Times operators, and refuses to print a time for a wrong answer.
 //!
-//! - `bench-hopper operators OPERATOR,… B×T×H×K×V,… [FILE]` (H is 8/32 where 32 heads of values share 8 of keys): those of `burn_fla_tests::operators` (`all` is every one, `gla:mma`
-//!   is one on the kernels for any NVIDIA GPU since Ampere), forward and backward. All cases are checked before the first is
-//!   timed. Compiling and checking are the slow part; processes that are given one file do these side by side, and time
-//!   one after the other when all have checked;
+//! - `bench-hopper operators OPERATOR,… B×T×H×K×V,… [FILE,…]` (H is 8/32 where 32 heads of values share 8 of keys): those of
+//!   `burn_fla_tests::operators` (`all` is every one, `gla:mma` is one on the kernels for any NVIDIA GPU since Ampere),
+//!   forward and backward. All cases are checked before the first is timed. Compiling and checking are the slow part;
+//!   processes that are given the same files do these side by side. Who times waits until none of them checks, and is the
+//!   only one with its first file: each GPU of a host has a file of its own, and they time side by side;
 //! - `bench-hopper list`: their names;
 //! - `bench-hopper step OPERATOR,… B×T×H×K×V,…`: one token a sequence;
 //! - `bench-hopper linear TOKENS,… N×K,…`: the products of a linear layer (`linear:mma` as above, `linear:burn` by Burn's
@@ -27,7 +28,7 @@ use burn_fla_tests::operators::{OPERATORS, Size};
 
 use case::Machine;
 
-const USAGE: &str = "bench-hopper list | bench-hopper operators OPERATOR,… BxTxHxKxV,… [FILE] | bench-hopper step OPERATOR,… BxTxHxKxV,… | bench-hopper linear[:mma|:burn] TOKENS,… NxK,… | bench-hopper support [OPERATOR,…]";
+const USAGE: &str = "bench-hopper list | bench-hopper operators OPERATOR,… BxTxHxKxV,… [FILE,…] | bench-hopper step OPERATOR,… BxTxHxKxV,… | bench-hopper linear[:mma|:burn] TOKENS,… NxK,… | bench-hopper support [OPERATOR,…]";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -49,10 +50,11 @@ fn run(arguments: &[&str]) -> Result<bool, String> {
     }
     let device = Device::cuda(0);
     match *arguments {
-        ["operators", operators, shapes] => time_operators(&device, operators, shapes, None),
-        ["operators", operators, shapes, file] => {
-            let file = std::fs::File::create(file).map_err(|error| format!("{file}: {error}"))?;
-            time_operators(&device, operators, shapes, Some(file))
+        ["operators", operators, shapes] => time_operators(&device, operators, shapes, &[]),
+        ["operators", operators, shapes, files] => {
+            let open = |file: &str| File::create(file).map_err(|error| format!("{file}: {error}"));
+            let files = files.split(',').map(open).collect::<Result<Vec<_>, _>>()?;
+            time_operators(&device, operators, shapes, &files)
         }
         ["step", operators, shapes] => {
             let (chosen, sizes, machine) = (case::choose(operators)?, sizes(shapes)?, machine(&device));
@@ -79,29 +81,32 @@ fn run(arguments: &[&str]) -> Result<bool, String> {
     }
 }
 
-fn time_operators(device: &Device, operators: &str, shapes: &str, file: Option<File>) -> Result<bool, String> {
+fn time_operators(device: &Device, operators: &str, shapes: &str, files: &[File]) -> Result<bool, String> {
     let (chosen, sizes) = (case::choose(operators)?, sizes(shapes)?);
     case::takes(&chosen, &sizes)?;
-    let lock =
-        |of: fn(&File) -> std::io::Result<()>| file.as_ref().map_or(Ok(()), of).map_err(|error| error.to_string());
-    lock(File::lock_shared)?;
+    let each = |files: &[File], lock: fn(&File) -> std::io::Result<()>| {
+        files.iter().try_for_each(lock).map_err(|error| error.to_string())
+    };
+    let own = &files[..files.len().min(1)];
+    each(files, File::lock_shared)?;
     let mut cases = Vec::new();
     for size in sizes {
         for chosen in &chosen {
             cases.push((*chosen, size, case::check(device, *chosen, size)));
         }
     }
-    lock(File::unlock)?;
+    each(files, File::unlock)?;
     let all = cases.len();
     cases.retain(|(chosen, size, errors)| case::is_right(*chosen, *size, errors));
-    lock(File::lock)?;
+    // Those that check hold this one too, whatever their GPU.
+    each(own, File::lock)?;
     let machine = machine(device);
     eprintln!("{}: a copy moves {:.2} TB/s\n{}", machine.name, machine.copy / 1e12, case::HEAD);
     for (chosen, size, errors) in &cases {
         let measured = case::measure(device, *chosen, *size);
         case::report(*chosen, *size, errors, &measured, &machine);
     }
-    lock(File::unlock)?;
+    each(own, File::unlock)?;
     Ok(cases.len() == all)
 }
 
