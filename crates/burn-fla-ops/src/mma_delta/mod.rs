@@ -14,7 +14,7 @@
 //! more, it loads ahead. While backward runs, workspaces hold `2 V + 256 + 4 K V / 64` bytes a token and head, W, M, P and the
 //! states at the chunks' borders.
 //!
-//! Measured beside the engine for Hopper on an H200: `benches/results/69-mma-operators.json`. On its way, on another, in
+//! Measured beside the engine for Hopper: `benches/results/69-mma-operators.json`. On its way, on one H200, in
 //! milliseconds at 8 × 2048 × 32 × 128 × 128 with a gate, forward and with backward, where that engine took 0.425 and 1.465:
 //! - 0.524 and 2.224 at first, of which (by ncu) M and P took 0.233 twice, the chain with time 0.278, that for W and S 0.269,
 //!   against time 0.344, and the other gradients 0.747: eight warps a processor, and nothing is loaded while they multiply.
