@@ -23,8 +23,8 @@
 //!
 //! Saved for backward besides the inputs: 8 M / 128 for the sums before every 128th token, where gsa saves nothing. Both make
 //! the scores of the first pass again, 4 K + 6 M. To save them, 2 M, took 3 to 11 % less of both passes at the five sizes that
-//! are measured (adce9f5 beside 4521904, H100s of two machines). With the running softmax as tensor operations weights, decays and each step of the
-//! scan were saved: 297,000 bytes a token at that size, and 38.1 ms forward, where gsa takes 0.6 (one H100).
+//! are measured (adce9f5 beside 4521904, H100s of two machines). With the running softmax as tensor operations weights, decays
+//! and each step of the scan were saved: 297,000 bytes a token at that size, and 38.1 ms forward, where gsa takes 0.6 (one H100).
 //!
 //! Weights and decays could be made inside of what prepares them, and never be written: 16 M bytes less. Not built: chunks cut
 //! by strong decays read the decays again inside of the walks.
